@@ -1,0 +1,1 @@
+//! The per-round barrier of the target's lanes.

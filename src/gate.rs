@@ -1,0 +1,1 @@
+//! The one decision between cancel and commit.
