@@ -1,1 +1,91 @@
-//! (to come)
+//! The memory calls that memmap2 lacks: advice on raw ranges, holes in files, and mappings at a given place.
+
+// UNSAFETY: system calls that take addresses; each function is one call.
+#![expect(unsafe_code)]
+
+use super::{cvt, cvt_retry};
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+/// Bytes of the host's base page.
+pub(crate) fn host_page_bytes() -> u64 {
+    // SAFETY: sysconf takes no pointer.
+    let bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    // "-1 if the name is invalid": this one is in POSIX, so the fallback is never taken on Linux.
+    u64::try_from(bytes).unwrap_or(4096)
+}
+
+/// madvise(2).
+///
+/// # Safety
+/// The range belongs to a mapping of the caller's, and what the advice does to its content is what the caller wants.
+pub(crate) unsafe fn advise(start: *mut u8, bytes: usize, advice: i32) -> io::Result<()> {
+    // SAFETY: the caller owns the range (this function's contract); madvise touches nothing outside it.
+    cvt_retry(|| i64::from(unsafe { libc::madvise(start.cast(), bytes, advice) })).map(drop)
+}
+
+/// fallocate(2) with FALLOC_FL_PUNCH_HOLE: the range reads as zeros afterwards and holds no memory.
+pub(crate) fn punch_hole(fd: BorrowedFd<'_>, offset: u64, bytes: u64) -> io::Result<()> {
+    let (offset, bytes) = (as_off(offset)?, as_off(bytes)?);
+    // "PUNCH_HOLE must be ORed with FALLOC_FL_KEEP_SIZE".
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    // SAFETY: no pointers.
+    cvt_retry(|| i64::from(unsafe { libc::fallocate(fd.as_raw_fd(), mode, offset, bytes) })).map(drop)
+}
+
+/// lseek(2) with SEEK_DATA: where the next data at or after `offset` begins, `None` if there is none.
+pub(crate) fn seek_data(fd: BorrowedFd<'_>, offset: u64) -> io::Result<Option<u64>> {
+    let offset = as_off(offset)?;
+    // SAFETY: no pointers.
+    match cvt_retry(|| unsafe { libc::lseek(fd.as_raw_fd(), offset, libc::SEEK_DATA) }) {
+        Ok(at) => Ok(Some(at)),
+        // "ENXIO: whence is SEEK_DATA and offset is within a hole at the end of the file", or past its end.
+        Err(e) if e.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+/// lseek(2) with SEEK_HOLE: where the next hole at or after `offset` begins. The end of the file counts as one.
+pub(crate) fn seek_hole(fd: BorrowedFd<'_>, offset: u64) -> io::Result<u64> {
+    let offset = as_off(offset)?;
+    // SAFETY: no pointers.
+    cvt_retry(|| unsafe { libc::lseek(fd.as_raw_fd(), offset, libc::SEEK_HOLE) })
+}
+
+/// memfd_create(2), close-on-exec. `huge_page_bytes` asks for hugetlb pages of that size.
+pub(crate) fn memfd(name: &str, huge_page_bytes: Option<u64>) -> io::Result<OwnedFd> {
+    let name = CString::new(name)?;
+    let mut flags = libc::MFD_CLOEXEC;
+    if let Some(bytes) = huge_page_bytes {
+        // "the size is encoded as its base-2 logarithm in the bits above MFD_HUGE_SHIFT".
+        flags |= libc::MFD_HUGETLB | (bytes.trailing_zeros() << libc::MFD_HUGE_SHIFT);
+    }
+    // SAFETY: `name` is a C string that outlives the call.
+    let fd = cvt(i64::from(unsafe { libc::memfd_create(name.as_ptr(), flags) }))?;
+    // SAFETY: a fresh descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// mmap(2) with MAP_SHARED | MAP_FIXED: puts `bytes` of the file in place of what is mapped at `at`.
+///
+/// # Safety
+/// `at .. at + bytes` lies in a mapping that the caller owns and that nobody uses yet.
+pub(crate) unsafe fn map_shared_at(
+    at: *mut u8,
+    bytes: usize,
+    fd: BorrowedFd<'_>,
+    offset: u64,
+    writable: bool,
+) -> io::Result<()> {
+    let protection = if writable { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
+    let flags = libc::MAP_SHARED | libc::MAP_FIXED;
+    let offset = as_off(offset)?;
+    // SAFETY: MAP_FIXED replaces only this range, which is the caller's to replace (this function's contract).
+    let got = unsafe { libc::mmap(at.cast(), bytes, protection, flags, fd.as_raw_fd(), offset) };
+    if got == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+fn as_off(value: u64) -> io::Result<i64> {
+    i64::try_from(value).map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))
+}
