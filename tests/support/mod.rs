@@ -20,6 +20,6 @@ pub fn skip(test: &str, why: &str) {
         // One write of one line, in append mode: lines of tests that skip at the same time do not mix.
         let log = OpenOptions::new().create(true).append(true).open(&path);
         log.and_then(|mut log| log.write_all(line.as_bytes()))
-            .unwrap_or_else(|error| panic!("cannot write the skip log {}: {error}", path.display()));
+            .unwrap_or_else(|error| panic!("cannot write the skip log {path:?}: {error}"));
     }
 }
