@@ -23,6 +23,8 @@ mod lists;
 mod reason;
 mod source;
 mod target;
+#[cfg(test)]
+mod tests;
 
 use std::marker::PhantomData;
 
