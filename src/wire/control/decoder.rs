@@ -25,7 +25,7 @@ const NAME: &str = "control frame";
 /// encoder.encode(&TargetFrame::Running, &mut stream)?;
 /// encoder.encode(&TargetFrame::QueryAnswer { running: true }, &mut stream)?;
 ///
-/// let mut decoder = FrameDecoder::new();
+/// let mut decoder = FrameDecoder::<TargetFrame>::new();
 /// let mut frames = Vec::new();
 /// for mut piece in stream.chunks(5) {
 ///     while let Some(frame) = decoder.pull(&mut piece)? {
