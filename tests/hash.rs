@@ -1,6 +1,6 @@
 //! The page hash and the zero test: the same answer in every way a CPU can, and no change that goes unseen.
 #![cfg(not(loom))]
-// UNSAFETY: both read through raw pointers; the buffers here are the tests' own.
+// Unsafe because both read through raw pointers; the buffers here are the tests' own.
 #![expect(unsafe_code)]
 
 use pageferry::memory::hash::{BLOCK_BYTES, PAGE_BYTES_MAX, PageHash, ZERO_HASH};
