@@ -266,7 +266,7 @@ mod tests {
     fn an_error_keeps_what_is_not_settled() {
         let mut map = PresenceMap::new(&touched(&[5, 70]));
         // A page map that cannot be read: reads from a directory fail.
-        map.pagemap = Pagemap::Entries { file: File::open("/proc/self").unwrap(), buffer: vec![0; 8].into() };
+        map.pagemap = Pagemap::Entries { file: File::open("/proc/self").unwrap(), buffer: vec![0; ENTRIES * 8].into() };
         let mut words = [u64::MAX, 0b1010];
         assert!(map.keep_present(BlockId(0), 0, &mut words).is_err());
         assert_eq!(words, [u64::MAX, 0b1010]);
