@@ -1,7 +1,7 @@
 //! The rules of the source tree, each a pure function from a file to its findings.
 
 use super::lexer::{CodePath, code_of, paths, tokens};
-use super::{FOUNDATION, LAYERS, MAX_LINES, MAY_BE_UNSAFE, MAY_NAME_LOOM, PAGE_PATH};
+use super::{LAYERS, MAX_LINES, MAY_BE_UNSAFE, MAY_NAME_LOOM, PAGE_PATH};
 
 /// What is wrong, and where: `path:line: what`.
 pub type Finding = String;
@@ -62,33 +62,44 @@ fn covers(entry: &str, name: &str) -> bool {
     name.strip_prefix(entry).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
-/// The layer and the entry for `name`; the longest entry counts.
-fn layer_of(name: &str) -> Option<(u8, &'static str)> {
-    let entries = LAYERS.iter().flat_map(|(layer, entries)| entries.iter().map(|entry| (*layer, *entry)));
-    entries.filter(|(_, entry)| covers(entry, name)).max_by_key(|(_, entry)| entry.len())
+/// A place in the table.
+#[derive(Clone, Copy)]
+struct Place {
+    row: usize,
+    layer: u8,
+    entry: &'static str,
 }
 
-/// The layer and the entry for what an import names, relative to the crate's root.
-fn layer_of_import(segments: &[String]) -> (u8, &'static str) {
+/// The place of `name`; the longest entry counts.
+fn place_of(name: &str) -> Option<Place> {
+    let places = LAYERS
+        .iter()
+        .enumerate()
+        .flat_map(|(row, (layer, entries))| entries.iter().map(move |entry| Place { row, layer: *layer, entry }));
+    places.filter(|place| covers(place.entry, name)).max_by_key(|place| place.entry.len())
+}
+
+/// The place of what an import names, relative to the crate's root.
+fn place_of_import(segments: &[String]) -> Place {
     let prefixes = (1..=segments.len()).rev().map(|length| segments[..length].join("/"));
     let found =
-        prefixes.map(|name| layer_of(&name).or_else(|| layer_of(&format!("{name}/mod")))).find_map(|found| found);
+        prefixes.map(|name| place_of(&name).or_else(|| place_of(&format!("{name}/mod")))).find_map(|found| found);
     // No module of ours: then it is something that the crate's root re-exports, and the root is on top.
-    found.unwrap_or_else(|| layer_of("lib").expect("the table has the crate's root"))
+    found.unwrap_or_else(|| place_of("lib").expect("the table has the crate's root"))
 }
 
 /// The file is in the table of layers.
 pub fn has_a_layer(file: &Source) -> Vec<Finding> {
-    if layer_of(&file.name).is_some() {
+    if place_of(&file.name).is_some() {
         return Vec::new();
     }
     let what = format!("in no layer: add \"{}\" to LAYERS in tests/layering.rs, above all that it imports", file.name);
     vec![file.finding(1, &what)]
 }
 
-/// The file imports only from lower layers, from the foundation, or from its own folder.
+/// The file imports only from the rows above its own, or from its own folder.
 pub fn imports_downward(file: &Source) -> Vec<Finding> {
-    let Some((layer, _)) = layer_of(&file.name) else { return Vec::new() };
+    let Some(place) = place_of(&file.name) else { return Vec::new() };
     let folder = file.name.split_once('/').map(|(folder, _)| folder);
     let own_module: Vec<_> = file.name.trim_end_matches("/mod").split('/').map(str::to_owned).collect();
     let mut findings = Vec::new();
@@ -97,19 +108,19 @@ pub fn imports_downward(file: &Source) -> Vec<Finding> {
         return file.bad_tokens("the program uses the library by its public name", |word, _| word == "path");
     }
     for path in paths(&file.code) {
-        let Some(target) = from_the_root(&path, &own_module) else { continue };
-        let (target_layer, entry) = layer_of_import(&target);
-        let own_folder = folder.is_some_and(|folder| target.first().is_some_and(|first| first == folder));
+        let Some(import) = from_the_root(&path, &own_module) else { continue };
+        let target = place_of_import(&import);
+        let own_folder = folder.is_some_and(|folder| import.first().is_some_and(|first| first == folder));
         let allowed = if own_folder {
             // A `mod.rs` gathers its folder; the other files of a folder do not look up.
-            target_layer <= layer || file.name.ends_with("/mod")
+            target.row <= place.row || file.name.ends_with("/mod")
         } else {
-            let rank = |name: &str| FOUNDATION.iter().position(|entry| *entry == name).unwrap_or(FOUNDATION.len());
-            target_layer < layer || (target_layer == layer && rank(entry) < rank(&file.name)) || entry == file.name
+            target.row < place.row || target.entry == file.name
         };
         if !allowed {
-            let spelled = path.segments.join("::");
-            let what = format!("`{spelled}` is {entry} in layer {target_layer}; this file is in layer {layer}");
+            let (spelled, Place { layer, entry, .. }) = (path.segments.join("::"), target);
+            let what =
+                format!("`{spelled}` is {entry}, layer {layer}: not above this file (layer {}) in LAYERS", place.layer);
             findings.push(file.finding(path.line, &what));
         }
     }
