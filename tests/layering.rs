@@ -32,7 +32,7 @@ const LAYERS: &[(u8, &[&str])] = &[
     (7, &["bin"]),
 ];
 
-/// The only places where `unsafe` may stand, under a `// UNSAFETY:` comment.
+/// The only places where `unsafe` may stand, in files that begin by saying why.
 const MAY_BE_UNSAFE: &[&str] = &["ring", "memory", "sys"];
 
 /// The only files that may know of loom.
@@ -82,7 +82,7 @@ fn everything() -> Vec<Source> {
 
 /// Fails with all findings of `rule` in `files`.
 fn demand(files: Vec<Source>, rule: fn(&Source) -> Vec<Finding>) {
-    let findings: Vec<_> = files.iter().flat_map(|file| rule(file)).collect();
+    let findings: Vec<_> = files.iter().flat_map(rule).collect();
     assert!(findings.is_empty(), "\n{}\n", findings.join("\n"));
 }
 
