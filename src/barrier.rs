@@ -185,7 +185,9 @@ impl Barrier {
         self.pass(lane, round);
         // Always: two lanes that pass at the same time may each miss the other's number when they look. To ring only if
         // "I was the last" would then let both sleep.
-        ringers.iter().for_each(Ringer::ring);
+        for bell in ringers {
+            bell.ring();
+        }
         while !self.may_go(round) {
             match bell.wait() {
                 Wake::Rung => {}

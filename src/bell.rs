@@ -210,10 +210,11 @@ pub struct Ringer<S: Sleeper> {
 impl<S: Sleeper> Ringer<S> {
     /// Ends the owner's wait, or its next one. What this thread wrote before is seen by the owner after that wait.
     ///
-    /// To hand over several things, publish them all and ring once.
+    /// To hand over several things, publish them all and ring once. True if this ring had to wake the owner, which is
+    /// what costs.
     #[inline]
-    pub fn ring(&self) {
-        self.signal(0);
+    pub fn ring(&self) -> bool {
+        self.signal(0) & (ASLEEP | RUNG) == ASLEEP
     }
 
     /// Tells the owner to stop, for good. True for the first close of this kind.

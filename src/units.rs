@@ -147,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn items_fit_in_sixteen_bytes() {
-        assert_eq!(size_of::<Item>(), 16);
+    fn a_run_takes_sixteen_bytes_and_an_item_eight_more() {
+        assert_eq!((size_of::<Run>(), size_of::<Item>()), (16, 24));
     }
 }

@@ -252,9 +252,9 @@ fn target_goldens() -> Vec<(TargetFrame, &'static str)> {
              ffff0000",
         ),
         (
-            TargetFrame::DigestMismatch { round: Round(9), chunks: vec![(BlockId(1), 2)], more: true },
-            "8800 0000 0f000000 07000000 ae24af5c \
-             09000000 01000000 0100 02000000 01",
+            TargetFrame::DigestMismatch { round: Round(9), block: BlockId(1), chunk_digests: vec![2] },
+            "8800 0000 12000000 07000000 d6c208b9 \
+             09000000 0100 01000000 0200000000000000",
         ),
         (TargetFrame::Running, "8900 0000 00000000 08000000 11f993ca"),
         (

@@ -147,6 +147,13 @@ impl DirtyBitmap {
         self.blocks.iter().map(of).sum()
     }
 
+    /// Whether a page is dirty now.
+    #[inline]
+    pub fn is_marked(&self, block: BlockId, page: u64) -> bool {
+        let word = self.block(block).and_then(|bits| bits.words.get((page / 64) as usize));
+        word.is_some_and(|word| word.load(Ordering::Relaxed) >> (page % 64) & 1 != 0)
+    }
+
     /// How many of these pages of one block are dirty now.
     pub fn count_range(&self, block: BlockId, first: u64, pages: u64) -> u64 {
         let Some(bits) = self.block(block) else { return 0 };

@@ -1,9 +1,13 @@
 //! Guest RAM: the blocks of one VM, checked against each other once and numbered.
 
 pub mod block;
+pub mod full;
+pub mod gather;
 pub mod hash;
+pub mod look;
 pub mod owned;
 pub mod presence;
+pub mod scatter;
 pub mod zero;
 
 pub use block::{Initial, MadeZero, Presence, RamBlock, RawRange};

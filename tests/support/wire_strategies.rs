@@ -220,11 +220,8 @@ pub fn target_frame() -> impl Strategy<Value = TargetFrame> {
         (channel(), generation()).prop_map(|(channel, generation)| TargetFrame::ChannelRetired { channel, generation }),
         (channel(), generation()).prop_map(|(channel, generation)| TargetFrame::ChannelJoined { channel, generation }),
         round().prop_map(|round| TargetFrame::Loaded { round }),
-        (round(), chunks(), any::<bool>()).prop_map(|(round, chunks, more)| TargetFrame::DigestMismatch {
-            round,
-            chunks,
-            more
-        }),
+        (round(), block(), vec(any::<u64>(), 0..40))
+            .prop_map(|(round, block, chunk_digests)| { TargetFrame::DigestMismatch { round, block, chunk_digests } }),
         Just(TargetFrame::Running),
         text(40).prop_map(|reason| TargetFrame::RunFailed { reason }),
         text(40).prop_map(|reason| TargetFrame::Discarded { reason }),

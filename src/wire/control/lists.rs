@@ -97,6 +97,24 @@ pub fn read_digests(body: &mut Reader<'_>) -> Result<Vec<u64>, WireError> {
     Ok(digests)
 }
 
+/// Writes the digests of a block's chunks.
+pub fn write_chunk_digests(out: &mut Writer<'_>, digests: &[u64]) -> Result<(), WireError> {
+    check_count("number of chunk digests", digests.len(), CHUNKS_PER_FRAME_MAX)?;
+    out.u32(digests.len() as u32);
+    digests.iter().for_each(|&digest| out.u64(digest));
+    Ok(())
+}
+
+/// Reads the digests of a block's chunks.
+pub fn read_chunk_digests(body: &mut Reader<'_>) -> Result<Vec<u64>, WireError> {
+    let count = body.u32()? as usize;
+    let mut digests = body.room_for("number of chunk digests", count, CHUNKS_PER_FRAME_MAX, 8)?;
+    for _ in 0..count {
+        digests.push(body.u64()?);
+    }
+    Ok(digests)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

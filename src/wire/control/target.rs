@@ -3,7 +3,9 @@
 #![forbid(unsafe_code)]
 
 use super::Frame;
-use super::lists::{check_lanes, read_chunks, read_lane, read_lanes, write_chunks, write_lane, write_lanes};
+use super::lists::{
+    check_block, check_lanes, read_chunk_digests, read_lane, read_lanes, write_chunk_digests, write_lane, write_lanes,
+};
 use super::message::Message;
 use super::reason::{PeerError, read_reason, write_reason};
 use crate::units::{BlockId, ChannelId, Epoch, Generation, InstanceId, Round};
@@ -71,14 +73,16 @@ pub enum TargetFrame {
         /// The last round, as Final named it.
         round: Round,
     },
-    /// The answer to Final: these chunks are not what the source sent.
+    /// The answer to Final: a block is not what the source sent. The source, which has digests of its own, learns from
+    /// these which chunks differ.
     DigestMismatch {
         /// The last round, as Final named it.
         round: Round,
-        /// The chunks, each by its block and its index in it.
-        chunks: Vec<(BlockId, u32)>,
-        /// There are more than fit in one frame.
-        more: bool,
+        /// The first block that differs.
+        block: BlockId,
+        /// The target's digests of its first chunks; at most [`CHUNKS_PER_FRAME_MAX`]. Empty if it is not what was sent
+        /// that differs, but the memory as a whole.
+        chunk_digests: Vec<u64>,
     },
     /// The guest runs here.
     Running,
@@ -219,10 +223,10 @@ impl Message for TargetFrame {
                 write_lane(out, *channel, *generation)?;
             }
             TargetFrame::Loaded { round } => out.u32(check_round(*round)?.0),
-            TargetFrame::DigestMismatch { round, chunks, more } => {
+            TargetFrame::DigestMismatch { round, block, chunk_digests } => {
                 out.u32(check_round(*round)?.0);
-                write_chunks(out, chunks)?;
-                out.bool(*more);
+                out.u16(check_block(*block)?.0);
+                write_chunk_digests(out, chunk_digests)?;
             }
             TargetFrame::Running => {}
             TargetFrame::Pong { nonce, lanes } => {
@@ -255,8 +259,8 @@ impl Message for TargetFrame {
             LOADED => TargetFrame::Loaded { round: check_round(Round(body.u32()?))? },
             DIGEST_MISMATCH => TargetFrame::DigestMismatch {
                 round: check_round(Round(body.u32()?))?,
-                chunks: read_chunks(body)?,
-                more: body.bool("mark of more chunks")?,
+                block: check_block(BlockId(body.u16()?))?,
+                chunk_digests: read_chunk_digests(body)?,
             },
             RUNNING => TargetFrame::Running,
             RUN_FAILED => TargetFrame::RunFailed { reason: read_reason(body)? },

@@ -225,8 +225,9 @@ fn the_largest_of_everything_fits_in_a_frame_and_comes_back() {
         state_crc: u32::MAX,
     }));
     let chunks = vec![(BlockId(1023), u32::MAX); CHUNKS_PER_FRAME_MAX];
-    comes_back(SourceFrame::Repair { round: Round::MAX, chunks: chunks.clone() });
-    comes_back(TargetFrame::DigestMismatch { round: Round::MAX, chunks, more: true });
+    comes_back(SourceFrame::Repair { round: Round::MAX, chunks });
+    let chunk_digests = vec![u64::MAX; CHUNKS_PER_FRAME_MAX];
+    comes_back(TargetFrame::DigestMismatch { round: Round::MAX, block: BlockId(1023), chunk_digests });
     comes_back(TargetFrame::EpochApplied { epoch: Epoch(u64::MAX), lanes: lanes.clone() });
     let pong = |(channel, generation)| LanePong {
         channel,

@@ -1,0 +1,343 @@
+#![forbid(unsafe_code)]
+//! The source's worker: pops runs, looks at their pages, and sends them with one sendmsg a batch.
+
+use std::sync::Arc;
+
+use crate::barrier::Barrier;
+use crate::bell::{Ringer, Wake};
+use crate::channel::{ChannelError, ShutDown};
+use crate::crew::{Cx, Interrupt, Role};
+use crate::digest::DigestTable;
+use crate::poll::PollSleeper;
+use crate::memory::gather::Gather;
+use crate::memory::look::{Look, Seen};
+use crate::memory::Ram;
+use crate::progress::{Progress, add};
+use crate::ring::{Consumer, Producer};
+use crate::sys::socket::Socket;
+use crate::units::{BlockId, ChannelId, Epoch, Item, Round, Run};
+use crate::wire::packet::{
+    HEADER_AND_TABLE_BYTES_MAX, PAYLOAD_BYTES_MAX, PacketHeader, PacketKind, RUNS_PER_PACKET_MAX, RunEntry, RunKind,
+};
+
+/// What a send worker is given. Everything it needs is allocated before it starts.
+#[derive(Debug)]
+pub struct SendRole {
+    channel: ChannelId,
+    socket: Arc<Socket>,
+    ring: Consumer<Item>,
+    journal: Producer<Item>,
+    eyes: Eyes,
+    batch: Batch,
+    /// Rounds whose end this worker has sent: how the controller learns that rings and hands are empty.
+    sent: Arc<Barrier>,
+    controller: Ringer<PollSleeper>,
+    /// The controller is rung when no more than this is queued: often enough to keep the link busy, not once a batch.
+    low_water_bytes: u64,
+    progress: Progress,
+    round: Round,
+    epoch: Epoch,
+    sequence: u64,
+}
+
+/// What a send worker hands back. Runs that it had popped stand in the journal; the ring holds the rest.
+#[derive(Debug)]
+pub struct SendEnd {
+    /// The ring's other end: what is left in it is dirty again.
+    pub ring: Consumer<Item>,
+    /// How it ended.
+    pub result: Result<(), ChannelError>,
+}
+
+/// What [`SendRole::new`] takes.
+#[derive(Debug)]
+pub struct SendGear {
+    /// The channel.
+    pub channel: ChannelId,
+    /// Its socket, blocking.
+    pub socket: Arc<Socket>,
+    /// Where runs and marks come from.
+    pub ring: Consumer<Item>,
+    /// Where they are noted as they are popped.
+    pub journal: Producer<Item>,
+    /// Guest RAM.
+    pub ram: Ram,
+    /// How pages are looked at.
+    pub look: Look,
+    /// Digests of what is sent, where they are kept.
+    pub digests: Option<Arc<DigestTable>>,
+    /// Where sent rounds are published.
+    pub sent: Arc<Barrier>,
+    /// Whom to ring when there is room again.
+    pub controller: Ringer<PollSleeper>,
+    /// Payload bytes after which a batch is sent.
+    pub batch_bytes: usize,
+    /// See [`SendRole`].
+    pub low_water_bytes: u64,
+    /// Counters.
+    pub progress: Progress,
+}
+
+impl SendRole {
+    /// A worker that is ready to start.
+    pub fn new(gear: SendGear) -> SendRole {
+        let SendGear { channel, socket, ring, journal, ram, look, digests, sent, controller, .. } = gear;
+        let batch = Batch {
+            packet: Gather::new(ram.clone(), HEADER_AND_TABLE_BYTES_MAX),
+            table: Vec::with_capacity(RUNS_PER_PACKET_MAX),
+            block: BlockId(0),
+            rest: None,
+            bytes: 0,
+            zero_pages: 0,
+            bytes_max: gear.batch_bytes.min(PAYLOAD_BYTES_MAX as usize),
+        };
+        let eyes = Eyes { ram, look, digests };
+        let (low_water_bytes, progress) = (gear.low_water_bytes, gear.progress);
+        let (round, epoch, sequence) = (Round(0), Epoch(0), 0);
+        SendRole {
+            channel, socket, ring, journal, eyes, batch, sent, controller, low_water_bytes, progress, round, epoch, sequence,
+        }
+    }
+
+    fn work(&mut self, cx: &mut Cx) -> Result<(), ChannelError> {
+        loop {
+            if cx.bell().aborted() {
+                return Err(ChannelError::Aborted);
+            }
+            let end = self.fill()?;
+            if !self.batch.table.is_empty() {
+                self.ship_batch()?;
+            }
+            match end {
+                Filled::UpTo(mark) => self.ship_mark(mark)?,
+                Filled::Full => {}
+                Filled::RingEmpty => match self.sleep(cx) {
+                    Wake::Rung | Wake::Elsewhere => {}
+                    Wake::Abort => return Err(ChannelError::Aborted),
+                    // Drain is rung after the last push: one more look at the ring, then the end mark.
+                    Wake::Drain => match self.ring.pop() {
+                        Some(item) => self.take(item)?.map_or(Ok(()), |mark| self.ship_mark(mark))?,
+                        None => return self.bye(),
+                    },
+                },
+            }
+        }
+    }
+
+    /// Fills the batch from the ring, and says why it stopped.
+    fn fill(&mut self) -> Result<Filled, ChannelError> {
+        self.batch.continue_rest(&self.eyes)?;
+        while self.batch.rest.is_none() && !self.batch.was_full() {
+            let Some(item) = self.ring.pop() else { return Ok(Filled::RingEmpty) };
+            if let Some(mark) = self.take(item)? {
+                return Ok(Filled::UpTo(mark));
+            }
+        }
+        Ok(Filled::Full)
+    }
+
+    /// Journals an item as it is popped, and adds it to the batch if it is a run.
+    fn take(&mut self, item: Item) -> Result<Option<Item>, ChannelError> {
+        self.journal.push(item).map_err(|_| ChannelError::Internal("the journal is full"))?;
+        match item {
+            Item::Run(run) => self.batch.add(&self.eyes, run, self.round).map(|()| None),
+            mark => Ok(Some(mark)),
+        }
+    }
+
+    fn ship_batch(&mut self) -> Result<(), ChannelError> {
+        let header = PacketHeader {
+            kind: PacketKind::Pages,
+            block: self.batch.block,
+            run_count: self.batch.table.len() as u32,
+            round: self.round,
+            epoch: self.epoch,
+            sequence: self.sequence,
+            payload_bytes: self.batch.packet.payload_bytes() as u64,
+        };
+        let cells = self.progress.cells(self.channel.0.into());
+        add(&cells.payload_bytes, header.payload_bytes);
+        add(&cells.zero_bytes, self.batch.bytes - header.payload_bytes);
+        self.send(&header)?;
+        self.ring.take_bytes(self.batch.bytes);
+        self.batch.clear();
+        if self.ring.queued_bytes() <= self.low_water_bytes {
+            self.ring_controller();
+        }
+        Ok(())
+    }
+
+    fn ship_mark(&mut self, mark: Item) -> Result<(), ChannelError> {
+        match mark {
+            Item::RoundEnd(round) => {
+                self.send(&PacketHeader::round_end(round, self.epoch, self.sequence))?;
+                self.round = Round(round.0 + 1);
+                self.sent.pass(self.channel.0.into(), round);
+                self.ring_controller();
+            }
+            Item::Flush(epoch) => {
+                self.send(&PacketHeader::flush(epoch, self.round, self.sequence))?;
+                self.epoch = Epoch(epoch.0 + 1);
+            }
+            Item::Run(_) => return Err(ChannelError::Internal("a run is no mark")),
+        }
+        Ok(())
+    }
+
+    fn bye(&mut self) -> Result<(), ChannelError> {
+        let round = Round(self.round.0.min(Round::MAX.0));
+        self.send(&PacketHeader::bye(round, self.epoch, self.sequence))
+    }
+
+    fn send(&mut self, header: &PacketHeader) -> Result<(), ChannelError> {
+        let Batch { packet, table, .. } = &mut self.batch;
+        let table: &[RunEntry] = if header.kind == PacketKind::Pages { table } else { &[] };
+        let head_len = header.encode_into(table, packet.head_mut())?;
+        let sent = packet
+            .send(head_len, &self.socket)
+            .map_err(|source| ChannelError::Io { doing: "sending pages", source })?;
+        let cells = self.progress.cells(self.channel.0.into());
+        add(&cells.wire_bytes, sent.bytes as u64);
+        add(&cells.packets, 1);
+        add(&cells.syscalls, sent.calls);
+        self.sequence += 1;
+        Ok(())
+    }
+
+    fn ring_controller(&self) {
+        if self.controller.ring() {
+            add(&self.progress.cells(self.channel.0.into()).syscalls, 1);
+        }
+    }
+
+    fn sleep(&self, cx: &mut Cx) -> Wake {
+        add(&self.progress.cells(self.channel.0.into()).syscalls, 1);
+        cx.bell().wait()
+    }
+}
+
+impl Role for SendRole {
+    const KIND: &'static str = "send";
+    type Output = SendEnd;
+
+    fn interrupt(&self) -> Arc<dyn Interrupt> {
+        Arc::new(ShutDown(self.socket.clone()))
+    }
+
+    fn run(mut self, cx: &mut Cx) -> SendEnd {
+        let result = self.work(cx);
+        // An abort shuts the socket down under a send: that is the abort, not a failure of the network.
+        let result = if cx.bell().aborted() { result.map_err(|_| ChannelError::Aborted) } else { result };
+        SendEnd { ring: self.ring, result }
+    }
+}
+
+/// Why a batch is not filled further.
+enum Filled {
+    /// The ring was empty: only after this may the worker sleep.
+    RingEmpty,
+    /// The batch has no room, or the next run is of another block.
+    Full,
+    /// This mark comes after the batch.
+    UpTo(Item),
+}
+
+/// The packet that is being filled: runs of one block, split into data and zeros as their pages are looked at.
+#[derive(Debug)]
+struct Batch {
+    packet: Gather,
+    table: Vec<RunEntry>,
+    block: BlockId,
+    /// What did not fit: it opens the next batch.
+    rest: Option<(Run, Round)>,
+    /// Guest bytes in the batch, zeros included.
+    bytes: u64,
+    zero_pages: u64,
+    bytes_max: usize,
+}
+
+/// What a worker looks at pages with.
+#[derive(Debug)]
+struct Eyes {
+    ram: Ram,
+    look: Look,
+    digests: Option<Arc<DigestTable>>,
+}
+
+/// Zero pages cost a look each and no bytes: after this many the batch goes out, so that others are not kept waiting.
+const ZERO_PAGES_PER_PACKET_MAX: u64 = 4096;
+
+impl Batch {
+    fn clear(&mut self) {
+        self.packet.clear();
+        self.table.clear();
+        self.bytes = 0;
+        self.zero_pages = 0;
+    }
+
+    fn was_full(&self) -> bool {
+        self.packet.payload_bytes() >= self.bytes_max
+            || self.table.len() >= RUNS_PER_PACKET_MAX
+            || self.zero_pages >= ZERO_PAGES_PER_PACKET_MAX
+            || !self.packet.has_room()
+    }
+
+    fn continue_rest(&mut self, eyes: &Eyes) -> Result<(), ChannelError> {
+        match self.rest.take() {
+            Some((run, round)) => self.add(eyes, run, round),
+            None => Ok(()),
+        }
+    }
+
+    /// Adds a run, page by page, until the batch is full or belongs to another block; the rest waits.
+    fn add(&mut self, eyes: &Eyes, run: Run, round: Round) -> Result<(), ChannelError> {
+        if !self.table.is_empty() && self.block != run.block {
+            self.rest = Some((run, round));
+            return Ok(());
+        }
+        self.block = run.block;
+        let taken = self.add_pages(eyes, &run, round)?;
+        if taken < run.pages {
+            let left = Run { first: run.first + u64::from(taken), pages: run.pages - taken, ..run };
+            self.rest = Some((left, round));
+        }
+        Ok(())
+    }
+
+    /// How many pages of the run found room.
+    fn add_pages(&mut self, eyes: &Eyes, run: &Run, round: Round) -> Result<u32, ChannelError> {
+        let block = eyes.ram.block(run.block).ok_or(ChannelError::Internal("a run names no block"))?;
+        let page_bytes = block.page_size().bytes();
+        let mut recorder = eyes.digests.as_ref().map(|table| table.recorder(run.block, round));
+        for taken in 0..run.pages {
+            if self.was_full() {
+                return Ok(taken);
+            }
+            let page = run.first + u64::from(taken);
+            let kind = match eyes.look.at(block, page).ok_or(ChannelError::Internal("a run leaves its block"))? {
+                Seen::Zero => {
+                    if let Some(recorder) = &mut recorder {
+                        recorder.zero(page, 1);
+                    }
+                    self.zero_pages += 1;
+                    RunKind::Zero
+                }
+                Seen::Data(hash) => {
+                    if !self.packet.push(&Run { first: page, pages: 1, ..*run }) {
+                        return Err(ChannelError::Internal("no iovec is left"));
+                    }
+                    if let Some(recorder) = &mut recorder {
+                        recorder.page(page, hash);
+                    }
+                    RunKind::Data
+                }
+            };
+            match self.table.last_mut() {
+                Some(last) if last.kind == kind && last.first + u64::from(last.pages) == page => last.pages += 1,
+                _ => self.table.push(RunEntry { first: page, pages: 1, kind }),
+            }
+            self.bytes += page_bytes;
+        }
+        Ok(run.pages)
+    }
+}

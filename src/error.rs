@@ -1,0 +1,218 @@
+#![forbid(unsafe_code)]
+//! Why a migration ended as it did: one enum, plain data, each variant with what a person needs to act.
+
+use std::{error, fmt, io};
+
+use crate::units::{BlockId, ChannelId, Generation};
+
+/// What the operating system said, kept as plain data so that it can be compared, sent and shown.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct OsReason {
+    /// The error number, where there is one.
+    pub errno: Option<i32>,
+    /// The sentence that goes with it.
+    pub text: String,
+}
+
+impl From<&io::Error> for OsReason {
+    fn from(e: &io::Error) -> OsReason {
+        OsReason { errno: e.raw_os_error(), text: e.to_string() }
+    }
+}
+
+impl From<io::Error> for OsReason {
+    fn from(e: io::Error) -> OsReason {
+        OsReason::from(&e)
+    }
+}
+
+impl fmt::Display for OsReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // io::Error already appends "(os error N)" where there is a number.
+        f.write_str(&self.text)
+    }
+}
+
+/// Why a migration failed, was cancelled by the other side, or is uncertain.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+#[non_exhaustive]
+pub enum Failure {
+    /// What was asked for is impossible.
+    Config(String),
+    /// The address could not be reached.
+    Connect {
+        /// The address as given.
+        address: String,
+        /// What the system said.
+        reason: OsReason,
+    },
+    /// The address could not be listened on.
+    Listen {
+        /// The address as given.
+        address: String,
+        /// What the system said.
+        reason: OsReason,
+    },
+    /// The control connection failed.
+    Control {
+        /// What was being done on it.
+        doing: &'static str,
+        /// What the system said.
+        reason: OsReason,
+    },
+    /// A data channel failed.
+    Channel {
+        /// The channel.
+        channel: ChannelId,
+        /// Its generation.
+        generation: Generation,
+        /// What happened on it.
+        reason: String,
+    },
+    /// The peer said nothing for too long.
+    Silent {
+        /// What was waited for.
+        waiting_for: &'static str,
+        /// For how long.
+        ms: u64,
+    },
+    /// Data was outstanding and nothing moved for too long.
+    Stalled {
+        /// The channel that others wait for.
+        channel: ChannelId,
+        /// For how long nothing moved.
+        ms: u64,
+    },
+    /// The target does not take this machine.
+    Refused(String),
+    /// The peer ended the migration and said why.
+    Peer(String),
+    /// The source asked to stop.
+    CancelledBySource(String),
+    /// The peer broke the protocol.
+    Protocol(String),
+    /// A hook of the VMM failed.
+    Hook {
+        /// Which hook.
+        hook: &'static str,
+        /// What it said.
+        reason: String,
+    },
+    /// Dirty tracking failed.
+    Dirty(String),
+    /// Guest memory could not be mapped, read or made zero.
+    Memory(String),
+    /// A worker thread could not be started, or panicked.
+    Worker(String),
+    /// Source and target disagree on the contents of guest RAM.
+    Digest {
+        /// The first block that differs.
+        block: BlockId,
+        /// Its 2 MiB chunks that differ, where they are known: at the source, and for what was sent.
+        chunks: Vec<u32>,
+    },
+    /// The guest dirties memory faster than the link carries it.
+    NotConverging {
+        /// Rounds done.
+        rounds: u32,
+        /// Bytes left after the last of them.
+        bytes_left: u64,
+        /// Measured bytes per second of the link.
+        rate: u64,
+    },
+    /// The target's `run` hook failed: no vCPU ran there, and none will.
+    RunFailed(String),
+    /// The target gave the guest up before it was told to run it.
+    Discarded(String),
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Failure::Config(what) => f.write_str(what),
+            Failure::Connect { address, reason } => {
+                write!(f, "cannot connect to {address}: {reason}; is the target listening there?")
+            }
+            Failure::Listen { address, reason } => write!(f, "cannot listen on {address}: {reason}"),
+            Failure::Control { doing, reason } => write!(f, "the control connection failed while {doing}: {reason}"),
+            Failure::Channel { channel, generation, reason } => {
+                write!(f, "data channel {channel} (generation {generation}) failed: {reason}")
+            }
+            Failure::Silent { waiting_for, ms } => {
+                write!(f, "the peer was silent for {ms} ms while {waiting_for} was waited for")
+            }
+            Failure::Stalled { channel, ms } => {
+                write!(f, "nothing moved for {ms} ms although data was waiting; channel {channel} is the one that lags")
+            }
+            Failure::Refused(reason) => write!(f, "the target refused this machine: {reason}"),
+            Failure::Peer(text) => write!(f, "the peer ended the migration: {text}"),
+            Failure::CancelledBySource(reason) => write!(f, "the source cancelled: {reason}"),
+            Failure::Protocol(what) => write!(f, "the peer broke the protocol: {what}"),
+            Failure::Hook { hook, reason } => write!(f, "the VMM's {hook} hook failed: {reason}"),
+            Failure::Dirty(reason) => write!(f, "dirty tracking failed: {reason}"),
+            Failure::Memory(reason) => write!(f, "guest memory failed: {reason}"),
+            Failure::Worker(reason) => f.write_str(reason),
+            Failure::Digest { block, chunks } => {
+                write!(f, "source and target disagree on the contents of RAM block {block}")?;
+                match chunks.first() {
+                    Some(first) => write!(f, ": {} chunks of 2 MiB differ, the first is chunk {first}", chunks.len()),
+                    None => Ok(()),
+                }
+            }
+            Failure::NotConverging { rounds, bytes_left, rate } => write!(
+                f,
+                "the guest dirties memory faster than it can be shipped: after {rounds} rounds {} MiB were left at {} MiB/s; \
+                 allow a longer downtime, or slow the guest down",
+                bytes_left >> 20,
+                rate >> 20
+            ),
+            Failure::RunFailed(reason) => write!(f, "the target could not start the guest, which did not run there: {reason}"),
+            Failure::Discarded(reason) => write!(f, "the target discarded the guest: {reason}"),
+        }
+    }
+}
+
+impl error::Error for Failure {}
+
+/// How a migration ended. It is never better than the truth.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub enum Outcome {
+    /// The guest runs at the target, and only there.
+    Completed,
+    /// Cancelled on request before the point of no return: the guest runs on at the source.
+    Cancelled,
+    /// The guest belongs to the source: it was resumed there if it had been paused.
+    Failed(Failure),
+    /// Commit was sent and no answer came: the target may run the guest. The source stays paused, and must not be
+    /// resumed before the target is known not to run.
+    Uncertain(Failure),
+}
+
+impl Outcome {
+    /// The word for reports: `completed`, `cancelled`, `failed` or `uncertain`.
+    pub fn word(&self) -> &'static str {
+        match self {
+            Outcome::Completed => "completed",
+            Outcome::Cancelled => "cancelled",
+            Outcome::Failed(_) => "failed",
+            Outcome::Uncertain(_) => "uncertain",
+        }
+    }
+
+    /// Why, where it did not complete for a reason.
+    pub fn failure(&self) -> Option<&Failure> {
+        match self {
+            Outcome::Completed | Outcome::Cancelled => None,
+            Outcome::Failed(why) | Outcome::Uncertain(why) => Some(why),
+        }
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.failure() {
+            Some(why) => write!(f, "{}: {why}", self.word()),
+            None => f.write_str(self.word()),
+        }
+    }
+}

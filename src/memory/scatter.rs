@@ -1,0 +1,104 @@
+//! One incoming packet: iovecs that point straight into guest RAM, and the next packet's header behind them.
+// UNSAFETY: iovecs are raw pointers into guest RAM, and recvmsg(2) is told to write through them.
+#![expect(unsafe_code)]
+
+use std::io;
+
+use crate::memory::{Ram, RamBlock};
+use crate::memory::gather::{IOVECS_MAX, advance};
+use crate::sys::socket::Socket;
+use crate::units::Run;
+
+/// Makes pages zero. False if the block has no such pages.
+pub fn write_zeros(block: &RamBlock, first: u64, pages: u64) -> bool {
+    let Some(range) = block.range(first, pages) else { return false };
+    // SAFETY: RamBlock::range proved that the range is inside the block, which its Ram keeps mapped for writing; no
+    // reference to guest RAM exists anywhere.
+    unsafe { range.ptr.write_bytes(0, range.len) };
+    true
+}
+
+/// A packet that is being received. The fixed header of the packet after it rides in the last iovec of the same call.
+/// All storage is allocated when it is made.
+#[derive(Debug)]
+pub struct Scatter<const HEAD: usize> {
+    ram: Ram,
+    head: Box<[u8; HEAD]>,
+    iovecs: Vec<libc::iovec>,
+    at: usize,
+    payload_bytes: usize,
+    got: usize,
+}
+
+// SAFETY: the pointers lead into `head` and into the blocks of `ram`, both of which move with it; the buffer behind a
+// Box and the mappings behind `ram` stay where they are.
+unsafe impl<const HEAD: usize> Send for Scatter<HEAD> {}
+
+impl<const HEAD: usize> Scatter<HEAD> {
+    /// An empty list.
+    pub fn new(ram: Ram) -> Self {
+        let head = Box::new([0; HEAD]);
+        Scatter { ram, head, iovecs: Vec::with_capacity(IOVECS_MAX), at: 0, payload_bytes: 0, got: 0 }
+    }
+
+    /// Forgets what was pushed and received.
+    pub fn clear(&mut self) {
+        self.iovecs.clear();
+        self.at = 0;
+        self.payload_bytes = 0;
+        self.got = 0;
+    }
+
+    /// Appends a run that the next bytes of the stream belong in. False if it is not inside its block, or no iovec is
+    /// left (one is kept for the header).
+    pub fn push(&mut self, run: &Run) -> bool {
+        let range = self.ram.block(run.block).and_then(|b| b.range(run.first, u64::from(run.pages)));
+        let Some(range) = range else { return false };
+        let has_room = self.iovecs.len() + 1 < IOVECS_MAX;
+        match self.iovecs.last_mut() {
+            Some(last) if last.iov_base.cast::<u8>().wrapping_add(last.iov_len) == range.ptr => {
+                last.iov_len += range.len;
+            }
+            _ if has_room => {
+                self.iovecs.push(libc::iovec { iov_base: range.ptr.cast(), iov_len: range.len });
+            }
+            _ => return false,
+        }
+        self.payload_bytes += range.len;
+        true
+    }
+
+    /// Appends the header buffer: call once, after the last run and before the first [`Scatter::receive`].
+    pub fn expect_header(&mut self) {
+        self.iovecs.push(libc::iovec { iov_base: self.head.as_mut_ptr().cast(), iov_len: HEAD });
+    }
+
+    /// One recvmsg(2); how many bytes it brought, 0 at the end of the stream.
+    ///
+    /// # Errors
+    /// What recvmsg(2) says.
+    pub fn receive(&mut self, socket: &Socket) -> io::Result<usize> {
+        // SAFETY: the last iovec is the header buffer, which nobody borrows now; every other was made by `push` from a
+        // range that RamBlock::range proved to be inside a block, which self.ram keeps mapped; no reference to guest
+        // RAM exists anywhere; `advance` only shrinks.
+        let n = unsafe { socket.recv_iovecs(&mut self.iovecs[self.at..]) }?;
+        self.got += n;
+        self.at += advance(&mut self.iovecs[self.at..], n);
+        Ok(n)
+    }
+
+    /// Bytes of the payload that have landed.
+    pub fn landed(&self) -> usize {
+        self.got.min(self.payload_bytes)
+    }
+
+    /// Whether payload and header are all there.
+    pub fn is_complete(&self) -> bool {
+        self.got >= self.payload_bytes + HEAD
+    }
+
+    /// The header behind the payload; meaningful once [`Scatter::is_complete`].
+    pub fn header(&self) -> &[u8; HEAD] {
+        &self.head
+    }
+}

@@ -1,0 +1,229 @@
+#![forbid(unsafe_code)]
+//! How the target gets its connections: a listener, ready-made sockets, and a lobby where strangers say who they are.
+
+use std::fs;
+use std::io;
+use std::net::{TcpListener, ToSocketAddrs};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use crate::error::Failure;
+use crate::net::Address;
+use crate::sys::event::PollSet;
+use crate::sys::socket::{Socket, set_backlog};
+use crate::wire::WireError;
+use crate::wire::hello::{HELLO_BYTES, Hello};
+
+/// Where connections come from.
+#[derive(Debug)]
+pub enum Listener {
+    /// A TCP port.
+    Tcp(TcpListener),
+    /// A Unix socket; its file goes with the listener.
+    Unix(UnixListener, SocketFile),
+    /// These, in any order: each says by its Hello what it is.
+    Ready(Vec<Socket>),
+}
+
+/// Removes a Unix socket's file when it is no longer listened on.
+#[derive(Debug)]
+pub struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+/// Connections that may wait to be accepted. More than any migration opens at once: a short queue answers with resets.
+const BACKLOG: i32 = 1024;
+
+impl Listener {
+    /// Listens.
+    ///
+    /// # Errors
+    /// [`Failure::Listen`], with the address and what the system said.
+    pub fn bind(address: &Address) -> Result<Listener, Failure> {
+        Self::try_bind(address).map_err(|e| Failure::Listen { address: address.to_string(), reason: e.into() })
+    }
+
+    fn try_bind(address: &Address) -> io::Result<Listener> {
+        let listener = match address {
+            Address::Tcp { host, port } => {
+                let found: Vec<_> = (host.as_str(), *port).to_socket_addrs()?.collect();
+                let listener = TcpListener::bind(&found[..])?;
+                listener.set_nonblocking(true)?;
+                Listener::Tcp(listener)
+            }
+            Address::Unix(path) => {
+                let listener = UnixListener::bind(path)?;
+                let file = SocketFile(path.clone());
+                listener.set_nonblocking(true)?;
+                Listener::Unix(listener, file)
+            }
+        };
+        if let Some(fd) = listener.fd() {
+            set_backlog(fd, BACKLOG)?;
+        }
+        Ok(listener)
+    }
+
+    /// Takes connections that are there already.
+    ///
+    /// # Errors
+    /// [`Failure::Config`] if one of them is no stream socket.
+    pub fn ready(fds: impl IntoIterator<Item = OwnedFd>) -> Result<Listener, Failure> {
+        let sockets = fds.into_iter().map(Socket::from_fd).collect::<io::Result<Vec<_>>>();
+        sockets.map(Listener::Ready).map_err(|e| Failure::Config(e.to_string()))
+    }
+
+    /// The address that is listened on, with the port that the system chose; `None` for ready-made connections.
+    pub fn address(&self) -> Option<Address> {
+        match self {
+            Listener::Tcp(listener) => {
+                let at = listener.local_addr().ok()?;
+                Some(Address::Tcp { host: at.ip().to_string(), port: at.port() })
+            }
+            Listener::Unix(_, file) => Some(Address::Unix(file.0.clone())),
+            Listener::Ready(_) => None,
+        }
+    }
+
+    /// What to wait for; `None` for ready-made connections.
+    pub fn fd(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Listener::Tcp(listener) => Some(listener.as_fd()),
+            Listener::Unix(listener, _) => Some(listener.as_fd()),
+            Listener::Ready(_) => None,
+        }
+    }
+
+    /// The next connection, if there is one.
+    ///
+    /// # Errors
+    /// What accept(2) says, apart from a connection that is gone again.
+    pub fn accept(&mut self) -> io::Result<Option<Socket>> {
+        let accepted = match self {
+            Listener::Tcp(listener) => listener.accept().map(|(stream, _)| OwnedFd::from(stream)),
+            Listener::Unix(listener, _) => listener.accept().map(|(stream, _)| OwnedFd::from(stream)),
+            Listener::Ready(sockets) => return Ok(sockets.pop()),
+        };
+        match accepted {
+            Ok(fd) => {
+                let socket = Socket::from_fd(fd)?;
+                socket.set_no_delay();
+                Ok(Some(socket))
+            }
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted) => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+}
+
+/// Connections that have not yet said who they are. Nobody waits for any of them, and there is room for a few only.
+#[derive(Debug, Default)]
+pub struct Lobby {
+    guests: Vec<Guest>,
+    turned_away: u64,
+}
+
+#[derive(Debug)]
+struct Guest {
+    socket: Socket,
+    hello: [u8; HELLO_BYTES],
+    got: usize,
+    until: Instant,
+}
+
+/// What became of a connection in the lobby.
+#[derive(Debug)]
+pub enum Greeting {
+    /// It said a good Hello.
+    Hello(Socket, Hello),
+    /// It said something else.
+    Stranger(WireError),
+    /// It said nothing in time, or left.
+    Silent,
+}
+
+/// Connections in the lobby at once: one of each channel's, and some strangers.
+const GUESTS_MAX: usize = 512;
+
+impl Lobby {
+    /// Lets a connection in; the one that has waited longest leaves if there is no room.
+    ///
+    /// # Errors
+    /// What fcntl(2) says.
+    pub fn enter(&mut self, socket: Socket, hello_timeout: Duration) -> io::Result<()> {
+        socket.set_nonblocking(true)?;
+        if self.guests.len() >= GUESTS_MAX {
+            self.guests.remove(0);
+            self.turned_away += 1;
+        }
+        let until = Instant::now() + hello_timeout;
+        self.guests.push(Guest { socket, hello: [0; HELLO_BYTES], got: 0, until });
+        Ok(())
+    }
+
+    /// Connections that were dropped without having said a good Hello.
+    pub fn turned_away(&self) -> u64 {
+        self.turned_away
+    }
+
+    /// Adds every guest to a poll set.
+    pub fn watch(&self, set: &mut PollSet) {
+        for guest in &self.guests {
+            set.watch(guest.socket.as_fd(), true, false);
+            set.until(guest.until);
+        }
+    }
+
+    /// Listens to everybody once, without waiting; gives those who are done.
+    pub fn listen(&mut self) -> Vec<Greeting> {
+        let mut done = Vec::new();
+        let now = Instant::now();
+        let mut index = 0;
+        while index < self.guests.len() {
+            match self.guests[index].hear(now) {
+                None => index += 1,
+                Some(heard) => {
+                    let guest = self.guests.remove(index);
+                    done.push(match heard {
+                        Heard::All(hello) => Greeting::Hello(guest.socket, hello),
+                        Heard::Nonsense(e) => Greeting::Stranger(e),
+                        Heard::Nothing => Greeting::Silent,
+                    });
+                }
+            }
+        }
+        self.turned_away += done.iter().filter(|g| !matches!(g, Greeting::Hello(..))).count() as u64;
+        done
+    }
+}
+
+enum Heard {
+    All(Hello),
+    Nonsense(WireError),
+    Nothing,
+}
+
+impl Guest {
+    fn hear(&mut self, now: Instant) -> Option<Heard> {
+        while self.got < HELLO_BYTES {
+            match self.socket.recv(&mut self.hello[self.got..]) {
+                Ok(0) => return Some(Heard::Nothing),
+                Ok(n) => self.got += n,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    return (now >= self.until).then_some(Heard::Nothing);
+                }
+                Err(_) => return Some(Heard::Nothing),
+            }
+        }
+        Some(match Hello::decode(&self.hello) {
+            Ok(hello) => Heard::All(hello),
+            Err(e) => Heard::Nonsense(e),
+        })
+    }
+}

@@ -1,0 +1,12 @@
+#![forbid(unsafe_code)]
+//! Connections: addresses, connecting, listening, and the control connection's frames in and out.
+
+mod address;
+mod connect;
+mod control;
+mod listen;
+
+pub use address::Address;
+pub use connect::{Connector, Endpoint, Fds, Opening, open};
+pub use control::Control;
+pub use listen::{Greeting, Listener, Lobby};

@@ -1,0 +1,521 @@
+#![forbid(unsafe_code)]
+//! Drives the source's session: does what its actions say, and tells it what happens.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_queue::SegQueue;
+
+use crate::bell::{Bell, Close};
+use crate::config::{CrewOptions, HEARTBEAT};
+use crate::digest::{BlockShape, DigestTable};
+use crate::dirty::DirtySource;
+use crate::error::{Failure, Outcome};
+use crate::gate::Gate;
+use crate::memory::Ram;
+use crate::net::{Control, Endpoint, Opening, open};
+use crate::poll::PollSleeper;
+use crate::precopy::Rate;
+use crate::progress::{Progress, Stage};
+use crate::scanner::{CHUNK_PAGES, Scanner};
+use crate::session::source::{FIRST_GENERATION, SourceAction, SourceEvent, SourceSession};
+use crate::source::lanes::Lanes;
+use crate::source::{Guest, Settings, Source, SourceReport};
+use crate::sys::random::random_16;
+use crate::units::{BlockId, ChannelId, Generation, SessionId, Verify};
+use crate::wire::control::{BlockInfo, LanePong, Setup, SourceFrame, TargetFrame};
+use crate::wire::crc::Crc32c;
+use crate::wire::hello::{HELLO_BYTES, Hello, HelloRole, Side};
+
+/// The session has ended: whoever sees it goes back to [`migrate`], and does nothing else.
+#[derive(Debug)]
+pub(super) struct Over;
+
+pub(super) struct Driver<'a> {
+    pub ram: Ram,
+    pub settings: Settings,
+    pub options: CrewOptions,
+    endpoint: Endpoint,
+    pub bell: Bell<PollSleeper>,
+    gate: Gate,
+    pub progress: Progress,
+    pub session: SourceSession,
+    pub id: SessionId,
+    control: Option<Control<SourceFrame, TargetFrame>>,
+    greeted: bool,
+    pub lanes: Option<Lanes>,
+    pub digests: Option<Arc<DigestTable>>,
+    pub dirty: &'a mut dyn DirtySource,
+    armed: bool,
+    pub scanner: Option<Scanner>,
+    outcome: Option<Outcome>,
+    pub remarks: Vec<String>,
+    pub flags: Flags,
+    /// Device state on its way from the VMM's thread.
+    pub state: Arc<SegQueue<Vec<u8>>>,
+    pub state_bytes: u64,
+    pub state_crc: Crc32c,
+    pub epoch_bytes: u64,
+    pub epoch_items: u64,
+    pub pushed_bytes: u64,
+    pub rate: Rate,
+    pings: u64,
+    ping_at: Instant,
+    pongs: Vec<LanePong>,
+    moved_bytes: u64,
+    moved_at: Instant,
+    phase_at: Instant,
+    mismatch: Option<(BlockId, Vec<u64>)>,
+    sum: Totals,
+}
+
+/// What actions asked for and the flow of [`migrate`] waits for.
+#[derive(Clone, Copy, Default, Debug)]
+pub(super) struct Flags {
+    pub start_rounds: bool,
+    pub pause: bool,
+    pub ask_commit: bool,
+}
+
+#[derive(Default)]
+struct Totals {
+    cpus: Vec<Option<usize>>,
+    control_bytes: u64,
+}
+
+pub(super) fn migrate(source: Source, dirty: &mut dyn DirtySource, guest: &mut dyn Guest) -> SourceReport {
+    let begun = Instant::now();
+    let Source { ram, settings, crew, endpoint, bell, gate, progress } = source;
+    let channels = settings.channels;
+    let mut driver = Driver {
+        session: SourceSession::new(channels),
+        id: SessionId([0; 16]),
+        control: None,
+        greeted: false,
+        lanes: None,
+        digests: None,
+        dirty,
+        armed: false,
+        scanner: None,
+        outcome: None,
+        remarks: Vec::new(),
+        flags: Flags::default(),
+        state: Arc::new(SegQueue::new()),
+        state_bytes: 0,
+        state_crc: Crc32c::new(),
+        epoch_bytes: 0,
+        epoch_items: 0,
+        pushed_bytes: 0,
+        rate: Rate::default(),
+        pings: 0,
+        ping_at: begun,
+        pongs: Vec::new(),
+        moved_bytes: 0,
+        moved_at: begun,
+        phase_at: begun,
+        mismatch: None,
+        sum: Totals::default(),
+        options: crew,
+        ram,
+        settings,
+        endpoint,
+        bell,
+        gate,
+        progress,
+    };
+    let mut paused_at = None;
+    let _: Result<(), Over> = driver.flow(guest, &mut paused_at);
+    driver.finish(guest, begun, paused_at)
+}
+
+impl Driver<'_> {
+    /// The whole way, from connecting to Running; it ends early wherever the session does.
+    fn flow(&mut self, guest: &mut dyn Guest, paused_at: &mut Option<Instant>) -> Result<(), Over> {
+        self.prepare(guest)?;
+        while !self.flags.start_rounds {
+            self.service(true)?;
+        }
+        self.arm()?;
+        self.progress.stage(Stage::Precopy);
+        self.precopy()?;
+        self.event(SourceEvent::SwitchOver)?;
+        debug_assert!(self.flags.pause);
+        *paused_at = Some(Instant::now());
+        self.progress.stage(Stage::Paused);
+        let paused = guest.pause();
+        self.excuse_silence();
+        if let Err(e) = paused {
+            // The guest runs: the hook's contract. There is nothing to resume.
+            *paused_at = None;
+            return self.fail(Failure::Hook { hook: "pause", reason: e.to_string() });
+        }
+        self.event(SourceEvent::GuestPaused)?;
+        self.ship_the_rest(guest)?;
+        let facts = self.facts()?;
+        self.progress.stage(Stage::HandOver);
+        self.event(SourceEvent::Drained(facts))?;
+        while !self.flags.ask_commit {
+            self.service(true)?;
+        }
+        // The one decision between a cancel and the hand-over.
+        let granted = self.gate.commit();
+        self.event(if granted { SourceEvent::CommitGranted } else { SourceEvent::CancelAsked })?;
+        loop {
+            self.service(true)?;
+        }
+    }
+
+    /// Connects, says Hello and Setup.
+    fn prepare(&mut self, guest: &mut dyn Guest) -> Result<(), Over> {
+        if self.gate.is_cancelled() {
+            return self.event(SourceEvent::CancelAsked);
+        }
+        let opaque = match guest.setup_bytes() {
+            Ok(opaque) => opaque,
+            Err(e) => return self.fail(Failure::Hook { hook: "setup_bytes", reason: e.to_string() }),
+        };
+        self.id = match random_16() {
+            Ok(id) => SessionId(id),
+            Err(e) => return self.fail(Failure::Config(format!("no random number for the session: {e}"))),
+        };
+        if self.settings.verify != Verify::Off {
+            let shapes: Vec<_> =
+                self.ram.blocks().iter().map(|b| BlockShape { pages: b.pages(), page_size: b.page_size() }).collect();
+            match DigestTable::new(self.id, &shapes) {
+                Ok(table) => self.digests = Some(Arc::new(table)),
+                Err(e) => return self.fail(Failure::Memory(format!("no memory for the page digests: {e}"))),
+            }
+        }
+        let socket = self.open(Opening::Control)?;
+        let mut control = match Control::new(socket) {
+            Ok(control) => control,
+            Err(e) => return self.fail(Failure::Control { doing: "setting it up", reason: e.into() }),
+        };
+        control.send_raw(&self.hello(HelloRole::Control).encode());
+        self.control = Some(control);
+        let blocks = self.ram.iter().map(|(id, b)| BlockInfo {
+            id,
+            name: b.name().to_owned(),
+            guest_address: b.guest_address(),
+            bytes: b.bytes(),
+            page_size: b.page_size(),
+            backing_page_bytes: b.backing_page_bytes(),
+        });
+        let setup = Setup {
+            verify: self.settings.verify,
+            channels: self.settings.channels,
+            features: 0,
+            state_bytes_max: 0,
+            blocks: blocks.collect(),
+            opaque,
+        };
+        self.event(SourceEvent::Connected(setup))
+    }
+
+    fn hello(&self, role: HelloRole) -> Hello {
+        let generation = FIRST_GENERATION;
+        Hello { role, side: Side::Source, generation, session: self.id, features: 0 }
+    }
+
+    fn open(&mut self, opening: Opening) -> Result<crate::sys::socket::Socket, Over> {
+        let deadline = Instant::now() + self.settings.timeouts.connect;
+        let gate = self.gate.clone();
+        match open(&mut self.endpoint, opening, &mut self.bell, deadline, &|| gate.is_cancelled()) {
+            Ok(Some(socket)) => Ok(socket),
+            Ok(None) => {
+                self.event(SourceEvent::CancelAsked)?;
+                Err(Over)
+            }
+            Err(why) => self.fail(why).map(|()| unreachable!("fail is over")),
+        }
+    }
+
+    /// Connects the data channels and starts their workers.
+    fn open_channels(&mut self) -> Result<(), Over> {
+        let mut sockets = Vec::new();
+        for channel in (0..self.settings.channels).map(ChannelId) {
+            let socket = self.open(Opening::Data { channel, generation: FIRST_GENERATION })?;
+            // A fresh socket's buffer takes 64 bytes at once: no need to wait for room.
+            let hello = self.hello(HelloRole::Data(channel)).encode();
+            let said = socket.send(&hello).and_then(|n| match n {
+                HELLO_BYTES => socket.set_nonblocking(false),
+                _ => Err(std::io::ErrorKind::WriteZero.into()),
+            });
+            if let Err(e) = said {
+                let reason = format!("saying Hello: {e}");
+                return self.event(SourceEvent::ChannelFailed { channel, generation: FIRST_GENERATION, reason });
+            }
+            sockets.push(socket);
+        }
+        let ringer = self.bell.ringer();
+        let lanes = Lanes::muster(
+            &self.ram,
+            &self.settings,
+            &self.options,
+            sockets,
+            self.digests.as_ref(),
+            &ringer,
+            &self.progress,
+        );
+        match lanes {
+            Ok(lanes) => self.lanes = Some(lanes),
+            Err(why) => return self.fail(why),
+        }
+        Ok(())
+    }
+
+    fn arm(&mut self) -> Result<(), Over> {
+        // Allocated before tracking begins: from then on, rounds allocate nothing.
+        self.scanner = Some(Scanner::new(&self.ram));
+        self.armed = true;
+        match self.dirty.arm(&self.ram) {
+            Ok(()) => Ok(()),
+            Err(e) => self.fail(Failure::Dirty(e.to_string())),
+        }
+    }
+
+    /// Tells the session what happened, and does what it says. `Err` when it has ended.
+    pub fn event(&mut self, event: SourceEvent) -> Result<(), Over> {
+        self.phase_at = Instant::now();
+        for action in self.session.on(event) {
+            self.act(action)?;
+        }
+        if self.outcome.is_some() { Err(Over) } else { Ok(()) }
+    }
+
+    /// Ends the migration for this reason.
+    pub fn fail(&mut self, why: Failure) -> Result<(), Over> {
+        self.event(SourceEvent::Failed(why))?;
+        debug_assert!(false, "a failure ends the session");
+        Err(Over)
+    }
+
+    fn act(&mut self, action: SourceAction) -> Result<(), Over> {
+        match action {
+            SourceAction::Send(frame) => {
+                let Some(control) = &mut self.control else { return Ok(()) };
+                if let Err(e) = control.send(&frame) {
+                    // Frames after the end are courtesy; any other is not.
+                    if !self.session.is_ended() {
+                        return self.fail(e.into_failure("sending on it"));
+                    }
+                }
+            }
+            SourceAction::OpenChannels => self.open_channels()?,
+            SourceAction::StartRounds => self.flags.start_rounds = true,
+            SourceAction::PushMark(mark) => {
+                // The caller has made sure of room: marks have slots of their own.
+                if !self.lanes.as_mut().is_some_and(|lanes| lanes.push_mark(mark)) {
+                    return self.fail(Failure::Worker("internal error: no room for a mark".to_owned()));
+                }
+            }
+            SourceAction::FreeJournal { channel, through } => {
+                if !self.lanes.as_mut().is_some_and(|lanes| lanes.free_journal(channel, through)) {
+                    let what = format!("epoch {through} of channel {channel} was applied before it was sent");
+                    return self.fail(Failure::Protocol(what));
+                }
+            }
+            SourceAction::PauseGuest => self.flags.pause = true,
+            SourceAction::AskCommit => self.flags.ask_commit = true,
+            SourceAction::End(outcome) => {
+                self.outcome = Some(outcome);
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks after everything that is not pages: frames, ended workers, cancel, time. Waits for any of it if `wait`.
+    pub fn service(&mut self, wait: bool) -> Result<(), Over> {
+        self.send_state()?;
+        let now = Instant::now();
+        if now >= self.ping_at {
+            self.ping_at = now + HEARTBEAT;
+            self.pings += 1;
+            let nonce = self.pings;
+            self.act(SourceAction::Send(SourceFrame::Ping { nonce }))?;
+            self.measure();
+        }
+        if wait {
+            let set = self.bell.sleeper().set();
+            set.clear();
+            set.until(self.ping_at);
+            if let Some(control) = &self.control {
+                set.watch(control.fd(), true, control.unsent_bytes() > 0);
+            }
+            self.bell.wait();
+        }
+        if self.gate.is_cancelled() && !self.session.is_committed() {
+            self.event(SourceEvent::CancelAsked)?;
+        }
+        self.receive()?;
+        while let Some((channel, reason)) = self.lanes.as_mut().and_then(Lanes::poll_end) {
+            let generation: Generation = FIRST_GENERATION;
+            self.event(SourceEvent::ChannelFailed { channel, generation, reason })?;
+        }
+        self.check_time()
+    }
+
+    fn receive(&mut self) -> Result<(), Over> {
+        let Some(control) = &mut self.control else { return Ok(()) };
+        if let Err(e) = control.flush() {
+            // What the target said before it left says more than a broken pipe.
+            self.remarks.push(format!("sending on the control connection: {e}"));
+        }
+        if !self.greeted {
+            match control.receive_hello() {
+                Ok(None) => return Ok(()),
+                Ok(Some(hello)) => {
+                    if hello.session != self.id || hello.side != Side::Target || hello.role != HelloRole::Control {
+                        return self.fail(Failure::Protocol("its Hello is for another connection".to_owned()));
+                    }
+                    self.greeted = true;
+                }
+                Err(e) => return self.fail(e.into_failure("waiting for the target's Hello")),
+            }
+        }
+        let Some(control) = &mut self.control else { return Ok(()) };
+        let mut frames = Vec::new();
+        let result = control.receive(&mut frames);
+        for frame in frames {
+            match &frame {
+                TargetFrame::Pong { lanes, .. } => {
+                    self.pongs.clone_from(lanes);
+                    continue;
+                }
+                TargetFrame::DigestMismatch { block, chunk_digests, .. } => {
+                    self.mismatch = Some((*block, chunk_digests.clone()));
+                }
+                _ => {}
+            }
+            self.event(SourceEvent::Frame(frame))?;
+        }
+        match result {
+            Ok(()) => Ok(()),
+            Err(e) => self.fail(e.into_failure("waiting for the target")),
+        }
+    }
+
+    /// Sends the device state that has been written so far, as fast as the control connection takes it.
+    fn send_state(&mut self) -> Result<(), Over> {
+        /// State that may wait in memory here beside what waits in the writer.
+        const UNSENT_BYTES_MAX: usize = 4 << 20;
+        while self.control.as_ref().is_some_and(|c| c.unsent_bytes() < UNSENT_BYTES_MAX) {
+            let Some(bytes) = self.state.pop() else { break };
+            self.state_crc.update(&bytes);
+            let offset = self.state_bytes;
+            self.state_bytes += bytes.len() as u64;
+            self.act(SourceAction::Send(SourceFrame::State { offset, bytes }))?;
+        }
+        Ok(())
+    }
+
+    fn check_time(&mut self) -> Result<(), Over> {
+        let now = Instant::now();
+        let timeouts = self.settings.timeouts;
+        if let Some(control) = &self.control {
+            let silent = now.saturating_duration_since(control.heard());
+            let (limit, waiting_for) = match self.session.waits_for_hook() {
+                _ if !self.greeted => (timeouts.hello, "the target's Hello"),
+                Some(hook) => (timeouts.hook, hook),
+                None => (timeouts.silence, "a sign of life of the target"),
+            };
+            if silent > limit {
+                return self.fail(Failure::Silent { waiting_for, ms: silent.as_millis() as u64 });
+            }
+        }
+        self.check_stall(now, timeouts.stall)
+    }
+
+    /// Only while data waits to move can it stall, and only the lane that others wait for is to blame: one that is at
+    /// the barrier makes no progress by design.
+    fn check_stall(&mut self, now: Instant, limit: Duration) -> Result<(), Over> {
+        let Some(lanes) = &self.lanes else { return Ok(()) };
+        let moved = self.progress.channels().wire_bytes + self.pongs.iter().map(|p| p.bytes).sum::<u64>();
+        if moved != self.moved_bytes || lanes.queued_bytes() == 0 {
+            self.moved_bytes = moved;
+            self.moved_at = now;
+        }
+        let still = now.saturating_duration_since(self.moved_at);
+        if still > limit {
+            let behind = self.pongs.iter().filter(|p| !p.at_barrier).min_by_key(|p| (p.rounds_passed, p.bytes));
+            let channel = behind.map_or(ChannelId(0), |p| p.channel);
+            return self.fail(Failure::Stalled { channel, ms: still.as_millis() as u64 });
+        }
+        Ok(())
+    }
+
+    /// Counts time that this thread spent in a hook of the VMM as if the target had been heard.
+    pub fn excuse_silence(&mut self) {
+        if let Some(control) = &mut self.control {
+            control.excuse_silence();
+        }
+    }
+
+    /// Everything that remains to be done however it ended.
+    fn finish(mut self, guest: &mut dyn Guest, begun: Instant, paused_at: Option<Instant>) -> SourceReport {
+        let mut outcome = self.outcome.take().unwrap_or_else(|| {
+            Outcome::Failed(Failure::Worker("internal error: the migration ended without an outcome".to_owned()))
+        });
+        self.name_chunks(&mut outcome);
+        let ours = matches!(outcome, Outcome::Failed(_) | Outcome::Cancelled);
+        if let Some(lanes) = self.lanes.take() {
+            let how = if outcome == Outcome::Completed { Close::Drain } else { Close::Abort };
+            // Runs that were not applied are among what is given back below: a failed attempt starts over.
+            self.sum.cpus = lanes.end(how, |_| {});
+        }
+        // The guest first: it stands still.
+        if let (true, Some(_)) = (ours, paused_at) {
+            if let Err(e) = guest.resume() {
+                self.remarks.push(format!("the VMM's resume hook failed: {e}"));
+            }
+        }
+        let downtime = paused_at.map_or(Duration::ZERO, |at| at.elapsed());
+        if let Some(control) = &mut self.control {
+            let _ = control.flush();
+            self.sum.control_bytes = control.wire_bytes();
+        }
+        self.control = None;
+        if self.armed {
+            if ours {
+                if let Some(Err(e)) = self.scanner.as_mut().map(|s| s.give_back(self.dirty)) {
+                    self.remarks.push(format!("dirty bits could not be given back: {e}"));
+                }
+            }
+            self.dirty.disarm();
+        }
+        self.progress.stage(Stage::Ended);
+        let counts = self.progress.channels();
+        SourceReport {
+            verified: outcome == Outcome::Completed && self.settings.verify != Verify::Off,
+            outcome,
+            verify: self.settings.verify,
+            ram_bytes: self.ram.bytes(),
+            payload_bytes: counts.payload_bytes,
+            wire_bytes: counts.wire_bytes + self.sum.control_bytes,
+            zero_bytes: counts.zero_bytes,
+            untouched_bytes: self.scanner.as_ref().map_or(0, Scanner::untouched_bytes),
+            state_bytes: self.state_bytes,
+            rounds: self.session.round().0,
+            channels: self.settings.channels,
+            total: begun.elapsed(),
+            downtime,
+            send_syscalls: counts.syscalls,
+            cpus: self.sum.cpus,
+            remarks: self.remarks,
+        }
+    }
+
+    /// Names the chunks of a mismatch: the target has sent its digests of the block, and ours are here.
+    fn name_chunks(&self, outcome: &mut Outcome) {
+        if let (Outcome::Failed(Failure::Digest { chunks, .. }), Some((block, peer)), Some(table)) =
+            (outcome, &self.mismatch, &self.digests)
+        {
+            *chunks = table.differing_chunks(*block, peer).map(|c| c as u32).collect();
+        }
+    }
+}
+
+/// Pages of a run at the most, so that it fits one batch.
+pub(super) fn run_pages_max(settings: &Settings, page_bytes: u64) -> u32 {
+    (settings.batch_bytes as u64 / page_bytes).clamp(1, CHUNK_PAGES) as u32
+}

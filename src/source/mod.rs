@@ -1,0 +1,308 @@
+#![forbid(unsafe_code)]
+//! The source of a migration: what a VMM calls to send its guest away.
+
+mod driver;
+mod lanes;
+mod rounds;
+mod state;
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::bell::Bell;
+use crate::cancel::CancelHandle;
+use crate::config::{CrewOptions, Pin, Timeouts};
+use crate::crew::{Spawn, StartHook};
+use crate::dirty::DirtySource;
+use crate::error::{Failure, Outcome};
+use crate::gate::Gate;
+use crate::memory::Ram;
+use crate::net::{Address, Connector, Endpoint};
+use crate::poll::PollSleeper;
+use crate::precopy::Limits;
+use crate::progress::Progress;
+use crate::units::Verify;
+
+pub use state::StateWriter;
+
+/// What a hook of the VMM says went wrong.
+pub type HookError = Box<dyn std::error::Error + Send + Sync>;
+
+/// The guest, as the source needs it. All hooks run on the thread that called [`Source::migrate`].
+pub trait Guest {
+    /// What the VMM at the target must know before it can take the machine. At most 512 KiB.
+    ///
+    /// # Errors
+    /// The migration fails with it.
+    fn setup_bytes(&mut self) -> Result<Vec<u8>, HookError> {
+        Ok(Vec::new())
+    }
+
+    /// Stops all vCPUs and all DMA. When it returns, nobody writes guest RAM but [`Guest::save_state`].
+    ///
+    /// # Errors
+    /// The guest must be running again; the migration fails.
+    fn pause(&mut self) -> Result<(), HookError>;
+
+    /// Lets the guest run on here, after a failed or cancelled migration.
+    ///
+    /// # Errors
+    /// Reported; there is nothing else that the library could do.
+    fn resume(&mut self) -> Result<(), HookError>;
+
+    /// Writes the device state, of any size. It travels as it is written, and RAM travels meanwhile; guest RAM that it
+    /// writes is harvested once more when it returns.
+    ///
+    /// # Errors
+    /// The guest is resumed here; the migration fails.
+    fn save_state(&mut self, out: &mut StateWriter) -> Result<(), HookError>;
+}
+
+/// How a migration ended, and what it took.
+#[derive(Clone, PartialEq, Debug)]
+#[must_use = "the outcome says which side owns the guest"]
+pub struct SourceReport {
+    /// Who owns the guest, and why.
+    pub outcome: Outcome,
+    /// Which digests guarded it.
+    pub verify: Verify,
+    /// Whether the digests agreed before the hand-over.
+    pub verified: bool,
+    /// Bytes of guest RAM.
+    pub ram_bytes: u64,
+    /// Bytes of guest pages that travelled.
+    pub payload_bytes: u64,
+    /// Bytes that travelled, over all connections.
+    pub wire_bytes: u64,
+    /// Bytes of guest pages that were zero, and travelled as table entries.
+    pub zero_bytes: u64,
+    /// Bytes that nobody had ever touched.
+    pub untouched_bytes: u64,
+    /// Bytes of device state.
+    pub state_bytes: u64,
+    /// Rounds, those after the pause included.
+    pub rounds: u32,
+    /// Data channels.
+    pub channels: u8,
+    /// From the call to the end.
+    pub total: Duration,
+    /// From the call of [`Guest::pause`] until the target said that the guest runs, or until it was resumed here; zero
+    /// if it was never paused.
+    pub downtime: Duration,
+    /// System calls of the send workers.
+    pub send_syscalls: u64,
+    /// The CPU each worker was pinned to.
+    pub cpus: Vec<Option<usize>>,
+    /// A failure that did not decide the outcome: a hook that failed while cleaning up, a harvest that counted as all
+    /// dirty.
+    pub remarks: Vec<String>,
+}
+
+/// Everything that can be set about a source.
+#[derive(Debug)]
+pub struct SourceBuilder {
+    ram: Ram,
+    settings: Settings,
+    crew: CrewOptions,
+}
+
+/// What the driver goes by.
+#[derive(Clone, Debug)]
+pub(crate) struct Settings {
+    pub channels: u8,
+    pub verify: Verify,
+    pub zero_test: bool,
+    pub limits: Limits,
+    pub timeouts: Timeouts,
+    pub batch_bytes: usize,
+    pub queue_bytes: u64,
+    pub epoch_bytes: u64,
+}
+
+/// Bytes of one run at the most, and of one batch: what a worker hashes and tests for zeros is still in the second-level
+/// cache when the kernel copies it, and scattered 4 KiB pages go 256 to a call.
+const BATCH_BYTES: usize = 1 << 20;
+/// Bytes that may be queued in one ring: bounds imbalance, staleness, and the last round.
+const QUEUE_BYTES: u64 = 8 << 20;
+/// Bytes after which an epoch is closed: bounds what is sent again when a channel dies, and how late a journal is freed.
+const EPOCH_BYTES: u64 = 128 << 20;
+/// Channels, at the most: a channel's number is one byte, and 255 is kept free.
+const CHANNELS_MAX: usize = 255;
+
+impl SourceBuilder {
+    /// Data channels, 1 to 255; 2 unless told otherwise. Each is a connection, a thread and a ring.
+    pub fn channels(mut self, channels: u8) -> Self {
+        self.settings.channels = channels;
+        self
+    }
+
+    /// Pins the workers to these CPUs, by best effort.
+    pub fn cpus(self, cpus: impl IntoIterator<Item = usize>) -> Self {
+        let cpus: Vec<_> = cpus.into_iter().collect();
+        self.pin(if cpus.is_empty() { Pin::Off } else { Pin::BestEffort(cpus) })
+    }
+
+    /// Where the workers run.
+    pub fn pin(mut self, pin: Pin) -> Self {
+        self.crew.pin = pin;
+        self
+    }
+
+    /// Creates the workers' threads in the VMM's own way.
+    pub fn spawn(mut self, spawn: Arc<dyn Spawn>) -> Self {
+        self.crew.spawn = spawn;
+        self
+    }
+
+    /// Runs first on every worker's thread, after it was pinned: a seccomp filter, say.
+    pub fn start_hook(mut self, hook: Arc<StartHook>) -> Self {
+        self.crew.hook = Some(hook);
+        self
+    }
+
+    /// Which digests guard the migration; [`Verify::Wire`] unless told otherwise.
+    pub fn verify(mut self, verify: Verify) -> Self {
+        self.settings.verify = verify;
+        self
+    }
+
+    /// Whether pages are tested for zeros before they are sent; they are unless told otherwise.
+    pub fn zero_test(mut self, zero_test: bool) -> Self {
+        self.settings.zero_test = zero_test;
+        self
+    }
+
+    /// The longest the guest may stand still; 300 ms unless told otherwise.
+    pub fn downtime_limit(mut self, limit: Duration) -> Self {
+        self.settings.limits.downtime_limit = limit;
+        self
+    }
+
+    /// Rounds after which a guest that outruns the link is given up on; 64 unless told otherwise.
+    pub fn rounds_max(mut self, rounds: u32) -> Self {
+        self.settings.limits.rounds_max = rounds;
+        self
+    }
+
+    /// How long to wait for what.
+    pub fn timeouts(mut self, timeouts: Timeouts) -> Self {
+        self.settings.timeouts = timeouts;
+        self
+    }
+
+    /// A source that will connect to this address: `host:port` or `unix:PATH`. Nothing is connected yet.
+    ///
+    /// # Errors
+    /// [`Failure::Config`] for an address or a setting that makes no sense.
+    pub fn connect(self, address: &str) -> Result<Source, Failure> {
+        let address: Address = address.parse()?;
+        self.build(Endpoint::Address(address))
+    }
+
+    /// As [`SourceBuilder::connect`], to a Unix socket.
+    ///
+    /// # Errors
+    /// [`Failure::Config`] for a setting that makes no sense.
+    pub fn connect_unix(self, path: impl Into<PathBuf>) -> Result<Source, Failure> {
+        self.build(Endpoint::Address(Address::Unix(path.into())))
+    }
+
+    /// A source that asks for its connections: [`crate::net::Fds`] hands out ready-made ones.
+    ///
+    /// # Errors
+    /// [`Failure::Config`] for a setting that makes no sense.
+    pub fn connector(self, connector: impl Connector + 'static) -> Result<Source, Failure> {
+        self.build(Endpoint::Connector(Box::new(connector)))
+    }
+
+    fn build(self, endpoint: Endpoint) -> Result<Source, Failure> {
+        let channels = usize::from(self.settings.channels);
+        if channels == 0 || channels > CHANNELS_MAX {
+            return Err(Failure::Config(format!("{channels} channels are not possible; 1 to {CHANNELS_MAX} are")));
+        }
+        let bell = PollSleeper::bell()
+            .map_err(|e| Failure::Config(format!("no eventfd for the source's bell: {e}")))?;
+        let progress = Progress::new(channels);
+        progress.set(|c| &c.ram_bytes, self.ram.bytes());
+        let SourceBuilder { ram, settings, crew } = self;
+        Ok(Source { ram, settings, crew, endpoint, bell, gate: Gate::new(), progress })
+    }
+}
+
+/// One migration, ready to go. A second attempt is a second source over the same [`Ram`].
+///
+/// # When not to use it
+/// For memory that another process writes without this one's dirty source learning of it.
+///
+/// ```no_run
+/// use std::time::Duration;
+/// use pageferry::dirty::bitmap::DirtyBitmap;
+/// use pageferry::{Guest, Outcome, Ram, Source};
+/// # fn send_away(ram: Ram, mut guest: impl Guest) -> Result<(), pageferry::Failure> {
+/// let mut dirty = DirtyBitmap::for_ram(&ram);
+/// let source = Source::builder(ram)
+///     .channels(4)
+///     .downtime_limit(Duration::from_millis(50))
+///     .connect("10.0.0.2:4444")?;
+/// let cancel = source.cancel_handle(); // for another thread
+/// let report = source.migrate(&mut dirty, &mut guest);
+/// match report.outcome {
+///     Outcome::Completed => println!("gone; the guest stood still for {:?}", report.downtime),
+///     other => println!("{other}"),
+/// }
+/// # Ok(())
+/// # }
+/// ```
+pub struct Source {
+    ram: Ram,
+    settings: Settings,
+    crew: CrewOptions,
+    endpoint: Endpoint,
+    bell: Bell<PollSleeper>,
+    gate: Gate,
+    progress: Progress,
+}
+
+impl fmt::Debug for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Source").field("to", &self.endpoint).field("settings", &self.settings).finish_non_exhaustive()
+    }
+}
+
+impl Source {
+    /// Begins to describe a migration of this memory.
+    pub fn builder(ram: Ram) -> SourceBuilder {
+        let settings = Settings {
+            channels: 2,
+            verify: Verify::default(),
+            zero_test: true,
+            limits: Limits::default(),
+            timeouts: Timeouts::default(),
+            batch_bytes: BATCH_BYTES,
+            queue_bytes: QUEUE_BYTES,
+            epoch_bytes: EPOCH_BYTES,
+        };
+        SourceBuilder { ram, settings, crew: CrewOptions::default() }
+    }
+
+    /// Cancels this migration, from any thread.
+    pub fn cancel_handle(&self) -> CancelHandle {
+        CancelHandle { gate: self.gate.clone(), controller: self.bell.ringer() }
+    }
+
+    /// Shows this migration, to any thread.
+    pub fn progress(&self) -> Progress {
+        self.progress.clone()
+    }
+
+    /// Ships the guest. Comes back when it runs at the target, or when it is known that it will not, or when that cannot
+    /// be known; the report says which. Unless it completed or is uncertain, the guest runs on here, and `dirty` has
+    /// back everything that was taken from it.
+    ///
+    /// Every thread that it started has been joined when it returns.
+    pub fn migrate(self, dirty: &mut dyn DirtySource, guest: &mut dyn Guest) -> SourceReport {
+        driver::migrate(self, dirty, guest)
+    }
+}
