@@ -25,13 +25,9 @@ pub struct LaneWord(u64);
 impl LaneWord {
     const RETIRED: u64 = 1 << 63;
 
-    /// The word of a lane of the set.
-    ///
-    /// # Panics
-    /// If the count needs the top bit.
+    /// The word of a lane of the set. Counts end at 2^63 - 1: one that a peer made up must not reach the retired bit.
     pub const fn counting(count: u64) -> LaneWord {
-        assert!(count & LaneWord::RETIRED == 0, "a count of marks fits in 63 bits");
-        LaneWord(count)
+        LaneWord(if count < LaneWord::RETIRED { count } else { LaneWord::RETIRED - 1 })
     }
 
     /// The same count, out of the set.
@@ -119,20 +115,19 @@ impl Barrier {
 
     /// Says that `lane` has landed everything up to the end of `epoch`. Cumulative, as [`Barrier::pass`].
     pub fn flush(&self, lane: usize, epoch: Epoch) {
-        let word = LaneWord::counting(epoch.0 + 1);
+        let word = LaneWord::counting(epoch.0.saturating_add(1));
         // Release: publishes the pages of that epoch. Pairs with the Acquire in `words`.
         self.lanes[lane].flushed.fetch_max(word.0, release("barrier/flush"));
     }
 
     /// Whether every lane of the set has passed `round`. Then everything they landed in it is seen by the caller.
     pub fn may_go(&self, round: Round) -> bool {
-        u64::from(self.all_passed()) > u64::from(round.0)
+        self.all_passed() > u64::from(round.0)
     }
 
     /// The number of rounds that every lane of the set has passed; 0 if the set is empty.
-    pub fn all_passed(&self) -> u32 {
-        let rounds = min_over_set(self.words(|lane| &lane.passed, acquire("barrier/read-passed"))).unwrap_or(0);
-        u32::try_from(rounds).expect("`pass` counts no more than u32::MAX + 1 rounds, and rounds end long before")
+    pub fn all_passed(&self) -> u64 {
+        min_over_set(self.words(|lane| &lane.passed, acquire("barrier/read-passed"))).unwrap_or(0)
     }
 
     /// The number of epochs that every lane of the set has flushed; 0 if the set is empty.
@@ -163,10 +158,10 @@ impl Barrier {
     ///
     /// Do it before the source is told that the lane has joined: only then does the round trip keep the other lanes from
     /// going on without it.
-    pub fn join(&self, lane: usize, passed: u32, flushed: u64) {
+    pub fn join(&self, lane: usize, passed: u64, flushed: u64) {
         // Release: publishes what the caller has seen landed, which the new counts vouch for. Pairs with the Acquire in
         // `words`.
-        self.lanes[lane].passed.swap(LaneWord::counting(passed.into()).0, release("barrier/join-passed"));
+        self.lanes[lane].passed.swap(LaneWord::counting(passed).0, release("barrier/join-passed"));
         self.lanes[lane].flushed.swap(LaneWord::counting(flushed).0, release("barrier/join-flushed"));
     }
 
@@ -257,5 +252,23 @@ mod tests {
         assert_eq!((barrier.all_passed(), barrier.all_flushed()), (2, 1));
         barrier.pass(1, Round(2));
         assert!(barrier.may_go(Round(2)));
+    }
+
+    #[test]
+    fn an_abort_ends_the_wait_for_a_lane_that_never_comes_and_the_mark_stays() {
+        let barrier = Barrier::new(2);
+        let mut bell = Bell::here();
+        bell.ringer().close(crate::bell::Close::Abort);
+        assert_eq!(barrier.wait_for_all(0, Round(0), &mut bell, &[]), Wake::Abort);
+        assert_eq!(barrier.passed(0), LaneWord::counting(1));
+    }
+
+    #[test]
+    fn a_count_that_a_peer_made_up_retires_nobody() {
+        let barrier = Barrier::new(1);
+        barrier.flush(0, Epoch(u64::MAX));
+        assert_eq!((barrier.flushed(0).is_retired(), barrier.all_flushed()), (false, u64::MAX / 2));
+        barrier.pass(0, Round(u32::MAX));
+        assert!(barrier.may_go(Round(u32::MAX)));
     }
 }

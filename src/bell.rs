@@ -82,7 +82,7 @@ pub enum Slept {
 /// How the owner of a [`Bell`] blocks.
 ///
 /// `sleep` returns at the latest after a [`Waker::wake`] that happened since the last `sleep` returned, or that happens
-/// during it. It may return without cause.
+/// during it; and what the waker's thread did before the wake is seen after it. It may return without cause.
 pub trait Sleeper {
     /// What ends a sleep, from any thread.
     type Waker: Waker + Clone;

@@ -1,6 +1,9 @@
 //! Models of the barrier: pages are cells, so loom reports two lanes that write one page without the barrier between.
-// UNSAFETY: shares loom's checked cell between threads, which is what the models are about. No cell is dereferenced.
+//!
+//! Exhaustive, each within a second, if LOOM_MAX_PREEMPTIONS is unset; but `two_lanes_that_meet_both_go_on_and_swap_a_page`
+//! is bounded: give it three.
 #![cfg(loom)]
+// UNSAFETY: shares loom's checked cell between threads, which is what the models are about. No cell is dereferenced.
 #![expect(unsafe_code)]
 
 use loom::cell::UnsafeCell;

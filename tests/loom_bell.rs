@@ -1,7 +1,8 @@
 //! Models of the bell and a ring together: no wake-up is lost, and what was pushed before a ring is popped after it.
 //!
-//! Each loom run tries one return of the sleeper without cause. Exhaustive without LOOM_MAX_PREEMPTIONS:
-//! `an_item_pushed_before_a_drain_is_popped`. The others are meant for a bound of three.
+//! Loom also has the sleeper return once without cause. Exhaustive within seconds if LOOM_MAX_PREEMPTIONS is unset:
+//! `an_item_pushed_before_a_drain_is_popped`, `every_ring_ends_a_wait` and
+//! `a_ring_of_a_third_thread_does_not_hide_what_the_closer_wrote`. The others are bounded: give them three.
 #![cfg(loom)]
 
 use loom::thread;

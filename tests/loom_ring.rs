@@ -1,7 +1,6 @@
 //! Models of the ring, with real slots: loom reports a slot that two threads touch at once, and every stale read.
 //!
-//! `one_item_crosses` and `items_of_a_full_ring_cross_in_order` are exhaustive without LOOM_MAX_PREEMPTIONS; the others
-//! too, within a minute. With the bound of three that the test command sets, all are bounded.
+//! Exhaustive, each within a second, if LOOM_MAX_PREEMPTIONS is unset. The test command sets three.
 #![cfg(loom)]
 
 use loom::thread;
