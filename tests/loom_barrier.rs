@@ -2,8 +2,9 @@
 //!
 //! Exhaustive, each within a second, if LOOM_MAX_PREEMPTIONS is unset; but `two_lanes_that_meet_both_go_on_and_swap_a_page`
 //! is bounded: give it three.
+//!
+//! UNSAFETY: shares loom's checked cell between threads, which is what the models are about. No cell is dereferenced.
 #![cfg(loom)]
-// UNSAFETY: shares loom's checked cell between threads, which is what the models are about. No cell is dereferenced.
 #![expect(unsafe_code)]
 
 use loom::cell::UnsafeCell;
