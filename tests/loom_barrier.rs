@@ -3,7 +3,7 @@
 //! Exhaustive, each within a second, if LOOM_MAX_PREEMPTIONS is unset; but `two_lanes_that_meet_both_go_on_and_swap_a_page`
 //! is bounded: give it three.
 //!
-//! UNSAFETY: shares loom's checked cell between threads, which is what the models are about. No cell is dereferenced.
+//! The one unsafe impl shares loom's checked cell between threads: that is what the models are about. No cell is dereferenced.
 #![cfg(loom)]
 #![expect(unsafe_code)]
 
