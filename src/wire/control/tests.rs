@@ -30,7 +30,7 @@ fn decoded<F: Frame>(bytes: &[u8]) -> Result<Option<F>, WireError> {
 }
 
 /// The bytes of a frame with some of its body changed and the checksum made right again.
-fn with(frame: &SourceFrame, at: usize, new: &[u8]) -> Vec<u8> {
+fn with<F: Frame>(frame: &F, at: usize, new: &[u8]) -> Vec<u8> {
     let mut bytes = encoded(frame).unwrap();
     bytes[FRAME_HEADER_BYTES + at..][..new.len()].copy_from_slice(new);
     let crc = crc_around(&bytes[..CRC_AT], &bytes[FRAME_HEADER_BYTES..]);
@@ -121,7 +121,7 @@ fn a_refused_frame_leaves_no_trace_in_the_stream() {
 }
 
 #[test]
-fn blocks_that_make_no_sense_are_refused_by_the_encoder() {
+fn a_setup_that_makes_no_sense_is_refused_by_the_encoder() {
     let (id, bytes, page_size) = (BlockId(1), 1 << 20, PageSize::SIZE_4K);
     let backing = |backing_page_bytes| WireError::BackingPage { block: id, backing_page_bytes, page_size };
     let length = |bytes| WireError::BlockLength { block: id, bytes, page_size };
@@ -142,6 +142,9 @@ fn blocks_that_make_no_sense_are_refused_by_the_encoder() {
     ] {
         assert_eq!(encoded(&SourceFrame::Setup(setup(vec![block(0), bad]))), Err(error));
     }
+    let too_much = Setup { opaque: vec![0; SETUP_OPAQUE_BYTES_MAX + 1], ..setup(Vec::new()) };
+    let error = WireError::TooLarge { field: "length of the VMM's part of Setup", value: 524_289, limit: 524_288 };
+    assert_eq!(encoded(&SourceFrame::Setup(too_much)), Err(error));
     let at_the_end = BlockInfo { guest_address: u64::MAX - (1 << 20) + 1, ..block(0) };
     assert!(encoded(&SourceFrame::Setup(setup(vec![at_the_end]))).is_ok());
 }
@@ -241,12 +244,16 @@ fn the_largest_of_everything_fits_in_a_frame_and_comes_back() {
 }
 
 #[test]
-fn a_pong_that_names_a_lane_twice_is_refused() {
+fn a_pong_that_names_a_lane_twice_is_refused_both_ways() {
     let lane =
         LanePong { channel: ChannelId(9), generation: Generation(1), rounds_passed: 0, at_barrier: false, bytes: 0 };
     let later = LanePong { generation: Generation(2), ..lane };
     let error = WireError::LaneTwice { channel: ChannelId(9) };
     assert_eq!(encoded(&TargetFrame::Pong { nonce: 0, lanes: vec![lane, later] }), Err(error));
+    let other = LanePong { channel: ChannelId(8), ..lane };
+    let good = TargetFrame::Pong { nonce: 0, lanes: vec![lane, other] };
+    let second_channel_at = 8 + 1 + 18;
+    assert_eq!(decoded::<TargetFrame>(&with(&good, second_channel_at, &[9])), Err(error));
 }
 
 #[test]

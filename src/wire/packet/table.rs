@@ -132,7 +132,6 @@ pub fn validate_table(
         if pages == 0 {
             return Err(WireError::EmptyRun { index });
         }
-        // The end first: once it is known to lie in the block, no sum below can overflow, for the runs are disjoint.
         let end = first.checked_add(pages.into()).filter(|&end| end <= block_pages);
         let Some(end) = end else {
             return Err(WireError::RunOutOfBlock { index, block: header.block, first, pages, block_pages });
@@ -146,8 +145,8 @@ pub fn validate_table(
             RunKind::Zero => sum.zero_pages += u64::from(pages),
         }
     }
-    // A block of more than 2^64 bytes does not exist, but its page count may be claimed: hence the checked product.
-    if sum.data_pages.checked_mul(page_size.bytes()) == Some(header.payload_bytes) {
+    // At most 1024 runs of 2^32 pages of 2^16 bytes: neither the sums nor this product come near 64 bits.
+    if sum.data_pages * page_size.bytes() == header.payload_bytes {
         Ok(sum)
     } else {
         let payload_bytes = header.payload_bytes;
@@ -241,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn sums_near_the_end_of_64_bits_do_not_wrap() {
+    fn the_longest_runs_at_the_end_of_64_bits_are_summed_without_wrapping() {
         let last = u64::MAX - u64::from(u32::MAX);
         let runs = [zero(0, u32::MAX), data(last, u32::MAX)];
         let error = judge_in(u64::MAX, 1, &runs).unwrap_err();
