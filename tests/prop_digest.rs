@@ -302,7 +302,9 @@ fn threads_that_race_for_the_same_pages_leave_a_true_digest() {
 
 #[test]
 fn a_table_too_large_is_an_error_and_no_abort() {
-    for pages in [u64::MAX, u64::MAX / 8, 1 << 55] {
+    // Miri ends where real memory would run out; the first two are refused before anybody asks for memory.
+    let sizes = [u64::MAX, u64::MAX / 8, 1 << 55];
+    for pages in sizes.into_iter().take(if cfg!(miri) { 2 } else { 3 }) {
         let shape = BlockShape { pages, page_size: PageSize::SIZE_4K };
         assert!(DigestTable::new(SESSION, &[shape]).is_err(), "{pages} pages");
     }
