@@ -22,7 +22,7 @@ fn table(pages: u64) -> DigestTable {
 fn race(pages: u64, lanes: &'static [(u32, &'static [(u64, u64)])]) {
     loom::model(move || {
         let raced = Arc::new(table(pages));
-        let record = |table: &DigestTable, &(round, ref sent): &(u32, &[(u64, u64)])| {
+        let record = |table: &DigestTable, &(round, sent): &(u32, &[(u64, u64)])| {
             let mut recorder = table.recorder(RAM, Round(round));
             sent.iter().for_each(|&(page, hash)| recorder.page(page, hash));
         };
