@@ -1,7 +1,9 @@
 //! RAM blocks: bounds, geometry, and making memory read as zeros.
-#![cfg(not(loom))]
+
 // UNSAFETY: maps and touches RAM through raw pointers, as a VMM does.
 #![expect(unsafe_code)]
+#![expect(clippy::unnecessary_safety_comment, reason = "takes the UNSAFETY line of a crate root for one")]
+#![cfg(not(loom))]
 
 use pageferry::memory::{
     BLOCKS_MAX, Backing, Initial, MadeZero, MemoryError, Presence, PresenceMap, Ram, RamBlock, RawRange,

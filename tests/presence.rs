@@ -1,7 +1,9 @@
 //! The presence map against per-page truth: what was touched exists, and asking creates nothing.
-#![cfg(not(loom))]
+
 // UNSAFETY: touches RAM through raw pointers, as a guest does.
 #![expect(unsafe_code)]
+#![expect(clippy::unnecessary_safety_comment, reason = "takes the UNSAFETY line of a crate root for one")]
+#![cfg(not(loom))]
 
 use pageferry::memory::{Backing, Presence, PresenceMap, Ram, RamBlock};
 use pageferry::units::{BlockId, PageSize};

@@ -1,7 +1,9 @@
 //! Write protection against the real kernel: what it reports, compared with what was written, page by page.
-#![cfg(not(loom))]
+
 // UNSAFETY: plays the guest: writes to RAM through raw pointers.
 #![expect(unsafe_code)]
+#![expect(clippy::unnecessary_safety_comment, reason = "takes the UNSAFETY line of a crate root for one")]
+#![cfg(not(loom))]
 
 use pageferry::dirty::runs::count;
 use pageferry::dirty::write_protect::WriteProtect;

@@ -9,6 +9,7 @@ use crate::sys::pagemap::{self, PRESENT, PageRegion, Query, SWAPPED};
 use crate::units::BlockId;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 /// Answers, during one migration, which pages of its RAM exist. Opens what it needs once.
@@ -57,6 +58,10 @@ enum How {
     Shared {
         file: OwnedFd,
         offset: u64,
+        /// The stretch of data met last. The kernel finds a stretch's end page by page, and a stretch may be as long as
+        /// the block: asking anew in every chunk would take a time that grows with the square of it (measured: 300 ms
+        /// instead of 12 for 1 GiB of data in chunks of 16 MiB). It can only err by counting a page as existing.
+        data: Range<u64>,
     },
     /// Nobody can be asked: every page counts as existing.
     All,
@@ -104,7 +109,7 @@ impl PresenceMap {
     /// What the kernel answered. The bits that are set still are the pages that exist or may exist: an error may be
     /// reported and then forgotten.
     pub fn keep_present(&mut self, block: BlockId, first_page: u64, words: &mut [u64]) -> io::Result<()> {
-        let asked = self.blocks.get(usize::from(block.0)).ok_or(io::ErrorKind::InvalidInput)?;
+        let asked = self.blocks.get_mut(usize::from(block.0)).ok_or(io::ErrorKind::InvalidInput)?;
         if first_page % 64 != 0 || first_page >= asked.pages {
             return Err(io::ErrorKind::InvalidInput.into());
         }
@@ -114,7 +119,7 @@ impl PresenceMap {
         clear_range(words, pages, past);
         let shift = asked.shift;
         let mut gaps = Gaps { words, end: 0 };
-        match &asked.how {
+        match &mut asked.how {
             How::All => return Ok(()),
             How::Anonymous => {
                 let start = asked.address + (first_page << shift);
@@ -122,16 +127,19 @@ impl PresenceMap {
                     gaps.exists((from - start) >> shift, (to - start).div_ceil(1 << shift));
                 })?;
             }
-            How::Shared { file, offset } => {
-                let start = offset + (first_page << shift);
+            How::Shared { file, offset, data } => {
+                let start = *offset + (first_page << shift);
                 let end = start + (pages << shift);
                 let mut at = start;
                 while at < end {
-                    let Some(data) = seek_data(file.as_fd(), at)?.filter(|&data| data < end) else { break };
-                    // The clamp: somebody may punch this very hole between the two calls.
-                    let hole = seek_hole(file.as_fd(), data)?.clamp(data + 1, end);
-                    gaps.exists((data - start) >> shift, (hole - start).div_ceil(1 << shift));
-                    at = hole;
+                    if !data.contains(&at) {
+                        let Some(from) = seek_data(file.as_fd(), at)?.filter(|&from| from < end) else { break };
+                        // At least one byte: somebody may punch this very data between the two calls.
+                        *data = from..seek_hole(file.as_fd(), from)?.max(from + 1);
+                    }
+                    let (from, to) = (data.start.max(at), data.end.min(end));
+                    gaps.exists((from - start) >> shift, (to - start).div_ceil(1 << shift));
+                    at = to;
                 }
                 if first_page + pages == asked.pages {
                     gaps.exists(pages - 1, pages);
@@ -165,7 +173,7 @@ impl Asked {
             Presence::Anonymous => How::Anonymous,
             Presence::All => How::All,
             Presence::Shared { fd, offset } => match reopen(fd) {
-                Ok(file) => How::Shared { file, offset: *offset },
+                Ok(file) => How::Shared { file, offset: *offset, data: 0..0 },
                 Err(_) => How::All,
             },
         };
