@@ -113,7 +113,7 @@ impl Lanes {
                 channel: ChannelId(index as u8),
                 generation: FIRST_GENERATION,
                 rounds_passed,
-                at_barrier: rounds_passed > slowest,
+                at_barrier: u64::from(rounds_passed) > slowest,
                 bytes: progress.channel(index).map_or(0, |c| c.wire_bytes),
             }
         };
