@@ -6,6 +6,7 @@ pub mod units;
 pub mod barrier;
 pub mod bell;
 pub mod crew;
+pub mod digest;
 pub mod dirty;
 pub mod gate;
 pub mod ring;
@@ -19,7 +20,6 @@ with_a_kernel! {
     pub mod cancel;
     pub mod channel;
     pub mod config;
-    pub mod digest;
     pub mod error;
     pub mod journal;
     pub mod memory;

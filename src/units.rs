@@ -50,8 +50,8 @@ pub struct Generation(pub u32);
 pub struct Round(pub u32);
 
 impl Round {
-    /// The largest round: a page's digest entry keeps 16 bits of it.
-    pub const MAX: Round = Round(u16::MAX as u32);
+    /// The largest round: a page's digest entry keeps 16 bits of the round's number plus one.
+    pub const MAX: Round = Round(u16::MAX as u32 - 1);
 }
 
 /// A stretch of the stream whose journal is freed as a whole. The first is epoch 0.

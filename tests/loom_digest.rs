@@ -1,16 +1,10 @@
 //! The digest table under every interleaving: the fold of a chunk is that of its final entries, whoever raced.
 #![cfg(loom)]
 
-// The file that ships, compiled into this test: it needs nothing of the crate but these two modules.
-use pageferry::{sync, units};
-#[path = "../src/digest.rs"]
-#[allow(dead_code)]
-mod digest;
-
-use digest::{BlockShape, DigestTable};
 use loom::sync::Arc;
 use loom::thread;
-use units::{BlockId, PageSize, Round, SessionId};
+use pageferry::digest::{BlockShape, DigestTable};
+use pageferry::units::{BlockId, PageSize, Round, SessionId};
 
 const RAM: BlockId = BlockId(0);
 

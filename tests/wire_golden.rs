@@ -78,8 +78,8 @@ fn packets_have_these_bytes() {
     let flush_hex = "5046706b 02 00 0000 00000000 07000000 a8a7a6a5a4a3a2a1 0900000000000000 \
                      0000000000000000 0000000000000000000000000000000000000000 ec0fd039";
     let round_end = PacketHeader::round_end(Round::MAX, Epoch(6), 10);
-    let round_end_hex = "5046706b 03 00 0000 00000000 ffff0000 0600000000000000 0a00000000000000 \
-                         0000000000000000 0000000000000000000000000000000000000000 b64f91d8";
+    let round_end_hex = "5046706b 03 00 0000 00000000 feff0000 0600000000000000 0a00000000000000 \
+                         0000000000000000 0000000000000000000000000000000000000000 1cbbff7c";
     let bye = PacketHeader::bye(Round(8), Epoch(6), 11);
     let bye_hex = "5046706b 04 00 0000 00000000 08000000 0600000000000000 0b00000000000000 \
                    0000000000000000 0000000000000000000000000000000000000000 29583b45";
@@ -248,8 +248,8 @@ fn target_goldens() -> Vec<(TargetFrame, &'static str)> {
         ),
         (
             TargetFrame::Loaded { round: Round::MAX },
-            "8700 0000 04000000 06000000 a79a433e \
-             ffff0000",
+            "8700 0000 04000000 06000000 1f3006e3 \
+             feff0000",
         ),
         (
             TargetFrame::DigestMismatch { round: Round(9), block: BlockId(1), chunk_digests: vec![2] },

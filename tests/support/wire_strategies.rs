@@ -220,7 +220,7 @@ pub fn target_frame() -> impl Strategy<Value = TargetFrame> {
         (channel(), generation()).prop_map(|(channel, generation)| TargetFrame::ChannelRetired { channel, generation }),
         (channel(), generation()).prop_map(|(channel, generation)| TargetFrame::ChannelJoined { channel, generation }),
         round().prop_map(|round| TargetFrame::Loaded { round }),
-        (round(), block(), vec(any::<u64>(), 0..40))
+        (round(), (0u16..1024).prop_map(BlockId), vec(any::<u64>(), 0..40))
             .prop_map(|(round, block, chunk_digests)| { TargetFrame::DigestMismatch { round, block, chunk_digests } }),
         Just(TargetFrame::Running),
         text(40).prop_map(|reason| TargetFrame::RunFailed { reason }),

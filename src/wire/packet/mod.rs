@@ -333,7 +333,7 @@ mod tests {
         assert_eq!(PacketHeader::decode(&with(6, &[0, 4])), too_large("block of a packet", 1024, 1023));
         assert_eq!(PacketHeader::decode(&with(8, &[0; 4])), Err(WireError::PacketWithoutRuns));
         assert_eq!(PacketHeader::decode(&with(8, &[1, 4])), too_large("run count of a packet", 1025, 1024));
-        assert_eq!(PacketHeader::decode(&with(12, &[0, 0, 1])), too_large("round", 65536, 65535));
+        assert_eq!(PacketHeader::decode(&with(12, &[0, 0, 1])), too_large("round", 65536, 65534));
         let one_more = PAYLOAD_BYTES_MAX + 1;
         assert_eq!(
             PacketHeader::decode(&with(32, &one_more.to_le_bytes())),
