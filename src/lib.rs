@@ -39,11 +39,11 @@ with_a_kernel! {
     pub use dirty::bitmap::DirtyBitmap;
     pub use dirty::write_protect::WriteProtect;
     pub use dirty::{DirtyError, DirtySource};
-    pub use error::{Failure, Outcome};
+    pub use error::{Failure, HookError, Outcome};
     pub use gate::CancelAnswer;
     pub use memory::{Ram, RamBlock};
     pub use progress::Progress;
-    pub use source::{Guest, HookError, Source, SourceReport, StateWriter};
+    pub use source::{Guest, Source, SourceReport, StateWriter};
     pub use target::{Incoming, Target, TargetReport};
     pub use units::Verify;
 }

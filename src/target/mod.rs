@@ -14,13 +14,12 @@ use crate::bell::Bell;
 use crate::cancel::CancelHandle;
 use crate::config::{CrewOptions, Pin, Timeouts};
 use crate::crew::{Spawn, StartHook};
-use crate::error::{Failure, Outcome};
+use crate::error::{Failure, HookError, Outcome};
 use crate::gate::Gate;
 use crate::memory::Ram;
 use crate::net::{Address, Listener};
 use crate::poll::PollSleeper;
 use crate::progress::Progress;
-use crate::source::HookError;
 use crate::units::Verify;
 use crate::wire::control::Setup;
 
