@@ -5,6 +5,7 @@
 
 use super::PresenceMap;
 use super::block::{Initial, Presence, RamBlock};
+use super::zero;
 use crate::dirty::runs::Runs;
 use crate::sys::memory::{advise, punch_hole};
 use crate::units::BlockId;
@@ -82,10 +83,8 @@ impl RamBlock {
     /// zero page stays one. False if nothing was written.
     fn zero_page(&self, page: u64) -> bool {
         let Some(range) = self.range(page, 1) else { return false };
-        let words = range.ptr.cast::<u64>();
-        // SAFETY: the range is in the block's mapping and page-aligned (checked in `RamBlock::new`), as is every word.
-        // Volatile, because another process may map the same file.
-        let is_zero = (0..range.len / 8).all(|word| unsafe { words.add(word).read_volatile() } == 0);
+        // SAFETY: the range is one page inside the block's mapping, aligned to the page (checked in `RamBlock::new`).
+        let is_zero = unsafe { zero::is_zero(range.ptr, range.len) };
         if !is_zero {
             // SAFETY: the range is in the block's mapping, which is writable (the caller has checked).
             unsafe { range.ptr.write_bytes(0, range.len) };
