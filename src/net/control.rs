@@ -3,8 +3,9 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use crate::sys::event::PollSet;
 use crate::sys::socket::Socket;
 use crate::wire::WireError;
 use crate::wire::control::{Frame, FrameDecoder, FrameEncoder};
@@ -18,6 +19,7 @@ pub struct Control<Out, In> {
     decoder: FrameDecoder<In>,
     hello: [u8; HELLO_BYTES],
     hello_got: usize,
+    inbox: Box<[u8]>,
     outbox: Vec<u8>,
     sent: usize,
     heard: Instant,
@@ -37,7 +39,8 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
         let (encoder, decoder) = (FrameEncoder::new(), FrameDecoder::new());
         let (outbox, sent, heard, wire_bytes) = (Vec::new(), 0, Instant::now(), 0);
         let (hello, hello_got) = ([0; HELLO_BYTES], 0);
-        Ok(Control { socket, encoder, decoder, hello, hello_got, outbox, sent, heard, wire_bytes })
+        let inbox = vec![0; READ_BYTES].into_boxed_slice();
+        Ok(Control { socket, encoder, decoder, hello, hello_got, inbox, outbox, sent, heard, wire_bytes })
     }
 
     /// The socket, to wait for.
@@ -132,9 +135,8 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
     /// The end of the stream, what recv(2) says, or what the peer's bytes are not. Frames that were complete before it
     /// are given first, through `frames`.
     pub fn receive(&mut self, frames: &mut Vec<In>) -> Result<(), ControlError> {
-        let mut buffer = vec![0; READ_BYTES];
         loop {
-            match self.socket.recv(&mut buffer) {
+            match self.socket.recv(&mut self.inbox) {
                 Ok(0) => {
                     self.decoder.finish()?;
                     return Err(ControlError::Closed);
@@ -142,7 +144,7 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
                 Ok(n) => {
                     self.heard = Instant::now();
                     self.wire_bytes += n as u64;
-                    let mut input = &buffer[..n];
+                    let mut input = &self.inbox[..n];
                     while let Some(frame) = self.decoder.pull(&mut input)? {
                         frames.push(frame);
                     }
@@ -151,6 +153,39 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
                 Err(e) => return Err(ControlError::Io(e)),
             }
         }
+    }
+}
+
+impl<Out: Frame, In: Frame> Control<Out, In> {
+    /// Says the last words and leaves: sends what is queued, closes this direction, and reads until the peer has closed
+    /// the other, as closing with unread bytes would reset the connection and could take our last frames with it. Gives
+    /// up after `limit`. Returns the bytes sent and received in all.
+    pub fn farewell(mut self, set: &mut PollSet, limit: Duration) -> u64 {
+        let until = Instant::now() + limit;
+        let mut closed = false;
+        while self.flush().is_ok() {
+            if self.unsent_bytes() == 0 && !closed {
+                self.socket.shutdown_write();
+                closed = true;
+            }
+            match self.socket.recv(&mut self.inbox) {
+                Ok(0) => break,
+                Ok(n) => {
+                    self.wire_bytes += n as u64;
+                    continue;
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                Err(_) => break,
+            }
+            if Instant::now() >= until {
+                break;
+            }
+            set.clear();
+            set.until(until);
+            set.watch(self.socket.as_fd(), true, !closed);
+            set.wait();
+        }
+        self.wire_bytes
     }
 }
 
@@ -181,6 +216,14 @@ impl ControlError {
             }
             ControlError::Io(e) => Failure::Control { doing, reason: e.into() },
             ControlError::Wire(e) => Failure::Protocol(e.to_string()),
+        }
+    }
+
+    /// As [`ControlError::into_failure`], for sending: bytes that make no sense are our own then, or the VMM's.
+    pub fn into_send_failure(self) -> crate::error::Failure {
+        match self {
+            ControlError::Wire(e) => crate::error::Failure::Config(format!("this cannot be sent: {e}")),
+            other => other.into_failure("sending on it"),
         }
     }
 }

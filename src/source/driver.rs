@@ -49,6 +49,7 @@ pub(super) struct Driver<'a> {
     armed: bool,
     pub scanner: Option<Scanner>,
     outcome: Option<Outcome>,
+    ended_at: Instant,
     pub remarks: Vec<String>,
     pub flags: Flags,
     /// Device state on its way from the VMM's thread.
@@ -98,6 +99,7 @@ pub(super) fn migrate(source: Source, dirty: &mut dyn DirtySource, guest: &mut d
         armed: false,
         scanner: None,
         outcome: None,
+        ended_at: begun,
         remarks: Vec::new(),
         flags: Flags::default(),
         state: Arc::new(SegQueue::new()),
@@ -297,7 +299,7 @@ impl Driver<'_> {
                 if let Err(e) = control.send(&frame) {
                     // Frames after the end are courtesy; any other is not.
                     if !self.session.is_ended() {
-                        return self.fail(e.into_failure("sending on it"));
+                        return self.fail(e.into_send_failure());
                     }
                 }
             }
@@ -319,6 +321,7 @@ impl Driver<'_> {
             SourceAction::AskCommit => self.flags.ask_commit = true,
             SourceAction::End(outcome) => {
                 self.outcome = Some(outcome);
+                self.ended_at = Instant::now();
             }
         }
         Ok(())
@@ -431,7 +434,9 @@ impl Driver<'_> {
     fn check_stall(&mut self, now: Instant, limit: Duration) -> Result<(), Over> {
         let Some(lanes) = &self.lanes else { return Ok(()) };
         let moved = self.progress.channels().wire_bytes + self.pongs.iter().map(|p| p.bytes).sum::<u64>();
-        if moved != self.moved_bytes || lanes.queued_bytes() == 0 {
+        // What has left the rings may still lie in socket buffers: lanes that have not passed a round owe it.
+        let owed = lanes.queued_bytes() > 0 || self.pongs.iter().any(|p| p.rounds_passed < self.session.round().0);
+        if moved != self.moved_bytes || !owed {
             self.moved_bytes = moved;
             self.moved_at = now;
         }
@@ -461,20 +466,19 @@ impl Driver<'_> {
         if let Some(lanes) = self.lanes.take() {
             let how = if outcome == Outcome::Completed { Close::Drain } else { Close::Abort };
             // Runs that were not applied are among what is given back below: a failed attempt starts over.
-            self.sum.cpus = lanes.end(how, |_| {});
+            self.sum.cpus = lanes.end(how, &mut self.bell, |_| {});
         }
-        // The guest first: it stands still.
+        // The guest next, before anything that could take time: it stands still.
         if let (true, Some(_)) = (ours, paused_at) {
             if let Err(e) = guest.resume() {
                 self.remarks.push(format!("the VMM's resume hook failed: {e}"));
             }
+            self.ended_at = Instant::now();
         }
-        let downtime = paused_at.map_or(Duration::ZERO, |at| at.elapsed());
-        if let Some(control) = &mut self.control {
-            let _ = control.flush();
-            self.sum.control_bytes = control.wire_bytes();
+        let downtime = paused_at.map_or(Duration::ZERO, |at| self.ended_at.saturating_duration_since(at));
+        if let Some(control) = self.control.take() {
+            self.sum.control_bytes = control.farewell(self.bell.sleeper().set(), LAST_WORDS);
         }
-        self.control = None;
         if self.armed {
             if ours {
                 if let Some(Err(e)) = self.scanner.as_mut().map(|s| s.give_back(self.dirty)) {
@@ -514,6 +518,9 @@ impl Driver<'_> {
         }
     }
 }
+
+/// How long either side tries to get its last frames out, and to hear the other's end.
+const LAST_WORDS: Duration = Duration::from_millis(50);
 
 /// Pages of a run at the most, so that it fits one batch.
 pub(super) fn run_pages_max(settings: &Settings, page_bytes: u64) -> u32 {

@@ -2,9 +2,10 @@
 //! The source's end of all channels: rings, journals, and the crew that empties the one into the other.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::barrier::Barrier;
-use crate::bell::{Close, Park, Ringer};
+use crate::bell::{Bell, Close, Park, Ringer};
 use crate::channel::ChannelError;
 use crate::channel::send::{SendGear, SendRole};
 use crate::config::CrewOptions;
@@ -31,6 +32,9 @@ pub(super) const EPOCH_ITEMS_MAX: u64 = 16384;
 /// Slots of a journal: the items of the two epochs that may be outstanding and of the open one, should all of them have
 /// gone through one channel, and their marks.
 const JOURNAL_SLOTS: usize = 4 * EPOCH_ITEMS_MAX as usize;
+
+/// How long workers may take for their end marks.
+const END_MARK_TIME: Duration = Duration::from_millis(20);
 
 /// All channels of the source.
 pub(super) struct Lanes {
@@ -150,8 +154,24 @@ impl Lanes {
     }
 
     /// Ends every worker, joins it, and gives all runs that were not yet applied: those in journals and those in rings.
-    pub fn end(mut self, how: Close, mut outstanding: impl FnMut(Run)) -> Vec<Option<usize>> {
-        self.crew.close(how);
+    pub fn end(
+        mut self,
+        how: Close,
+        bell: &mut Bell<PollSleeper>,
+        mut outstanding: impl FnMut(Run),
+    ) -> Vec<Option<usize>> {
+        if how == Close::Drain {
+            self.crew.close(how);
+            // A peer that has stopped reading must not keep us here for the sake of an end mark.
+            let until = Instant::now() + END_MARK_TIME;
+            while self.crew.poll_exit().is_some() || (self.crew.workers().iter().any(|w| w.exit.is_none()) && Instant::now() < until) {
+                let set = bell.sleeper().set();
+                set.clear();
+                set.until(until);
+                bell.wait();
+            }
+        }
+        self.crew.close(Close::Abort);
         let report = self.crew.into_report();
         let mut cpus = Vec::new();
         for worker in report.workers {

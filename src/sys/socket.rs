@@ -107,6 +107,12 @@ impl Socket {
         let _ = unsafe { libc::shutdown(self.0.as_raw_fd(), libc::SHUT_RDWR) };
     }
 
+    /// Ends the sending direction: the peer reads the end of the stream once it has read everything before it.
+    pub fn shutdown_write(&self) {
+        // SAFETY: takes no pointer. ENOTCONN is no error to us: there is nobody to tell.
+        let _ = unsafe { libc::shutdown(self.0.as_raw_fd(), libc::SHUT_WR) };
+    }
+
     /// Sends bytes of our own; may send fewer.
     ///
     /// # Errors

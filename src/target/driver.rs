@@ -266,7 +266,7 @@ impl Driver<'_> {
                 if let Err(e) = control.send(&frame) {
                     // Frames after the end are courtesy; any other is not.
                     if !self.session.is_ended() {
-                        return self.event(TargetEvent::Failed(e.into_failure("sending on it")));
+                        return self.event(TargetEvent::Failed(e.into_send_failure()));
                     }
                 }
                 Ok(())
@@ -441,19 +441,13 @@ impl Driver<'_> {
         let outcome = self.outcome.take().unwrap_or_else(|| {
             Outcome::Failed(Failure::Worker("internal error: the migration ended without an outcome".to_owned()))
         });
-        let mut control_bytes = 0;
-        if let Some(control) = &mut self.control {
-            // The last words: if the source does not take them in time, it is told by the connection's end.
-            let until = Instant::now() + LAST_WORDS;
-            while control.flush().is_ok() && control.unsent_bytes() > 0 && Instant::now() < until {
-                let set = self.bell.sleeper().set();
-                set.clear();
-                set.until(until);
-                set.watch(control.fd(), false, true);
-                set.wait();
-            }
-            control_bytes = control.wire_bytes();
-        }
+        let total = self.begun.map_or(Duration::ZERO, |at| at.elapsed());
+        let downtime = match (&outcome, self.final_at) {
+            (Outcome::Completed, Some(at)) => at.elapsed(),
+            _ => Duration::ZERO,
+        };
+        let control = self.control.take();
+        let control_bytes = control.map_or(0, |c| c.farewell(self.bell.sleeper().set(), LAST_WORDS));
         self.progress.stage(Stage::Ended);
         let counts = self.progress.channels();
         let ram_bytes = self.ram.as_ref().map_or(0, Ram::bytes);
@@ -464,15 +458,12 @@ impl Driver<'_> {
             payload_bytes: counts.payload_bytes,
             wire_bytes: counts.wire_bytes + control_bytes,
             zero_bytes: counts.zero_bytes,
-            untouched_bytes: ram_bytes - self.lanes.as_ref().map_or(0, Lanes::landed_bytes),
+            untouched_bytes: ram_bytes - self.lanes.as_ref().map_or(0, Lanes::named_bytes),
             state_bytes: self.state.iter().map(|piece| piece.len() as u64).sum(),
             rounds: self.rounds,
             channels: self.channels,
-            total: self.begun.map_or(Duration::ZERO, |at| at.elapsed()),
-            downtime: match (&outcome, self.final_at) {
-                (Outcome::Completed, Some(at)) => at.elapsed(),
-                _ => Duration::ZERO,
-            },
+            total,
+            downtime,
             recv_syscalls: counts.syscalls,
             cpus: self.lanes.as_ref().map_or_else(Vec::new, |lanes| lanes.cpus().collect()),
             turned_away: self.turned_away + self.lobby.turned_away(),

@@ -68,7 +68,7 @@ pub struct TargetReport {
     pub wire_bytes: u64,
     /// Bytes of guest pages that were zero, and travelled as table entries.
     pub zero_bytes: u64,
-    /// Bytes in which nothing landed: they read as zeros.
+    /// Bytes that the source never spoke of: they read as zeros.
     pub untouched_bytes: u64,
     /// Bytes of device state.
     pub state_bytes: u64,
