@@ -6,6 +6,7 @@ use std::thread;
 use crate::digest::FullDigest;
 use crate::memory::Ram;
 use crate::memory::look::Look;
+use crate::sys::thread::with_signals_blocked;
 use crate::units::{BlockId, SessionId};
 
 /// Pages that a thread hashes before it looks for more: 16 MiB of 4 KiB pages.
@@ -41,7 +42,8 @@ fn digest(ram: &Ram, id: BlockId, session: SessionId, threads: usize) -> u64 {
         let others: Vec<_> = (1..of)
             .map(|worker| {
                 let name = format!("pf-hash-{worker}");
-                (worker, thread::Builder::new().name(name).spawn_scoped(scope, move || part(worker, of)))
+                let spawn = || thread::Builder::new().name(name).spawn_scoped(scope, move || part(worker, of));
+                (worker, with_signals_blocked(spawn))
             })
             .collect();
         sum.merge(part(0, of));
