@@ -9,6 +9,7 @@ pub mod initial;
 pub mod owned;
 pub mod presence;
 pub mod scatter;
+pub mod words;
 pub mod zero;
 
 pub use block::{Initial, Presence, RamBlock, RawRange};
