@@ -55,7 +55,7 @@
 //!
 //! let ram = Ram::new([RamBlock::anonymous("pc.ram", 0, 8 << 20, PageSize::SIZE_4K, Backing::Base)?])?;
 //! let mut dirty = DirtyBitmap::for_ram(&ram); // vCPU threads mark it after each write
-//! # // SAFETY: the page is inside the block, and nothing else uses it yet.
+//! # // The page is inside the block, and nothing else uses it yet.
 //! # unsafe { ram.blocks()[0].range(7, 1).unwrap().ptr.write(42) };
 //! dirty.mark(BlockId(0), 7);
 //! let sent = Source::builder(ram).channels(2).connect(&address)?.migrate(&mut dirty, &mut Vm);
@@ -65,7 +65,6 @@
 //! let (received, vm) = receiving.join().unwrap();
 //! assert_eq!(received.outcome, Outcome::Completed);
 //! assert_eq!(vm.1, "registers");
-//! # // SAFETY: as above.
 //! # assert_eq!(unsafe { vm.0.unwrap().blocks()[0].range(7, 1).unwrap().ptr.read() }, 42);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```

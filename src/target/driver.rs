@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::bell::Bell;
 use crate::config::CrewOptions;
+use crate::crew::Alarm;
 use crate::digest::{BlockShape, DigestTable};
 use crate::error::{Failure, Outcome};
 use crate::gate::Gate;
@@ -296,8 +297,7 @@ impl Driver<'_> {
                 self.act(TargetAction::Send(TargetFrame::Pong { nonce, lanes }))
             }
             TargetAction::Check(last) => {
-                let check = self.check(&last);
-                self.excuse_silence();
+                let check = self.check(&last)?;
                 self.event(TargetEvent::Checked(check))
             }
             TargetAction::LoadState => {
@@ -392,7 +392,41 @@ impl Driver<'_> {
     }
 
     /// Compares with what the source says it sent. Everything has landed, and no lane is writing.
-    fn check(&mut self, last: &Final) -> Check {
+    fn check(&mut self, last: &Final) -> Result<Check, Over> {
+        let check = self.check_sent(last);
+        if check != Check::Agrees || self.verify != Verify::Full {
+            return Ok(check);
+        }
+        let own = self.full_digests()?;
+        if own.len() != last.full_digests.len() {
+            return Ok(Check::StateDiffers("Final has not one full digest a block".to_owned()));
+        }
+        Ok(match own.iter().zip(&last.full_digests).position(|(own, sent)| own != sent) {
+            Some(block) => Check::Differs { block: BlockId(block as u16), chunk_digests: Vec::new() },
+            None => Check::Agrees,
+        })
+    }
+
+    /// Hashes all of RAM on other threads, and looks after the rest meanwhile.
+    fn full_digests(&mut self) -> Result<Vec<u64>, Over> {
+        let Some(ram) = self.ram.clone() else { return Ok(Vec::new()) };
+        let (hashing, ringer) = (full::Hashing::default(), self.bell.ringer());
+        std::thread::scope(|scope| {
+            hashing.start(scope, &ram, self.id, self.channels.into(), move || Alarm::ring(&ringer));
+            loop {
+                if let Some(digests) = hashing.take() {
+                    return Ok(digests);
+                }
+                if let Err(over) = self.service() {
+                    hashing.stop();
+                    return Err(over);
+                }
+            }
+        })
+    }
+
+    /// What was sent, against what has landed; and the device state.
+    fn check_sent(&mut self, last: &Final) -> Check {
         self.rounds = last.round.0 + 1;
         let mut crc = Crc32c::new();
         self.state.iter().for_each(|piece| crc.update(piece));
@@ -409,15 +443,6 @@ impl Driver<'_> {
                     let digests = (0..table.chunks(id).min(CHUNKS_NAMED_MAX)).map(|c| table.chunk_digest(id, c));
                     return Check::Differs { block: id, chunk_digests: digests.collect() };
                 }
-            }
-        }
-        if self.verify == Verify::Full {
-            let own = full::digests(ram, self.id, self.channels.into());
-            if own.len() != last.full_digests.len() {
-                return Check::StateDiffers("Final has not one full digest a block".to_owned());
-            }
-            if let Some(block) = own.iter().zip(&last.full_digests).position(|(own, sent)| own != sent) {
-                return Check::Differs { block: BlockId(block as u16), chunk_digests: Vec::new() };
             }
         }
         Check::Agrees
