@@ -1,0 +1,67 @@
+//! Where words go: reports and events to standard output, complaints to standard error.
+
+use std::fmt;
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use serde::Serialize;
+
+use crate::report::{End, Report};
+
+/// How the program speaks. Nobody listening is no reason to stop: errors of writing are ignored.
+#[derive(Clone, Copy, Debug)]
+pub struct Output {
+    json: bool,
+}
+
+impl Output {
+    /// One JSON object a line if `json`, text for people otherwise.
+    pub fn new(json: bool) -> Output {
+        Output { json }
+    }
+
+    /// Whether it speaks JSON.
+    pub fn is_json(self) -> bool {
+        self.json
+    }
+
+    /// An event, for machines only.
+    pub fn event(self, event: &impl Serialize) {
+        if self.json {
+            if let Ok(line) = serde_json::to_string(event) {
+                print_line(&line);
+            }
+        }
+    }
+
+    /// A line for people only.
+    pub fn say(self, line: impl fmt::Display) {
+        if !self.json {
+            print_line(&line.to_string());
+        }
+    }
+
+    /// The last word: the report, the error if there is one, and the exit code.
+    pub fn end(self, report: &Report) -> ExitCode {
+        if self.json {
+            self.event(report);
+        } else if report.outcome != End::Failed {
+            // A failure is one sentence on standard error; all else has something to show.
+            print_line(report.to_string().trim_end());
+        }
+        if let Some(error) = &report.error {
+            complain(error);
+        }
+        report.outcome.exit_code()
+    }
+}
+
+fn print_line(line: &str) {
+    let mut out = io::stdout().lock();
+    let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+}
+
+/// One sentence on standard error.
+pub fn complain(what: impl fmt::Display) {
+    let _ = writeln!(io::stderr().lock(), "pageferry: {what}");
+}
