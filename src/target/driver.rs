@@ -90,9 +90,9 @@ pub(super) fn receive(target: Target, incoming: &mut dyn Incoming) -> TargetRepo
 }
 
 impl Driver<'_> {
-    /// Waits for anything to happen, and deals with it.
+    /// Deals with what has happened, and waits for more. Ready-made connections are there before the first wait, which
+    /// nothing would end.
     fn service(&mut self) -> Result<(), Over> {
-        self.sleep();
         if self.gate.is_cancelled() {
             self.event(TargetEvent::CancelAsked)?;
         }
@@ -100,7 +100,9 @@ impl Driver<'_> {
         self.greet()?;
         self.receive_frames()?;
         self.look_at_lanes()?;
-        self.check_time()
+        self.check_time()?;
+        self.sleep();
+        Ok(())
     }
 
     fn sleep(&mut self) {
