@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
+use crate::error::{Failure, OsReason};
 use crate::sys::event::PollSet;
 use crate::sys::socket::Socket;
 use crate::wire::WireError;
@@ -207,23 +208,22 @@ impl From<WireError> for ControlError {
 }
 
 impl ControlError {
-    /// As the reason of a migration's failure.
-    pub fn into_failure(self, doing: &'static str) -> crate::error::Failure {
-        use crate::error::{Failure, OsReason};
+    /// As the reason why a frame could not be sent, where the peer has no part in it.
+    pub fn own_mistake(&self) -> Option<Failure> {
+        match self {
+            ControlError::Wire(e) => Some(Failure::Config(format!("this cannot be sent: {e}"))),
+            ControlError::Closed | ControlError::Io(_) => None,
+        }
+    }
+
+    /// As the reason of a migration's failure, where the peer's bytes were received.
+    pub fn into_failure(self, doing: &'static str) -> Failure {
         match self {
             ControlError::Closed => {
                 Failure::Control { doing, reason: OsReason { errno: None, text: "the peer closed it".to_owned() } }
             }
             ControlError::Io(e) => Failure::Control { doing, reason: e.into() },
             ControlError::Wire(e) => Failure::Protocol(e.to_string()),
-        }
-    }
-
-    /// As [`ControlError::into_failure`], for sending: bytes that make no sense are our own then, or the VMM's.
-    pub fn into_send_failure(self) -> crate::error::Failure {
-        match self {
-            ControlError::Wire(e) => crate::error::Failure::Config(format!("this cannot be sent: {e}")),
-            other => other.into_failure("sending on it"),
         }
     }
 }
