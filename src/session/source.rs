@@ -158,6 +158,12 @@ impl SourceSession {
         }
     }
 
+    /// Whether it waits for the lanes to join. The driver must set a time for that: a data connection can be lost before
+    /// its Hello is heard, and then neither side has a lane whose end would tell it.
+    pub fn awaits_lanes(&self) -> bool {
+        self.phase == Phase::AwaitLanes
+    }
+
     /// Takes an event; gives what is to be done, in order.
     pub fn on(&mut self, event: SourceEvent) -> Vec<SourceAction> {
         let mut out = Vec::new();

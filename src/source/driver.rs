@@ -65,6 +65,7 @@ pub(super) struct Driver<'a> {
     pongs: Vec<LanePong>,
     moved_bytes: u64,
     moved_at: Instant,
+    /// When the session was last told of anything but a Pong.
     phase_at: Instant,
     mismatch: Option<(BlockId, Vec<u64>)>,
     sum: Totals,
@@ -264,6 +265,8 @@ impl Driver<'_> {
             Ok(lanes) => self.lanes = Some(lanes),
             Err(why) => return self.fail(why),
         }
+        // Connecting has a time of its own; the lanes' time to join begins here.
+        self.phase_at = Instant::now();
         Ok(())
     }
 
@@ -431,6 +434,12 @@ impl Driver<'_> {
             if silent > limit {
                 return self.fail(Failure::Silent { waiting_for, ms: silent.as_millis() as u64 });
             }
+        }
+        // Heartbeats go on while a data connection is lost on its way: they say nothing of lanes that never join.
+        let waited = now.saturating_duration_since(self.phase_at);
+        if self.session.awaits_lanes() && waited > timeouts.hello {
+            let waiting_for = "the data channels to join";
+            return self.fail(Failure::Silent { waiting_for, ms: waited.as_millis() as u64 });
         }
         self.check_stall(now, timeouts.stall)
     }
