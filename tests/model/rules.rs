@@ -7,7 +7,7 @@ use stateright::{Model, Property};
 
 use crate::oracle;
 use crate::source_side::{Guest, Step, connection_lost, silence};
-use crate::world::{Bounds, Fault, Gate, Process, Side, World};
+use crate::world::{Bounds, Fault, Gate, Mutant, Process, Side, World};
 
 /// One step of the world.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -42,7 +42,7 @@ pub enum Action {
     ChannelArrives(usize),
     LaneReads(usize),
     LaneFails(usize),
-    LaneMoved(usize),
+    LanesMoved,
     LosePackets(usize),
     HookReturns(bool),
     // What goes wrong.
@@ -53,6 +53,8 @@ pub enum Action {
     /// Somebody asks the gate to cancel; the driver sees it later.
     AskCancel(Side),
     SeesCancel(Side),
+    /// The lanes have not joined in time.
+    JoinDeadline,
 }
 
 /// The model: the bounds, and the world within them.
@@ -93,7 +95,7 @@ impl Ferry {
             }
             Step::Decide => out.push(Action::SwitchOver),
             Step::Pause if source.writing.is_none() => out.push(Action::PauseReturns(true)),
-            Step::Drain if bounds.is(crate::world::Mutant::FinalBeforeDrained) || source.all_sent(bounds) => {
+            Step::Drain if bounds.is(Mutant::FinalBeforeDrained) || source.all_sent(bounds) => {
                 out.push(Action::Drained);
             }
             Step::Gate => out.push(Action::AskGate),
@@ -110,6 +112,11 @@ impl Ferry {
                 out.push(Action::FrameTo(Side::Source));
             } else if w.control.to_source.at_end() {
                 out.push(Action::EndOfStreamAt(Side::Source));
+            }
+            // Only where it must come; that any deadline may come too early is a fault of its own.
+            let lost = bounds.channels().any(|c| w.target.lobby[c] && !w.wires[c].takes());
+            if source.session.awaits_lanes() && lost {
+                out.push(Action::JoinDeadline);
             }
             if source.gate == Gate::Cancelled && !source.session.is_committed() {
                 out.push(Action::SeesCancel(Side::Source));
@@ -155,15 +162,15 @@ impl Ferry {
                 if reads && w.wires[c].at_end() {
                     out.push(Action::LaneFails(c));
                 }
-                if target.lanes_up && target.progress(bounds, c) != target.lanes[c].told {
-                    out.push(Action::LaneMoved(c));
-                }
             }
         }
         if target.listens() {
+            if bounds.channels().any(|c| target.has_moved(bounds, c)) {
+                out.push(Action::LanesMoved);
+            }
             if !w.control.to_target.items().is_empty() {
                 out.push(Action::FrameTo(Side::Target));
-            } else if w.control.to_target.at_end() {
+            } else if w.control.to_target.at_end() && !bounds.is(Mutant::NobodyAtTheTarget) {
                 out.push(Action::EndOfStreamAt(Side::Target));
             }
             if target.gate == Gate::Cancelled {
@@ -210,9 +217,7 @@ impl Ferry {
             Fault::Crash => out.extend(sides.map(Action::Crash)),
             Fault::Cut if !w.control.is_cut() => out.push(Action::Cut),
             Fault::ChannelDeath => {
-                // Channels that are about to join have the Hello's deadline over them, which is not modelled.
-                let joined = self.0.channels().filter(|c| w.target.lanes_up && w.wires[*c].takes());
-                out.extend(joined.map(Action::ChannelDies));
+                out.extend(self.0.channels().filter(|c| w.wires[*c].takes()).map(Action::ChannelDies))
             }
             Fault::Deadline => {
                 let listens = |side: &Side| match side {
@@ -283,14 +288,16 @@ impl Ferry {
             Action::ChannelArrives(c) => w.channel_arrives(bounds, c),
             Action::LaneReads(c) => w.lane_reads(c),
             Action::LaneFails(c) => w.lane_fails(bounds, c),
-            Action::LaneMoved(c) => w.tells_of_lane(bounds, c),
+            Action::LanesMoved => w.tells_of_lanes(bounds),
             Action::LosePackets(c) => w.wires[c].lose(),
             Action::HookReturns(good) => w.hook_returns(bounds, good),
             Action::Crash(Side::Source) => w.source_crashes(),
             Action::Crash(Side::Target) => w.target_crashes(),
             Action::Cut => w.control.cut(),
             Action::ChannelDies(c) => w.wires[c].close(),
-            Action::Deadline(Side::Source) => w.source_event(bounds, SourceEvent::Failed(silence())),
+            Action::Deadline(Side::Source) | Action::JoinDeadline => {
+                w.source_event(bounds, SourceEvent::Failed(silence()))
+            }
             Action::Deadline(Side::Target) => w.target_event(bounds, TargetEvent::Failed(silence())),
             Action::AskCancel(Side::Source) => w.source.gate = Gate::Cancelled,
             Action::AskCancel(Side::Target) => w.target.gate = Gate::Cancelled,

@@ -4,7 +4,7 @@ use pageferry::barrier::{LaneWord, min_over_set};
 use pageferry::session::source::FIRST_GENERATION;
 use pageferry::session::target::{Check, TargetAction, TargetEvent, TargetSession};
 use pageferry::units::{BlockId, InstanceId};
-use pageferry::wire::control::{Final, SourceFrame};
+use pageferry::wire::control::{Final, SourceFrame, TargetFrame};
 
 use crate::link::Packet;
 use crate::world::{
@@ -91,6 +91,11 @@ impl TargetSide {
         }
         (self.lanes[c].passed, self.lanes[c].flushed)
     }
+
+    /// Whether the session has something to be told of this lane.
+    pub fn has_moved(&self, bounds: &Bounds, c: usize) -> bool {
+        self.lanes_up && self.progress(bounds, c) != self.lanes[c].told
+    }
 }
 
 impl World {
@@ -120,6 +125,9 @@ impl World {
             TargetAction::Run => {
                 // No lane outlives the hand-over.
                 self.lanes_end();
+                if bounds.is(Mutant::RunningBeforeRun) {
+                    self.control.to_source.send(TargetFrame::Running);
+                }
                 if self.target.gate.commit() {
                     self.target.hook = Some(Hook::Run);
                 } else {
@@ -215,11 +223,16 @@ impl World {
         self.target_event(bounds, TargetEvent::LaneFailed { channel: channel(c), reason: String::new() });
     }
 
-    pub fn tells_of_lane(&mut self, bounds: &Bounds, c: usize) {
-        let now = self.target.progress(bounds, c);
-        self.target.lanes[c].told = now;
-        let (rounds, epochs) = now;
-        self.target_event(bounds, TargetEvent::LaneMoved { channel: channel(c), rounds, epochs });
+    /// Tells the session of every lane that has moved, as the driver does at each of its turns.
+    pub fn tells_of_lanes(&mut self, bounds: &Bounds) {
+        for c in bounds.channels().filter(|c| self.target.has_moved(bounds, *c)).collect::<Vec<_>>() {
+            let (rounds, epochs) = self.target.progress(bounds, c);
+            self.target.lanes[c].told = (rounds, epochs);
+            self.target_event(bounds, TargetEvent::LaneMoved { channel: channel(c), rounds, epochs });
+            if !self.target.lanes_up {
+                return;
+            }
+        }
     }
 
     pub fn target_hears(&mut self, bounds: &Bounds, frame: SourceFrame) {

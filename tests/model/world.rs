@@ -36,6 +36,10 @@ pub enum Mutant {
     NoHarvestAfterSave,
     /// Commit is sent without asking the gate.
     CommitPastTheGate,
+    /// The target says Running before its `run` hook has returned.
+    RunningBeforeRun,
+    /// The target does not notice that the control connection is gone.
+    NobodyAtTheTarget,
 }
 
 /// What may go wrong, beside what the guest and the policy do.
