@@ -39,14 +39,9 @@ struct Contender {
     zero_test: bool,
 }
 
-const BARE: Contender =
-    Contender { name: "bare loop", shipper: Shipper::Bare, verify: Verify::Off, zero_test: false };
-const DEFAULT: Contender = Contender {
-    name: "pageferry, default",
-    shipper: Shipper::Pageferry,
-    verify: Verify::Wire,
-    zero_test: true,
-};
+const BARE: Contender = Contender { name: "bare loop", shipper: Shipper::Bare, verify: Verify::Off, zero_test: false };
+const DEFAULT: Contender =
+    Contender { name: "pageferry, default", shipper: Shipper::Pageferry, verify: Verify::Wire, zero_test: true };
 const CONTENDERS: [Contender; 5] = [
     BARE,
     DEFAULT,
@@ -146,7 +141,8 @@ fn table(
     verdict: &mut Verdict,
 ) {
     let gib = ram.bytes() as f64 / GIB;
-    let title = if memory == Memory::Warm { "WARM: target memory used before" } else { "COLD: target memory never touched" };
+    let title =
+        if memory == Memory::Warm { "WARM: target memory used before" } else { "COLD: target memory never touched" };
     println!("\n{title}; {:.2} GiB, {turns} turns", gib);
     println!(
         "{:<4}{:<20}{:>24}{:>24}{:>12}{:>12}{:>12}",
@@ -154,8 +150,7 @@ fn table(
     );
     for &channels in channels {
         let runs = interleave(turns, contenders.len(), |which| run(&contenders[which], ram, peer, memory, channels));
-        let rates: Vec<Vec<f64>> =
-            runs.iter().map(|runs| runs.iter().map(|run| gib / run.seconds).collect()).collect();
+        let rates: Vec<Vec<f64>> = runs.iter().map(|runs| runs.iter().map(|run| gib / run.seconds).collect()).collect();
         for (which, contender) in contenders.iter().enumerate() {
             let ratio = Spread::of_ratios(&rates[which], &rates[0]);
             let per_gib = |of: fn(&Run) -> f64| Spread::of(runs[which].iter().map(of)).median / gib;

@@ -145,8 +145,7 @@ fn receive_share(share: Share, mut socket: TcpStream) -> io::Result<u64> {
     while at < share.len {
         let len = CALL.min(share.len - at);
         // SAFETY: at + len <= share.len, all of which is mapped for writing and belongs to this thread alone.
-        let got =
-            unsafe { libc::recv(socket.as_raw_fd(), share.ptr.wrapping_add(at).cast(), len, libc::MSG_WAITALL) };
+        let got = unsafe { libc::recv(socket.as_raw_fd(), share.ptr.wrapping_add(at).cast(), len, libc::MSG_WAITALL) };
         match got {
             0 => return Err(io::ErrorKind::UnexpectedEof.into()),
             n if n < 0 => return Err(io::Error::last_os_error()),

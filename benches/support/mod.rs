@@ -169,3 +169,9 @@ pub fn cpu_seconds() -> f64 {
 pub fn cpus() -> Vec<core_affinity::CoreId> {
     core_affinity::get_core_ids().unwrap_or_default()
 }
+
+/// Makes the compiler believe that somebody wants the value.
+#[inline]
+pub fn consume<T>(value: T) {
+    std::hint::black_box(value);
+}

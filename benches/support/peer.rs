@@ -55,7 +55,8 @@ pub struct Received {
 /// here and nowhere else: no page of the source is zero, so every page is overwritten by data, and none is left alone on
 /// the strength of reading as zero. Zeroing it would be counted against the library, and never against the bare loop.
 pub fn ram(bytes: u64) -> Ram {
-    let block = RamBlock::anonymous("ram", 0, bytes, PageSize::SIZE_4K, Backing::Base).expect("memory for the benchmark");
+    let block =
+        RamBlock::anonymous("ram", 0, bytes, PageSize::SIZE_4K, Backing::Base).expect("memory for the benchmark");
     Ram::new([block.with_initial(Initial::Zeroed)]).expect("one block is RAM")
 }
 
