@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_queue::SegQueue;
 
-use crate::bell::{Bell, Close};
+use crate::bell::Bell;
 use crate::config::{CrewOptions, HEARTBEAT};
 use crate::digest::{BlockShape, DigestTable};
 use crate::dirty::DirtySource;
@@ -479,9 +479,10 @@ impl Driver<'_> {
         self.name_chunks(&mut outcome);
         let ours = matches!(outcome, Outcome::Failed(_) | Outcome::Cancelled);
         if let Some(lanes) = self.lanes.take() {
-            let how = if outcome == Outcome::Completed { Close::Drain } else { Close::Abort };
-            // Runs that were not applied are among what is given back below: a failed attempt starts over.
-            self.sum.cpus = lanes.end(how, &mut self.bell, |_| {});
+            // Never a drain: a worker that says Bye to a target that no longer reads would block in it for ever, and be
+            // joined for ever. After Running nothing is left to be said: the target ended its lanes before it ran.
+            // What it had not yet applied needs no list: a failed attempt starts over at round 0.
+            self.sum.cpus = lanes.end();
         }
         // The guest next, before anything that could take time: it stands still.
         if let (true, Some(_)) = (ours, paused_at) {

@@ -2,10 +2,9 @@
 //! The source's end of all channels: rings, journals, and the crew that empties the one into the other.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use crate::barrier::Barrier;
-use crate::bell::{Bell, Close, Park, Ringer};
+use crate::bell::{Close, Park, Ringer};
 use crate::channel::ChannelError;
 use crate::channel::send::{SendGear, SendRole};
 use crate::config::CrewOptions;
@@ -20,7 +19,7 @@ use crate::progress::Progress;
 use crate::ring::{Consumer, Producer, ring};
 use crate::source::Settings;
 use crate::sys::socket::Socket;
-use crate::units::{ChannelId, Epoch, Item, Round, Run};
+use crate::units::{ChannelId, Epoch, Item, Round};
 
 /// Runs in one ring at the most: as many single pages as [`super::QUEUE_BYTES`] holds, and marks.
 const RING_SLOTS: usize = 4096;
@@ -32,9 +31,6 @@ pub(super) const EPOCH_ITEMS_MAX: u64 = 16384;
 /// Slots of a journal: the items of the two epochs that may be outstanding and of the open one, should all of them have
 /// gone through one channel, and their marks.
 const JOURNAL_SLOTS: usize = 4 * EPOCH_ITEMS_MAX as usize;
-
-/// How long workers may take for their end marks.
-const END_MARK_TIME: Duration = Duration::from_millis(20);
 
 /// All channels of the source.
 pub(super) struct Lanes {
@@ -153,36 +149,11 @@ impl Lanes {
         None
     }
 
-    /// Ends every worker, joins it, and gives all runs that were not yet applied: those in journals and those in rings.
-    pub fn end(
-        mut self,
-        how: Close,
-        bell: &mut Bell<PollSleeper>,
-        mut outstanding: impl FnMut(Run),
-    ) -> Vec<Option<usize>> {
-        if how == Close::Drain {
-            self.crew.close(how);
-            // A peer that has stopped reading must not keep us here for the sake of an end mark.
-            let until = Instant::now() + END_MARK_TIME;
-            while self.crew.poll_exit().is_some() || (self.crew.workers().iter().any(|w| w.exit.is_none()) && Instant::now() < until) {
-                let set = bell.sleeper().set();
-                set.clear();
-                set.until(until);
-                bell.wait();
-            }
-        }
+    /// Aborts every worker and joins it; the CPU each was pinned to.
+    ///
+    /// Its ring's other end and its journal go with it: they say what was not applied, but nobody goes on from there.
+    pub fn end(self) -> Vec<Option<usize>> {
         self.crew.close(Close::Abort);
-        let report = self.crew.into_report();
-        let mut cpus = Vec::new();
-        for worker in report.workers {
-            cpus.push(worker.cpu);
-            if let Some(Exit::Done(mut end)) = worker.exit {
-                journal::drain_runs(&mut end.ring, &mut outstanding);
-            }
-        }
-        for journal in &mut self.journals {
-            journal::drain_runs(journal, &mut outstanding);
-        }
-        cpus
+        self.crew.into_report().workers.iter().map(|worker| worker.cpu).collect()
     }
 }
