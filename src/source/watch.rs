@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::Failure;
 use crate::source::driver::{Driver, Over};
-use crate::units::ChannelId;
+use crate::units::{ChannelId, Round};
 
 impl Driver<'_> {
     /// Ends the migration if the target has kept us waiting for too long.
@@ -45,11 +45,13 @@ impl Driver<'_> {
         let sent = |channel: ChannelId| self.progress.channel(channel.0.into()).map_or(0, |c| c.wire_bytes);
         let landed: u64 = self.pongs.iter().map(|p| p.bytes.min(sent(p.channel))).sum();
         let moved = self.progress.channels().wire_bytes + landed;
-        // Rings may be empty and rounds blocked all the same, by epochs that the target does not acknowledge.
+        // No byte may be queued, and rounds be blocked all the same: by epochs that the target does not acknowledge, or
+        // by the end mark of a round, for which the socket has no room.
         let epochs_wait = !self.session.may_close_epoch() && self.session.waits_for_hook().is_none();
-        // And what has left the rings may lie in socket buffers: lanes that have not passed a round owe it.
+        let marks_wait = self.session.round().0.checked_sub(1).is_some_and(|last| !lanes.all_sent(Round(last)));
+        // And what has left the worker's hand may lie in socket buffers: lanes that have not passed a round owe it.
         let rounds_wait = self.pongs.iter().any(|p| p.rounds_passed < self.session.round().0);
-        if moved > self.moved_bytes || (lanes.queued_bytes() == 0 && !epochs_wait && !rounds_wait) {
+        if moved > self.moved_bytes || (lanes.queued_bytes() == 0 && !epochs_wait && !marks_wait && !rounds_wait) {
             self.moved_bytes = moved;
             self.moved_at = now;
         }
