@@ -9,6 +9,7 @@ use pageferry::memory::MemoryError;
 use pageferry::sys::thread::process_cpu_time;
 use pageferry::units::PageSize;
 use pageferry::{DirtyBitmap, DirtySource, Ram, RamBlock, Source, WriteProtect};
+use serde::Serialize;
 
 use crate::child::Child;
 use crate::fill::{Kind, Plan, fill};
@@ -96,6 +97,14 @@ enum Tracking {
     Bitmap,
 }
 
+/// A line of JSON: the target's process is there.
+#[derive(Serialize)]
+struct Started {
+    event: &'static str,
+    pid: u32,
+    addr: String,
+}
+
 const COMMAND: &str = "demo";
 /// How long writers are waited for, to see that they run on.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -135,6 +144,7 @@ fn migrate(args: &Args, out: Output) -> Result<Report, String> {
         marks: tracker.marks,
     });
     let child = Child::start(&child_arguments(args))?;
+    out.event(&Started { event: "target", pid: child.pid(), addr: child.address.to_string() });
     out.say(format_args!("target: process {} at {}", child.pid(), child.address));
     let source = Source::builder(ram)
         .channels(args.channels)

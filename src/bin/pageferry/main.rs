@@ -26,9 +26,9 @@ use clap::{Parser, Subcommand};
 #[command(version, arg_required_else_help = true, max_term_width = 100)]
 #[command(after_help = "\
 Examples:
-  pageferry demo                                       migrate a made-up 2 GiB guest to another process
-  pageferry receive --listen 127.0.0.1:4444 --ram b.img   wait for a RAM image ...
-  pageferry send --to 127.0.0.1:4444 --ram a.img          ... and send it, from another terminal
+  pageferry demo                                            migrate a made-up 2 GiB guest
+  pageferry receive --listen 127.0.0.1:4444 --ram b.img     wait for a RAM image ...
+  pageferry send --to 127.0.0.1:4444 --ram a.img            ... and send it, from another terminal
 
 Exit codes: 0 completed, and verified where asked; 1 failed; 2 wrong usage;
 3 uncertain: the other side may have taken over; 130 cancelled by a signal (Ctrl-C).")]
@@ -39,13 +39,10 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Migrate a made-up guest, which keeps writing, to a process started for it; prove that every byte arrived
+    // What each says of itself is at its `Args`.
     Demo(demo::Args),
-    /// Send a RAM image that lies still to `pageferry receive`
     Send(send::Args),
-    /// Wait for one RAM image from `pageferry send`, and write it to a file
     Receive(receive::Args),
-    /// The other side of `demo`, which starts it
     #[command(hide = true)]
     DemoTarget(demo_target::Args),
 }

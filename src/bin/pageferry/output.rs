@@ -41,16 +41,16 @@ impl Output {
         }
     }
 
-    /// The last word: the report, the error if there is one, and the exit code.
+    /// The last word: the error if there is one, the report, and the exit code.
     pub fn end(self, report: &Report) -> ExitCode {
-        if self.json {
-            self.event(report);
-        } else if report.outcome != End::Failed {
-            // A failure is one sentence on standard error; all else has something to show.
-            print_line(report.to_string().trim_end());
-        }
         if let Some(error) = &report.error {
             complain(error);
+        }
+        // Of an image that did not get across there is nothing else to say; of a guest that runs on there is.
+        if self.json {
+            self.event(report);
+        } else if report.outcome != End::Failed || report.demo.is_some() {
+            print_line(report.to_string().trim_end());
         }
         report.outcome.exit_code()
     }

@@ -18,6 +18,9 @@ const LOOK: Duration = Duration::from_millis(50);
 /// How often it prints a line of JSON while the stage stays the same.
 const LINE: Duration = Duration::from_millis(250);
 
+/// How often the bar may be drawn: at every look, or its words would lag behind its length.
+const DRAWS_HZ: u8 = 100;
+
 /// Which side is shown: they know different things.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Side {
@@ -97,7 +100,7 @@ impl Shown {
     fn new(side: Side, out: Output) -> Shown {
         let bar = match out.is_json() {
             true => ProgressBar::hidden(),
-            false => ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr_with_hz(10)),
+            false => ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr_with_hz(DRAWS_HZ)),
         };
         if let Ok(style) = ProgressStyle::with_template("{bar:30} {percent:>3}% {wide_msg}") {
             bar.set_style(style);

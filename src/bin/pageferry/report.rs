@@ -256,7 +256,9 @@ impl fmt::Display for Report {
         if self.outcome == End::Completed {
             write!(f, ", {:.2} GiB/s", self.throughput_gib_s)?;
         }
-        writeln!(f, " over {} channels, {} rounds", self.channels, self.rounds)?;
+        let channels = if self.channels == 1 { "channel" } else { "channels" };
+        let rounds = if self.rounds == 1 { "round" } else { "rounds" };
+        writeln!(f, " over {} {channels}, {} {rounds}", self.channels, self.rounds)?;
         if let Some(demo) = &self.demo {
             demo.fmt_downtime(f, self)?;
         }
@@ -280,7 +282,7 @@ impl DemoPart {
             return writeln!(f, "  downtime    none: the guest never stood still");
         }
         let why = match report.verify {
-            "full" => " (hashing all of RAM twice is in it; --verify wire shows what a migration costs)",
+            "full" => " (hashing all of RAM is in it; --verify wire leaves that out)",
             _ => "",
         };
         writeln!(f, "  downtime    {:.1} ms{why}", report.downtime_ms)
