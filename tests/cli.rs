@@ -36,16 +36,17 @@ fn check_numbers(report: &Value) {
 
 #[test]
 fn a_demo_completes_however_it_travels_and_is_verified() {
-    for (transport, verify, channels, tracking) in [
-        ("tcp", "full", "1", "auto"),
-        ("unix", "wire", "2", "auto"),
-        ("tcp", "off", "3", "bitmap"),
-        ("unix", "full", "8", "auto"),
-        ("tcp", "wire", "8", "bitmap"),
-        ("unix", "off", "2", "auto"),
+    // A build without optimisation hashes some 100 MiB a second: more RAM, or more writes, would take long.
+    for (ram, transport, verify, channels, tracking) in [
+        ("64M", "tcp", "full", "1", "auto"),
+        ("16M", "unix", "wire", "2", "auto"),
+        ("64M", "tcp", "off", "3", "bitmap"),
+        ("16M", "unix", "full", "8", "auto"),
+        ("16M", "tcp", "wire", "8", "bitmap"),
+        ("64M", "unix", "off", "2", "auto"),
     ] {
         let how = ["--transport", transport, "--verify", verify, "--channels", channels, "--tracking", tracking];
-        let ended = run(&[&["demo", "--ram", "64M", "--writers", "2", "--dirty-rate", "50"], &how[..]].concat());
+        let ended = run(&[&["demo", "--ram", ram, "--writers", "2", "--dirty-rate", "10"], &how[..]].concat());
         let report = ended.expect(0, "completed");
         assert_eq!(report["verified"], verify != "off", "{report}");
         assert_eq!((report["verify"].as_str(), report["transport"].as_str()), (Some(verify), Some(transport)));
@@ -183,7 +184,8 @@ fn holes_stay_holes_and_zeros_become_holes() {
     file.write_all(&vec![0; 4 << 20]).unwrap();
     drop(file);
     let (sent, _) = ship(&socket, &from, &to, &["--channels", "4"]);
-    assert_eq!(number(&sent, "zero_bytes"), (4 << 20) + (number(&sent, "zero_bytes") - (4 << 20)) % 4096);
+    // The last page of a file always counts as one that exists.
+    assert_eq!(number(&sent, "zero_bytes"), (4 << 20) + 4096);
     let kept = fs::metadata(&to).unwrap().blocks() * 512;
     assert!(kept < 3 << 20, "{kept} bytes of disk for 1.3 MiB of data");
     assert_eq!(folder.names(), ["from", "to"], "the socket's file is gone, too");
@@ -400,10 +402,13 @@ fn a_full_disk_is_a_clear_error_and_leaves_no_file() {
         image(&from, 32 << 20, &[(0, data)]);
         let mut receiver = start(&["receive", "--listen", "127.0.0.1:0", "--ram", &disk.0.file("to"), "--json"]);
         let sent = run(&["send", "--to", &receiver.address(), "--ram", &from, "--verify", verify]);
-        sent.expect(1, "failed");
+        let sent = sent.expect(1, "failed").clone();
         let received = receiver.end();
         let error = received.expect(1, "failed")["error"].as_str().unwrap().to_owned();
         assert!(error.contains("may be full"), "{verify}: {error}");
+        if verify == "wire" {
+            assert!(sent["error"].as_str().unwrap().contains("may be full"), "the sender hears it, too: {sent}");
+        }
         assert!(received.stderr.contains("may be full"), "{verify}: {}", received.stderr);
         assert_eq!(disk.0.names(), [""; 0], "{verify}");
     }

@@ -19,7 +19,7 @@ pub struct LastWords {
     /// Removed.
     pub remove: Option<CString>,
     /// The exit code.
-    pub code: i32,
+    pub code: u8,
 }
 
 static WORDS: OnceLock<LastWords> = OnceLock::new();
@@ -45,7 +45,7 @@ pub fn on_bus_error(words: LastWords) -> io::Result<()> {
 extern "C" fn speak(_signal: libc::c_int) {
     let mut code = 1;
     if let Some(words) = WORDS.get() {
-        code = words.code;
+        code = words.code.into();
         if let Some(path) = &words.remove {
             // SAFETY: a C string that lives for ever.
             unsafe { libc::unlink(path.as_ptr()) };

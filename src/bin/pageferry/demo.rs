@@ -4,8 +4,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
-use pageferry::memory::Backing;
-use pageferry::memory::MemoryError;
+use pageferry::memory::{Backing, MemoryError};
 use pageferry::sys::thread::process_cpu_time;
 use pageferry::units::PageSize;
 use pageferry::{DirtyBitmap, DirtySource, Ram, RamBlock, Source, WriteProtect};
@@ -164,6 +163,7 @@ fn migrate(args: &Args, out: Output) -> Result<Report, String> {
     let cpu = process_cpu_time().unwrap_or_default().saturating_sub(cpu_before);
     drop(watch);
     let mut report = Report::of_source(COMMAND, report, cpu);
+    report.note_cpus(args.cpus.as_ref());
     // Where the source owns the guest, it runs: that is what "cancelled" and "failed" promise.
     let owned_here = matches!(report.outcome, End::Failed | End::Cancelled);
     let guest_runs_on = owned_here && guest.writers.go_on(PATIENCE);

@@ -1,12 +1,14 @@
 //! Where words go: reports and events to standard output, complaints to standard error.
 
+use std::ffi::CString;
 use std::fmt;
 use std::io::{self, Write};
 use std::process::ExitCode;
 
+use pageferry::sys::fault::{LastWords, on_bus_error};
 use serde::Serialize;
 
-use crate::report::{End, Report};
+use crate::report::{End, FAILED, Report};
 
 /// How the program speaks. Nobody listening is no reason to stop: errors of writing are ignored.
 #[derive(Clone, Copy, Debug)]
@@ -47,12 +49,26 @@ impl Output {
             complain(error);
         }
         // Of an image that did not get across there is nothing else to say; of a guest that runs on there is.
+        let tell = matches!(report.outcome, End::Completed | End::Uncertain) || report.demo.is_some();
         if self.json {
             self.event(report);
-        } else if report.outcome != End::Failed || report.demo.is_some() {
+        } else if tell {
             print_line(report.to_string().trim_end());
         }
         report.outcome.exit_code()
+    }
+}
+
+/// What is said, and removed, should memory that maps a file turn out not to be had: a bus error, which nobody gets to
+/// handle but a signal handler.
+pub fn on_bus_error_fail(out: Output, command: &'static str, error: String, remove: Option<CString>) {
+    let stderr = format!("pageferry: {error}\n").into_bytes();
+    let report = Report::early(command, End::Failed, Some(error));
+    let line = serde_json::to_string(&report).ok().filter(|_| out.json);
+    let stdout = line.map_or_else(Vec::new, |line| (line + "\n").into_bytes());
+    let words = LastWords { stderr, stdout, remove, code: FAILED };
+    if let Err(e) = on_bus_error(words) {
+        complain(format_args!("warning: a full or failing disk would end the program without a word: {e}"));
     }
 }
 

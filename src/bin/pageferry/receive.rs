@@ -4,8 +4,8 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use pageferry::memory::Initial;
 use pageferry::net::Address;
-use pageferry::sys::fault::{LastWords, on_bus_error};
 use pageferry::sys::thread::process_cpu_time;
 use pageferry::wire::control::Setup;
 use pageferry::{Failure, HookError, Incoming, Ram, Target};
@@ -13,12 +13,11 @@ use serde::Serialize;
 
 use crate::image::{Arriving, decode_length};
 use crate::interrupt::Interrupt;
-use crate::output::Output;
+use crate::output::{Output, on_bus_error_fail};
 use crate::progress::{Side, Watch};
 use crate::report::{End, Report};
 use crate::send::warn_if_open;
 use crate::sizes::{Cpus, human};
-use pageferry::memory::Initial;
 
 /// Wait for one RAM image from `pageferry send`, and write it to a file.
 ///
@@ -77,7 +76,9 @@ fn take_in(args: &Args, out: Output) -> Result<Report, String> {
     let target = Target::builder().cpus(cpus).listen(&args.listen.to_string()).map_err(|e| listen_advice(&e))?;
     interrupt.attach(target.cancel_handle());
     warn_if_open(&args.listen);
-    fail_on_full_disk(&arriving, out)?;
+    // A full disk shows itself as a bus error where a hole is read that needs memory: full verification on tmpfs.
+    let full = format!("cannot have a page of {}: bus error; its disk may be full, make room", args.ram.display());
+    on_bus_error_fail(out, COMMAND, full, arriving.partial_path());
     let at = target.address().ok_or("the address that is listened on is not known")?;
     out.event(&Listening::at(&at));
     out.say(format_args!("listening; send with: pageferry send --to {at} --ram FILE"));
@@ -86,6 +87,7 @@ fn take_in(args: &Args, out: Output) -> Result<Report, String> {
     let report = target.receive(&mut image);
     drop(watch);
     let mut report = Report::of_target(COMMAND, report, process_cpu_time().unwrap_or_default());
+    report.note_cpus(args.cpus.as_ref());
     if let Some(error) = &mut report.error {
         // What recvmsg(2) says of a page that the file's disk has no room for.
         if error.contains(&format!("(os error {})", libc::EFAULT)) {
@@ -114,24 +116,6 @@ pub fn listen_advice(failure: &Failure) -> String {
         _ => "",
     };
     format!("{failure}{advice}")
-}
-
-/// A full disk shows itself as a bus error where a hole is read that needs memory: full verification on tmpfs.
-fn fail_on_full_disk(arriving: &Arriving, out: Output) -> Result<(), String> {
-    let path = arriving.destination().display();
-    let error = format!("cannot have a page of {path}: bus error; its disk may be full, make room");
-    let report = Report::early(COMMAND, End::Failed, Some(error.clone()));
-    let line = match out.is_json() {
-        true => serde_json::to_string(&report).map_err(|e| e.to_string())? + "\n",
-        false => String::new(),
-    };
-    let words = LastWords {
-        stderr: format!("pageferry: {error}\n").into_bytes(),
-        stdout: line.into_bytes(),
-        remove: arriving.partial_path(),
-        code: 1,
-    };
-    on_bus_error(words).map_err(|e| format!("cannot prepare for a full disk: {e}"))
 }
 
 /// The file, in the place of a VMM.

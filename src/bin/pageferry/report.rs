@@ -7,7 +7,7 @@ use std::time::Duration;
 use pageferry::{Outcome, SourceReport, TargetReport, Verify};
 use serde::{Deserialize, Serialize};
 
-use crate::sizes::human;
+use crate::sizes::{Cpus, human};
 
 /// How it ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -19,12 +19,15 @@ pub enum End {
     Cancelled,
 }
 
+/// The exit code of a failure.
+pub const FAILED: u8 = 1;
+
 impl End {
     /// What the shell is told.
     pub fn exit_code(self) -> ExitCode {
         ExitCode::from(match self {
             End::Completed => 0,
-            End::Failed => 1,
+            End::Failed => FAILED,
             End::Uncertain => 3,
             End::Cancelled => 130,
         })
@@ -210,6 +213,17 @@ impl Report {
             cpus: report.cpus,
             remarks: report.remarks,
             ..Report::early(command, End::of(&report.outcome), error)
+        }
+    }
+}
+
+impl Report {
+    /// Says which threads did not get their CPU, where CPUs were asked for.
+    pub fn note_cpus(&mut self, asked: Option<&Cpus>) {
+        let missing: Vec<_> = self.cpus.iter().enumerate().filter(|(_, cpu)| cpu.is_none()).collect();
+        if let (Some(_), false) = (asked, missing.is_empty()) {
+            let channels: Vec<_> = missing.iter().map(|(channel, _)| channel.to_string()).collect();
+            self.remarks.push(format!("not on the CPU asked for: the thread of channel {}", channels.join(", ")));
         }
     }
 }

@@ -8,13 +8,12 @@ use std::time::Duration;
 use clap::ValueEnum;
 use pageferry::dirty::combined::Still;
 use pageferry::net::Address;
-use pageferry::sys::fault::{LastWords, on_bus_error};
 use pageferry::sys::thread::process_cpu_time;
 use pageferry::{Guest, HookError, Ram, Source, StateWriter, Timeouts, Verify};
 
 use crate::image::{Stamp, block, check_kind, encode_length, sentence};
 use crate::interrupt::Interrupt;
-use crate::output::{Output, complain};
+use crate::output::{Output, complain, on_bus_error_fail};
 use crate::progress::{Side, Watch};
 use crate::report::{End, Report};
 use crate::sizes::Cpus;
@@ -89,7 +88,9 @@ fn ship(args: &Args, out: Output) -> Result<Report, String> {
     let block = block(&image.file, image.bytes, None, false).map_err(|e| e.to_string())?;
     let ram = Ram::new([block]).map_err(|e| e.to_string())?;
     warn_if_open(&args.to);
-    fail_on_truncation(&args.ram);
+    // A file that is cut short while it is mapped shows itself as a bus error.
+    let cut = format!("{} was cut short while it was sent, or its disk failed; let it lie still", args.ram.display());
+    on_bus_error_fail(out, COMMAND, cut, None);
     let source = Source::builder(ram)
         .channels(args.channels)
         .cpus(args.cpus.clone().unwrap_or_default().0)
@@ -103,6 +104,7 @@ fn ship(args: &Args, out: Output) -> Result<Report, String> {
     let report = source.migrate(&mut Still::new(), &mut image);
     drop(watch);
     let mut report = Report::of_source(COMMAND, report, process_cpu_time().unwrap_or_default());
+    report.note_cpus(args.cpus.as_ref());
     if let Some(error) = &mut report.error {
         // The receiver's lane met a page that it could not have.
         if error.contains("receiving pages") && error.contains(&format!("(os error {})", libc::EFAULT)) {
@@ -119,15 +121,6 @@ pub fn warn_if_open(address: &Address) {
             "warning: {address} may leave this machine, and nothing is encrypted: anybody on the way can read and change RAM"
         ));
     }
-}
-
-/// A file that is cut short while it is mapped shows itself as a bus error.
-fn fail_on_truncation(path: &Path) {
-    let error = format!("{} was cut short while it was sent, or its disk failed; let it lie still", path.display());
-    let words =
-        LastWords { stderr: format!("pageferry: {error}\n").into_bytes(), stdout: Vec::new(), remove: None, code: 1 };
-    // Without it the same happens less politely.
-    let _ = on_bus_error(words);
 }
 
 /// The image, in the place of a guest: it never runs.
