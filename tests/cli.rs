@@ -217,23 +217,23 @@ fn a_file_of_the_same_length_is_replaced_and_one_of_another_only_by_force() {
 }
 
 /// A transfer that stands still in its middle.
-fn stalled(folder: &Folder) -> (program::Program, program::Program) {
+fn stalled(folder: &Folder) -> (program::Program, program::Program, StallingLink) {
     let from = folder.file("from");
     image(&from, 64 << 20, &[(0, 32 << 20)]);
     let mut receiver = start(&["receive", "--listen", "127.0.0.1:0", "--ram", &folder.file("to"), "--json"]);
     let link = StallingLink::to(&receiver.address());
-    let mut sender = start(&["send", "--to", &link.0.to_string(), "--ram", &from, "--json"]);
+    let mut sender = start(&["send", "--to", &link.address.to_string(), "--ram", &from, "--json"]);
     sender.wait_for_pages();
     receiver.wait_for_pages();
     let partial = format!(".to.pageferry-{}.partial", receiver.pid());
     assert_eq!(folder.names(), [partial.as_str(), "from"], "it is in its middle");
-    (sender, receiver)
+    (sender, receiver, link)
 }
 
 #[test]
 fn a_sender_that_is_cancelled_says_so_and_the_receiver_keeps_nothing() {
     let folder = Folder::new();
-    let (sender, receiver) = stalled(&folder);
+    let (sender, receiver, _link) = stalled(&folder);
     sender.signal("INT");
     sender.end().expect(130, "cancelled");
     let received = receiver.end();
@@ -245,7 +245,7 @@ fn a_sender_that_is_cancelled_says_so_and_the_receiver_keeps_nothing() {
 #[test]
 fn a_receiver_that_is_cancelled_tells_the_sender_and_keeps_nothing() {
     let folder = Folder::new();
-    let (sender, receiver) = stalled(&folder);
+    let (sender, receiver, _link) = stalled(&folder);
     receiver.signal("TERM");
     receiver.end().expect(130, "cancelled");
     let sent = sender.end();
@@ -257,10 +257,37 @@ fn a_receiver_that_is_cancelled_tells_the_sender_and_keeps_nothing() {
 #[test]
 fn a_sender_that_dies_leaves_nothing_at_the_receiver() {
     let folder = Folder::new();
-    let (sender, receiver) = stalled(&folder);
+    let (sender, receiver, _link) = stalled(&folder);
     sender.signal("KILL");
     receiver.end().expect(1, "failed");
     assert_eq!(folder.names(), ["from"]);
+}
+
+#[test]
+fn a_transfer_that_stood_still_goes_on() {
+    let folder = Folder::new();
+    let (sender, receiver, link) = stalled(&folder);
+    link.release(2);
+    sender.end().expect(0, "completed");
+    receiver.end().expect(0, "completed");
+    assert!(fs::read(folder.file("from")).unwrap() == fs::read(folder.file("to")).unwrap());
+}
+
+#[test]
+fn an_image_that_is_written_or_cut_short_meanwhile_is_not_handed_over() {
+    for (new_length, said) in [(64 << 20, "was written while it was sent"), (4096, "let it lie still")] {
+        let folder = Folder::new();
+        let (sender, receiver, link) = stalled(&folder);
+        let mut file = fs::OpenOptions::new().write(true).open(folder.file("from")).unwrap();
+        file.write_all(b"a write").unwrap();
+        file.set_len(new_length).unwrap();
+        link.release(2);
+        let sent = sender.end();
+        let error = sent.expect(1, "failed")["error"].as_str().unwrap().to_owned();
+        assert!(error.contains(said), "{error}");
+        receiver.end().expect(1, "failed");
+        assert_eq!(folder.names(), ["from"]);
+    }
 }
 
 #[test]

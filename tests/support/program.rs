@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -196,8 +197,18 @@ impl Drop for Folder {
 }
 
 /// A link to a target that carries the control connection, and of each data connection the Hello and not a byte more:
-/// a migration over it stands in the middle of its first round until somebody ends it.
-pub struct StallingLink(pub SocketAddr);
+/// a migration over it stands in the middle of its first round until the link is released, or somebody ends it.
+pub struct StallingLink {
+    pub address: SocketAddr,
+    held: Arc<Held>,
+}
+
+/// Data connections, from the source and to the target.
+#[derive(Default)]
+struct Held {
+    connections: Mutex<Vec<(TcpStream, TcpStream)>>,
+    arrived: Condvar,
+}
 
 const HELLO_BYTES: usize = 64;
 
@@ -205,24 +216,36 @@ impl StallingLink {
     pub fn to(target: &str) -> StallingLink {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let (address, target) = (listener.local_addr().unwrap(), target.to_owned());
+        let held = Arc::new(Held::default());
+        let hold = held.clone();
         // These threads end with the test's process, or with the connections; nobody waits for them.
         thread::spawn(move || {
-            let mut held = Vec::new();
-            for (index, source) in listener.incoming().map_while(Result::ok).enumerate() {
+            for (index, mut source) in listener.incoming().map_while(Result::ok).enumerate() {
                 let Ok(mut onward) = TcpStream::connect(&target) else { return };
                 if index == 0 {
                     carry(source.try_clone().unwrap(), onward.try_clone().unwrap());
                     carry(onward, source);
-                } else {
-                    let mut hello = [0; HELLO_BYTES];
-                    let mut source = source;
-                    if source.read_exact(&mut hello).and_then(|()| onward.write_all(&hello)).is_ok() {
-                        held.push((source, onward));
-                    }
+                    continue;
+                }
+                let mut hello = [0; HELLO_BYTES];
+                if source.read_exact(&mut hello).and_then(|()| onward.write_all(&hello)).is_ok() {
+                    hold.connections.lock().unwrap().push((source, onward));
+                    hold.arrived.notify_all();
                 }
             }
         });
-        StallingLink(address)
+        StallingLink { address, held }
+    }
+
+    /// Lets so many data connections go on.
+    pub fn release(&self, connections: usize) {
+        let held = self.held.connections.lock().unwrap();
+        let (mut held, _) =
+            self.held.arrived.wait_timeout_while(held, PATIENCE, |held| held.len() < connections).unwrap();
+        assert_eq!(held.len(), connections);
+        for (source, onward) in held.drain(..) {
+            carry(source, onward);
+        }
     }
 }
 
