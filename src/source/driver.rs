@@ -390,6 +390,11 @@ impl Driver<'_> {
                     continue;
                 }
                 TargetFrame::DigestMismatch { block, chunk_digests, .. } => {
+                    // Before it is kept: chunks are looked up by it when the guest waits to be resumed.
+                    if self.ram.block(*block).is_none() {
+                        let what = format!("DigestMismatch names block {block}, which does not exist");
+                        return self.fail(Failure::Protocol(what));
+                    }
                     self.mismatch = Some((*block, chunk_digests.clone()));
                 }
                 _ => {}
