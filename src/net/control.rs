@@ -176,7 +176,8 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
     pub fn farewell(mut self, set: &mut PollSet, limit: Duration) -> u64 {
         let until = Instant::now() + limit;
         let mut closed = false;
-        while self.flush().is_ok() {
+        // The time is looked at after each read, too: a peer that never stops talking must not keep us.
+        while self.flush().is_ok() && Instant::now() < until {
             if self.unsent_bytes() == 0 && !closed {
                 self.socket.shutdown_write();
                 closed = true;
@@ -189,9 +190,6 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
                 Err(_) => break,
-            }
-            if Instant::now() >= until {
-                break;
             }
             set.clear();
             set.until(until);
@@ -237,5 +235,32 @@ impl ControlError {
             ControlError::Io(e) => Failure::Control { doing, reason: e.into() },
             ControlError::Wire(e) => Failure::Protocol(e.to_string()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::event::EventFd;
+    use crate::wire::control::{SourceFrame, TargetFrame};
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+    use std::sync::Arc;
+
+    /// A control connection and a peer that says these bytes over and over, until the connection ends.
+    fn beside_a_talker(words: Vec<u8>) -> (Control<TargetFrame, SourceFrame>, std::thread::JoinHandle<()>) {
+        let (here, mut there) = UnixStream::pair().unwrap();
+        let talker = std::thread::spawn(move || while there.write_all(&words).is_ok() {});
+        (Control::new(Socket::from_fd(here.into()).unwrap()).unwrap(), talker)
+    }
+
+    #[test]
+    fn a_peer_that_never_stops_talking_does_not_hold_up_the_farewell() {
+        let (control, talker) = beside_a_talker(vec![7; 1 << 20]);
+        let begun = Instant::now();
+        let mut set = PollSet::new(Arc::new(EventFd::new().unwrap()));
+        control.farewell(&mut set, Duration::from_millis(50));
+        assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+        talker.join().unwrap();
     }
 }
