@@ -255,6 +255,36 @@ mod tests {
     }
 
     #[test]
+    fn what_one_look_receives_is_bounded_and_nothing_of_it_is_lost() {
+        const PINGS: u64 = 100_000;
+        let (here, mut there) = UnixStream::pair().unwrap();
+        let (mut encoder, mut bytes) = (FrameEncoder::new(), Vec::new());
+        (0..PINGS).for_each(|nonce| encoder.encode(&SourceFrame::Ping { nonce }, &mut bytes).unwrap());
+        let talker = std::thread::spawn(move || there.write_all(&bytes));
+        let socket = Socket::from_fd(here.into()).unwrap();
+        let mut control = Control::<TargetFrame, SourceFrame>::new(socket).unwrap();
+        let mut all = 0;
+        while all < PINGS {
+            let mut frames = Vec::new();
+            // The end of the stream may come together with the last frames.
+            let ended = control.receive(&mut frames).is_err();
+            assert!(frames.len() * 24 <= RECEIVE_BYTES_MAX + 24, "{} frames at once", frames.len());
+            all += frames.len() as u64;
+            assert!(!ended || all == PINGS, "{all} of {PINGS} frames came");
+        }
+        talker.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn a_peer_that_asks_and_does_not_read_ends_its_own_connection() {
+        let (here, _there) = UnixStream::pair().unwrap();
+        let mut control = Control::<TargetFrame, SourceFrame>::new(Socket::from_fd(here.into()).unwrap()).unwrap();
+        let answer = TargetFrame::Discarded { reason: "x".repeat(1000) };
+        let refused = (0..2 * OUTBOX_BYTES_MAX / 1000).any(|_| control.send(&answer).is_err());
+        assert!(refused && control.flush().is_err());
+    }
+
+    #[test]
     fn a_peer_that_never_stops_talking_does_not_hold_up_the_farewell() {
         let (control, talker) = beside_a_talker(vec![7; 1 << 20]);
         let begun = Instant::now();
