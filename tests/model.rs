@@ -101,7 +101,9 @@ fn several_faults_in_the_hand_over_end_in_the_truth() {
     explore("hand-over of 2 channels", Bounds { channels: 2, faults, kinds: ALL_FAULTS, ..LEAST });
 }
 
-/// What breaks when a rule is broken.
+/// What breaks when a rule is broken. The environment variable `PAGEFERRY_MODEL_PATHS` shows the way to it, step by step.
+///
+/// Breadth first, so that the way is short.
 fn notices(mutant: Mutant, broken: &'static str, bounds: Bounds) {
     let begun = Instant::now();
     let only = HasDiscoveries::AnyOf([broken].into());

@@ -140,7 +140,7 @@ fn the_happy_path_from_setup_to_running() {
     assert_eq!(session.on(state(2, 1)), [TargetAction::KeepState(vec![9; 1])]);
     assert_eq!(session.on(moved(0, 2, 1)), []);
     assert_eq!(session.on(frame(SourceFrame::Final(last()))), [], "lane 1 has not passed the last round");
-    assert_eq!(session.on(moved(1, 2, 1)), [TargetAction::Check(last())]);
+    assert_eq!(session.on(moved(1, 2, 1)), [TargetAction::Pong { nonce: 0 }, TargetAction::Check(last())]);
     assert_eq!(session.on(TargetEvent::Checked(Check::Agrees)), [TargetAction::LoadState]);
     let loaded = TargetAction::Send(TargetFrame::Loaded { round: Round(1) });
     assert_eq!(session.on(TargetEvent::StateLoaded(Ok(()))), [loaded]);
@@ -156,7 +156,8 @@ fn a_final_after_the_last_lane_is_checked_at_once() {
     session.on(moved(0, 2, 0));
     session.on(moved(1, 2, 0));
     session.on(state(0, 3));
-    assert_eq!(session.on(frame(SourceFrame::Final(last()))), [TargetAction::Check(last())]);
+    let checks = [TargetAction::Pong { nonce: 0 }, TargetAction::Check(last())];
+    assert_eq!(session.on(frame(SourceFrame::Final(last()))), checks);
 }
 
 #[test]
