@@ -9,7 +9,7 @@ use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use pageferry::units::{BlockId, ChannelId, Epoch, Generation, InstanceId, PageSize, Round, SessionId};
-use pageferry::wire::control::{BlockInfo, Frame, FrameDecoder, FrameEncoder, Setup, SourceFrame, TargetFrame};
+use pageferry::wire::control::{BlockInfo, Frame, FrameDecoder, FrameEncoder, LanePong, Setup, SourceFrame, TargetFrame};
 use pageferry::wire::hello::{HELLO_BYTES, Hello, HelloRole, Side};
 use pageferry::wire::packet::{PacketHeader, PacketKind, RunEntry, RunKind};
 use pageferry::{DirtyBitmap, Failure, Outcome, Source, Target, Verify};
@@ -71,12 +71,24 @@ fn fake_target_until_final(listener: &TcpListener) -> Peer<TargetFrame, SourceFr
 }
 
 #[test]
-fn a_mismatch_in_a_block_that_does_not_exist_costs_the_migration_and_not_the_source() {
+fn numbers_that_a_target_made_up_cost_the_migration_and_not_the_source() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let to = listener.local_addr().unwrap().to_string();
     let target = std::thread::spawn(move || {
         let mut peer = fake_target_until_final(&listener);
         let round = Round(2);
+        let of = |channel| LanePong {
+            channel: ChannelId(channel),
+            generation: Generation(1),
+            rounds_passed: 9,
+            at_barrier: false,
+            bytes: u64::MAX,
+        };
+        peer.say(&TargetFrame::Pong { nonce: 1, lanes: vec![of(0), of(1)] });
+        // The source has looked at the Pong once it has come round to its second heartbeat after it.
+        for _ in 0..2 {
+            while !matches!(peer.hear(), Some(SourceFrame::Ping { .. })) {}
+        }
         peer.say(&TargetFrame::DigestMismatch { round, block: BlockId(1000), chunk_digests: vec![1] });
         while peer.hear().is_some() {}
     });
@@ -99,6 +111,7 @@ fn a_source_that_asks_for_ever_and_does_not_read_neither_holds_the_target_nor_fi
     let mut control = TcpStream::connect(&to).unwrap();
     control.write_all(&hello(HelloRole::Control, Side::Source, SessionId([3; 16]))).unwrap();
     let (mut encoder, mut pings) = (FrameEncoder::<SourceFrame>::new(), Vec::new());
+    let (flooded, deep) = std::sync::mpsc::channel();
     let flood = std::thread::spawn(move || {
         for nonce in 0.. {
             encoder.encode(&SourceFrame::Ping { nonce }, &mut pings).unwrap();
@@ -107,10 +120,14 @@ fn a_source_that_asks_for_ever_and_does_not_read_neither_holds_the_target_nor_fi
                     break;
                 }
                 pings.clear();
+                if nonce > 1_000_000 {
+                    let _ = flooded.send(());
+                }
             }
         }
     });
-    std::thread::sleep(Duration::from_millis(300));
+    // More than the sockets hold: the target is in the middle of it.
+    deep.recv().unwrap();
     let begun = Instant::now();
     cancel.cancel();
     let outcome = receiving.join().unwrap();
@@ -162,7 +179,6 @@ fn lanes_that_have_much_to_do_for_few_bytes_end_at_once_when_aborted() {
         header.encode_into(&table, &mut packet).unwrap();
         data.write_all(&packet).unwrap();
     }
-    std::thread::sleep(Duration::from_millis(100));
     let begun = Instant::now();
     cancel.cancel();
     // The target says farewell for no longer than 50 ms after its lanes have ended.

@@ -14,7 +14,10 @@ use vmm::{TestGuest, TestIncoming};
 fn a_hook_that_takes_long_to_save_the_state_is_no_silence() {
     let ram = vmm::ram(PageSize::SIZE_4K, &[100]);
     let mut guest = TestGuest::new(&ram, &DirtyBitmap::for_ram(&ram));
-    guest.on_save = Some(Box::new(|_, _| std::thread::sleep(Duration::from_millis(1500))));
+    let (_nobody, never) = std::sync::mpsc::channel::<()>();
+    guest.on_save = Some(Box::new(move |_, _| {
+        let _ = never.recv_timeout(Duration::from_millis(1500));
+    }));
     let timeouts = Timeouts { silence: Duration::from_millis(600), ..Timeouts::default() };
     let target = Target::builder().timeouts(timeouts).listen("127.0.0.1:0").unwrap();
     let to = target.address().unwrap().to_string();
