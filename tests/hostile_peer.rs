@@ -9,7 +9,9 @@ use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use pageferry::units::{BlockId, ChannelId, Epoch, Generation, InstanceId, PageSize, Round, SessionId};
-use pageferry::wire::control::{BlockInfo, Frame, FrameDecoder, FrameEncoder, LanePong, Setup, SourceFrame, TargetFrame};
+use pageferry::wire::control::{
+    BlockInfo, Frame, FrameDecoder, FrameEncoder, LanePong, Setup, SourceFrame, TargetFrame,
+};
 use pageferry::wire::hello::{HELLO_BYTES, Hello, HelloRole, Side};
 use pageferry::wire::packet::{PacketHeader, PacketKind, RunEntry, RunKind};
 use pageferry::{DirtyBitmap, Failure, Outcome, Source, Target, Verify};
@@ -136,15 +138,10 @@ fn a_source_that_asks_for_ever_and_does_not_read_neither_holds_the_target_nor_fi
     flood.join().unwrap();
 }
 
-#[test]
-fn lanes_that_have_much_to_do_for_few_bytes_end_at_once_when_aborted() {
-    const PAGES: u64 = 1 << 20;
-    let target = Target::builder().listen("127.0.0.1:0").unwrap();
-    let to = target.address().unwrap().to_string();
-    let cancel = target.cancel_handle();
-    let receiving = std::thread::spawn(move || target.receive(&mut TestIncoming::default()).outcome);
+/// A source with one channel and one block, which has joined.
+fn fake_source_with_its_channel(to: &str, pages: u64) -> (Peer<SourceFrame, TargetFrame>, TcpStream) {
     let session = SessionId([3; 16]);
-    let mut control = TcpStream::connect(&to).unwrap();
+    let mut control = TcpStream::connect(to).unwrap();
     control.write_all(&hello(HelloRole::Control, Side::Source, session)).unwrap();
     control.read_exact(&mut [0; HELLO_BYTES]).unwrap();
     let mut peer = Peer::<SourceFrame, TargetFrame>::new(control);
@@ -152,17 +149,34 @@ fn lanes_that_have_much_to_do_for_few_bytes_end_at_once_when_aborted() {
         id: BlockId(0),
         name: "ram".to_owned(),
         guest_address: 0,
-        bytes: PAGES * 4096,
+        bytes: pages * 4096,
         page_size: PageSize::SIZE_4K,
         backing_page_bytes: 4096,
     };
-    let setup =
-        Setup { verify: Verify::Wire, channels: 1, features: 0, state_bytes_max: 0, blocks: vec![block], opaque: vec![] };
+    let setup = Setup {
+        verify: Verify::Wire,
+        channels: 1,
+        features: 0,
+        state_bytes_max: 0,
+        blocks: vec![block],
+        opaque: vec![],
+    };
     peer.say(&SourceFrame::Setup(setup));
     assert!(matches!(peer.hear(), Some(TargetFrame::Ready { .. })));
-    let mut data = TcpStream::connect(&to).unwrap();
+    let mut data = TcpStream::connect(to).unwrap();
     data.write_all(&hello(HelloRole::Data(ChannelId(0)), Side::Source, session)).unwrap();
     assert!(matches!(peer.hear(), Some(TargetFrame::ChannelJoined { .. })));
+    (peer, data)
+}
+
+#[test]
+fn lanes_that_have_much_to_do_for_few_bytes_end_at_once_when_aborted() {
+    const PAGES: u64 = 1 << 20;
+    let target = Target::builder().listen("127.0.0.1:0").unwrap();
+    let to = target.address().unwrap().to_string();
+    let cancel = target.cancel_handle();
+    let receiving = std::thread::spawn(move || target.receive(&mut TestIncoming::default()).outcome);
+    let (_peer, mut data) = fake_source_with_its_channel(&to, PAGES);
     // Eighty bytes each, and a million pages to make zero.
     let table = [RunEntry { first: 0, pages: PAGES as u32, kind: RunKind::Zero }];
     for sequence in 0..500 {
@@ -184,4 +198,18 @@ fn lanes_that_have_much_to_do_for_few_bytes_end_at_once_when_aborted() {
     // The target says farewell for no longer than 50 ms after its lanes have ended.
     assert_eq!(receiving.join().unwrap(), Outcome::Cancelled);
     assert!(begun.elapsed() < Duration::from_millis(500), "{:?}", begun.elapsed());
+}
+
+#[test]
+fn a_bye_before_the_hand_over_ends_the_migration_instead_of_leaving_the_others_at_the_barrier() {
+    let target = Target::builder().listen("127.0.0.1:0").unwrap();
+    let to = target.address().unwrap().to_string();
+    let receiving = std::thread::spawn(move || target.receive(&mut TestIncoming::default()).outcome);
+    let (mut peer, mut data) = fake_source_with_its_channel(&to, 16);
+    let mut packet = [0; 64];
+    PacketHeader::bye(Round(0), Epoch(0), 0).encode_into(&[], &mut packet).unwrap();
+    data.write_all(&packet).unwrap();
+    assert!(matches!(peer.hear(), Some(TargetFrame::ChannelFailed { .. })));
+    drop(peer);
+    assert!(matches!(receiving.join().unwrap(), Outcome::Failed(Failure::Channel { .. })));
 }

@@ -6,10 +6,10 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
+use pageferry::net::{Connector, Opening};
 use pageferry::units::{BlockId, ChannelId, Epoch, InstanceId, PageSize, Round, SessionId};
 use pageferry::wire::control::{LanePong, SourceFrame, TargetFrame};
 use pageferry::wire::hello::{HelloRole, Side};
-use pageferry::net::{Connector, Opening};
 use pageferry::{DirtyBitmap, Failure, Outcome, Source, SourceReport, Verify};
 
 use super::peer::*;
@@ -174,9 +174,13 @@ fn progress_that_a_target_makes_up_does_not_pass_for_progress() {
 
 #[test]
 fn a_target_that_leaves_is_named_at_every_step() {
-    fails("after Hello", "the control connection failed while waiting for the target: the peer closed it", |listener| {
-        drop(FakeTarget::greet(listener));
-    });
+    fails(
+        "after Hello",
+        "the control connection failed while waiting for the target: the peer closed it",
+        |listener| {
+            drop(FakeTarget::greet(listener));
+        },
+    );
     fails("after Ready", "closed", |listener| drop(FakeTarget::connected(listener)));
     fails("while pages travel", "", |listener| drop(FakeTarget::live(listener)));
     fails("after Final", "", |listener| drop(FakeTarget::until_final(listener)));
@@ -194,9 +198,14 @@ fn what_the_target_says_before_it_leaves_is_the_reason() {
     });
     let reason = "the disk ate it".to_owned();
     let failed = TargetFrame::ChannelFailed { channel: ChannelId(1), generation: FIRST, reason };
-    fails_with("ChannelFailed in round 0", "data channel 1 (generation 1) failed: the disk ate it", MANY_PAGES, |listener| {
-        FakeTarget::live(listener).control.send(&failed);
-    });
+    fails_with(
+        "ChannelFailed in round 0",
+        "data channel 1 (generation 1) failed: the disk ate it",
+        MANY_PAGES,
+        |listener| {
+            FakeTarget::live(listener).control.send(&failed);
+        },
+    );
     fails("RunFailed", "could not start the guest, which did not run there: no vCPU", |listener| {
         let mut target = FakeTarget::until_commit(listener);
         target.control.send(&TargetFrame::RunFailed { reason: "no vCPU".to_owned() });

@@ -208,7 +208,11 @@ fn packets_that_make_no_sense_end_the_migration_and_the_channel_is_named() {
     let late = PacketHeader { epoch: Epoch(3), ..header(4096) };
     let cases: Vec<(&str, &str, Vec<u8>)> = vec![
         ("a bad CRC", "is damaged: its CRC says", bad_crc),
-        ("a run past the end", "reaches past the end of block 0", packet(header(8192), &[run(15, 2, data)], &[1; 8192])),
+        (
+            "a run past the end",
+            "reaches past the end of block 0",
+            packet(header(8192), &[run(15, 2, data)], &[1; 8192]),
+        ),
         ("a run at the end of numbers", "past the end", packet(header(4096), &[run(u64::MAX, 1, data)], &[1; 4096])),
         ("zeros past the end", "past the end", packet(header(0), &[run(0, u32::MAX, RunKind::Zero)], &[])),
         ("the wrong sequence", "sequence, round and epoch 5, 0, 0", page_packet(5, Round(0), &[1; 4096])),
