@@ -109,7 +109,7 @@ fn a_source_that_asks_for_ever_and_does_not_read_neither_holds_the_target_nor_fi
     let target = Target::builder().listen("127.0.0.1:0").unwrap();
     let to = target.address().unwrap().to_string();
     let cancel = target.cancel_handle();
-    let receiving = std::thread::spawn(move || target.receive(&mut TestIncoming::default()).outcome);
+    let receiving = std::thread::spawn(move || target.receive(&mut TestIncoming::new()).outcome);
     let mut control = TcpStream::connect(&to).unwrap();
     control.write_all(&hello(HelloRole::Control, Side::Source, SessionId([3; 16]))).unwrap();
     let (mut encoder, mut pings) = (FrameEncoder::<SourceFrame>::new(), Vec::new());
@@ -175,7 +175,7 @@ fn lanes_that_have_much_to_do_for_few_bytes_end_at_once_when_aborted() {
     let target = Target::builder().listen("127.0.0.1:0").unwrap();
     let to = target.address().unwrap().to_string();
     let cancel = target.cancel_handle();
-    let receiving = std::thread::spawn(move || target.receive(&mut TestIncoming::default()).outcome);
+    let receiving = std::thread::spawn(move || target.receive(&mut TestIncoming::new()).outcome);
     let (_peer, mut data) = fake_source_with_its_channel(&to, PAGES);
     // Eighty bytes each, and a million pages to make zero.
     let table = [RunEntry { first: 0, pages: PAGES as u32, kind: RunKind::Zero }];
@@ -204,7 +204,7 @@ fn lanes_that_have_much_to_do_for_few_bytes_end_at_once_when_aborted() {
 fn a_bye_before_the_hand_over_ends_the_migration_instead_of_leaving_the_others_at_the_barrier() {
     let target = Target::builder().listen("127.0.0.1:0").unwrap();
     let to = target.address().unwrap().to_string();
-    let receiving = std::thread::spawn(move || target.receive(&mut TestIncoming::default()).outcome);
+    let receiving = std::thread::spawn(move || target.receive(&mut TestIncoming::new()).outcome);
     let (mut peer, mut data) = fake_source_with_its_channel(&to, 16);
     let mut packet = [0; 64];
     PacketHeader::bye(Round(0), Epoch(0), 0).encode_into(&[], &mut packet).unwrap();

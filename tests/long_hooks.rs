@@ -21,7 +21,7 @@ fn a_hook_that_takes_long_to_save_the_state_is_no_silence() {
     let timeouts = Timeouts { silence: Duration::from_millis(600), ..Timeouts::default() };
     let target = Target::builder().timeouts(timeouts).listen("127.0.0.1:0").unwrap();
     let to = target.address().unwrap().to_string();
-    let receiving = std::thread::spawn(move || target.receive(&mut TestIncoming::default()).outcome);
+    let receiving = std::thread::spawn(move || target.receive(&mut TestIncoming::new()).outcome);
     let source = Source::builder(ram).timeouts(timeouts).connect(&to).unwrap();
     let mut dirty = guest.dirty.clone();
     assert_eq!(source.migrate(&mut dirty, &mut guest).outcome, Outcome::Completed);

@@ -330,7 +330,7 @@ fn channels_that_came_before_a_crowd_of_silent_strangers_are_heard() {
         began.send(()).unwrap();
         held.recv().unwrap();
     }));
-    let (report, incoming) = against(incoming, |to| {
+    let (report, incoming) = against(incoming, move |to| {
         let mut source = FakeSource::greet(to);
         source.control.send(&SourceFrame::Setup(setup(1, &[16, 16])));
         begun.recv().unwrap();
