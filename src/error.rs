@@ -184,7 +184,8 @@ pub enum Outcome {
     Completed,
     /// Cancelled on request before the point of no return: the guest runs on at the source.
     Cancelled,
-    /// The guest belongs to the source: it was resumed there if it had been paused.
+    /// The guest belongs to the source: it was resumed there if it had been paused. If it could not be, the failure is
+    /// that of the `resume` hook.
     Failed(Failure),
     /// Commit was sent and no answer came: the target may run the guest. The source stays paused, and must not be
     /// resumed before the target is known not to run.

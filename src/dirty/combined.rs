@@ -86,17 +86,14 @@ impl DirtySource for Combined<'_> {
         Err(e)
     }
 
-    /// One source that takes them is enough: the next harvest ORs them all.
     fn give_back(&mut self, block: BlockId, first_page: u64, words: &[u64]) -> Result<(), DirtyError> {
-        let mut first_error = DirtyError::NotArmed;
-        for (tried, source) in self.sources.iter_mut().enumerate() {
-            match source.give_back(block, first_page, words) {
-                Ok(()) => return Ok(()),
-                Err(e) if tried == 0 => first_error = e,
-                Err(_) => {}
-            }
+        // To all: the caller may read any of them afterwards, and one that is disarmed forgets. A page that two report is
+        // shipped once.
+        let mut result = if self.sources.is_empty() { Err(DirtyError::NotArmed) } else { Ok(()) };
+        for source in &mut self.sources {
+            result = result.and(source.give_back(block, first_page, words));
         }
-        Err(first_error)
+        result
     }
 
     fn disarm(&mut self) {

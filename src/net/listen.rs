@@ -122,6 +122,26 @@ impl Listener {
     }
 }
 
+/// Whether an error of accept(2) passes: descriptors or memory have run out for now, or it was the connection's own.
+pub fn passes(error: &io::Error) -> bool {
+    // accept(2), "Error handling": a reliable server treats the network's errors as no connection.
+    const PASSING: [i32; 12] = [
+        libc::EMFILE,
+        libc::ENFILE,
+        libc::ENOBUFS,
+        libc::ENOMEM,
+        libc::ENETDOWN,
+        libc::EPROTO,
+        libc::ENOPROTOOPT,
+        libc::EHOSTDOWN,
+        libc::ENONET,
+        libc::EHOSTUNREACH,
+        libc::ENETUNREACH,
+        libc::EPERM,
+    ];
+    error.raw_os_error().is_some_and(|errno| PASSING.contains(&errno))
+}
+
 /// Connections that have not yet said who they are. Nobody waits for any of them, and there is room for a few only.
 #[derive(Debug, Default)]
 pub struct Lobby {
@@ -159,12 +179,19 @@ impl Lobby {
     pub fn enter(&mut self, socket: Socket, hello_timeout: Duration) -> io::Result<()> {
         socket.set_nonblocking(true)?;
         if self.guests.len() >= GUESTS_MAX {
-            self.guests.remove(0);
-            self.turned_away += 1;
+            self.make_room();
         }
         let until = Instant::now() + hello_timeout;
         self.guests.push(Guest { socket, hello: [0; HELLO_BYTES], got: 0, until });
         Ok(())
+    }
+
+    /// Sends away the one that has waited longest: its descriptor is needed.
+    pub fn make_room(&mut self) {
+        if !self.guests.is_empty() {
+            self.guests.remove(0);
+            self.turned_away += 1;
+        }
     }
 
     /// Connections that were dropped without having said a good Hello.
@@ -225,5 +252,17 @@ impl Guest {
             Ok(hello) => Heard::All(hello),
             Err(e) => Heard::Nonsense(e),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn running_out_of_descriptors_passes_and_a_listener_that_is_none_does_not() {
+        assert!(passes(&io::Error::from_raw_os_error(libc::EMFILE)));
+        assert!(!passes(&io::Error::from_raw_os_error(libc::EBADF)));
+        assert!(!passes(&io::Error::from(io::ErrorKind::InvalidInput)));
     }
 }

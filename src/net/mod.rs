@@ -9,4 +9,4 @@ mod listen;
 pub use address::Address;
 pub use connect::{Connector, Endpoint, Fds, Opening, open};
 pub use control::Control;
-pub use listen::{Greeting, Listener, Lobby};
+pub use listen::{Greeting, Listener, Lobby, passes};

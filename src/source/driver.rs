@@ -145,13 +145,14 @@ impl Driver<'_> {
         debug_assert!(self.flags.pause);
         *paused_at = Some(Instant::now());
         self.progress.stage(Stage::Paused);
-        let paused = guest.pause();
-        self.excuse_silence();
+        let (alive, paused) = self.beside(|_| Ok(()), || guest.pause());
         if let Err(e) = paused {
             // The guest runs: the hook's contract. There is nothing to resume.
             *paused_at = None;
+            alive?;
             return self.fail(Failure::Hook { hook: "pause", reason: e.to_string() });
         }
+        alive?;
         self.event(SourceEvent::GuestPaused)?;
         self.ship_the_rest(guest)?;
         let facts = self.facts()?;
@@ -278,7 +279,9 @@ impl Driver<'_> {
         // Allocated before tracking begins: from then on, rounds allocate nothing.
         self.scanner = Some(Scanner::new(&self.ram));
         self.armed = true;
-        match self.dirty.arm(&self.ram) {
+        let armed = self.dirty.arm(&self.ram);
+        self.excuse_silence();
+        match armed {
             Ok(()) => Ok(()),
             Err(e) => self.fail(Failure::Dirty(e.to_string())),
         }
@@ -290,6 +293,14 @@ impl Driver<'_> {
             self.act(action)?;
         }
         if self.outcome.is_some() { Err(Over) } else { Ok(()) }
+    }
+
+    /// Keeps a remark for the report; not more than a person would read.
+    pub fn remark(&mut self, what: String) {
+        const REMARKS_MAX: usize = 16;
+        if self.remarks.len() < REMARKS_MAX {
+            self.remarks.push(what);
+        }
     }
 
     /// Ends the migration for this reason.
@@ -458,7 +469,9 @@ impl Driver<'_> {
         // The guest next, before anything that could take time: it stands still.
         if let (true, Some(_)) = (ours, paused_at) {
             if let Err(e) = guest.resume() {
-                self.remarks.push(format!("the VMM's resume hook failed: {e}"));
+                // The one who must act is told first, and then why it came to that.
+                let reason = format!("{e}; the guest stands still at the source, whose migration ended thus: {outcome}");
+                outcome = Outcome::Failed(Failure::Hook { hook: "resume", reason });
             }
             self.ended_at = Instant::now();
         }
@@ -469,7 +482,7 @@ impl Driver<'_> {
         if self.armed {
             if ours {
                 if let Some(Err(e)) = self.scanner.as_mut().map(|s| s.give_back(self.dirty)) {
-                    self.remarks.push(format!("dirty bits could not be given back: {e}"));
+                    self.remark(format!("dirty bits could not be given back: {e}"));
                 }
             }
             self.dirty.disarm();

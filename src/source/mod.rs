@@ -2,6 +2,7 @@
 //! The source of a migration: what a VMM calls to send its guest away.
 
 mod driver;
+mod hooks;
 mod lanes;
 mod rounds;
 mod state;
@@ -47,7 +48,7 @@ pub trait Guest {
     /// Lets the guest run on here, after a failed or cancelled migration.
     ///
     /// # Errors
-    /// Reported; there is nothing else that the library could do.
+    /// Becomes the reason of the outcome: the guest is still the source's, and stands still.
     fn resume(&mut self) -> Result<(), HookError>;
 
     /// Writes the device state, of any size. It travels as it is written, and RAM travels meanwhile; guest RAM that it

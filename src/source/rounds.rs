@@ -3,41 +3,23 @@
 
 use std::time::{Duration, Instant};
 
-use crate::bell::Ringer;
-use crate::crew::{Alarm, Starting};
+use crate::crew::Alarm;
 use crate::error::Failure;
 use crate::memory::full;
-use crate::poll::PollSleeper;
 use crate::precopy::{Decision, Estimate, decide};
 use crate::scanner::{Chunk, Which, chunks};
 use crate::session::source::{Facts, SourceEvent};
 use crate::source::driver::{Driver, Over, run_pages_max};
 use crate::source::lanes::EPOCH_ITEMS_MAX;
 use crate::source::{Guest, StateWriter};
-use crate::sync::AtomicBool;
-use crate::sync::Ordering::Relaxed;
 use crate::units::{Item, Round, Verify};
 
 /// Runs that are handed to a ring at once: a batch of single 4 KiB pages.
 const PUSH_RUNS_MAX: usize = 256;
 
-/// The thread that ships while the VMM saves its state.
-const SCAN_THREAD: &str = "pf-scan";
-
 /// What a switchover costs even if nothing is left: pause, Final, Loaded, Commit, Running. Measured at 0.3 ms over
 /// loopback; allowed for generously, as the VMM's own hooks are in it.
 const FIXED_COST: Duration = Duration::from_millis(1);
-
-/// Says, when it is dropped, that `save_state` has returned. Relaxed: nothing hangs on it but the end of a wait, which
-/// the ring ends; the state has a queue of its own.
-struct Done<'a>(&'a AtomicBool, Ringer<PollSleeper>);
-
-impl Drop for Done<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Relaxed);
-        self.1.ring();
-    }
-}
 
 impl Driver<'_> {
     /// Rounds while the guest runs, until it is time to switch over.
@@ -152,7 +134,7 @@ impl Driver<'_> {
         // Taken out for the time of the chunk: the runs borrow it while batches are pushed.
         let Some(mut scanner) = self.scanner.take() else { return Ok(()) };
         if let Some(e) = scanner.harvest(&ram, self.dirty, chunk, which) {
-            self.remarks.push(format!("a harvest failed, and its pages count as dirty: {e}"));
+            self.remark(format!("a harvest failed, and its pages count as dirty: {e}"));
         }
         let mut bytes = 0;
         let mut result = Ok(());
@@ -211,44 +193,10 @@ impl Driver<'_> {
     /// has; then waits until every ring and every hand is empty.
     pub fn ship_the_rest(&mut self, guest: &mut dyn Guest) -> Result<(), Over> {
         let mut writer = StateWriter::new(self.state.clone(), self.bell.ringer());
-        // The driver goes on on a thread of its own, so that the VMM's hook runs on the VMM's.
-        let options = self.options.clone();
-        let (saved_all, ringer) = (AtomicBool::new(false), self.bell.ringer());
-        let (shipped, saved) = std::thread::scope(|scope| {
-            let driver = &mut *self;
-            let saved_all = &saved_all;
-            // Dropped when the hook is done, also by its panic: the thread must not wait for ever.
-            let done = Done(saved_all, ringer);
-            let started = crate::sys::thread::with_signals_blocked(|| {
-                std::thread::Builder::new().name(SCAN_THREAD.to_owned()).spawn_scoped(scope, move || {
-                    match options.own_hook(&Starting { kind: "scan", id: 0, name: SCAN_THREAD }) {
-                        Ok(()) => driver.ship_paused_round().and_then(|()| {
-                            // The hook may take long. State travels, heartbeats go out and a cancel is heard meanwhile.
-                            while !saved_all.load(Relaxed) {
-                                driver.service(true)?;
-                            }
-                            Ok(())
-                        }),
-                        Err(e) => driver.fail(Failure::Worker(format!("{SCAN_THREAD} {e}"))),
-                    }
-                })
-            });
-            let saved = guest.save_state(&mut writer).map_err(|e| e.to_string());
-            drop(writer);
-            drop(done);
-            (started.map(|thread| thread.join()), saved)
-        });
-        match shipped {
-            Ok(Ok(result)) => result?,
-            Ok(Err(_)) => return self.fail(Failure::Worker("the scanner's thread panicked".to_owned())),
-            // No thread to be had: one after the other, then.
-            Err(e) => {
-                self.remarks.push(format!("no thread for the last round, which ran after save_state: {e}"));
-                self.ship_paused_round()?;
-            }
-        }
-        if let Err(reason) = saved {
-            return self.fail(Failure::Hook { hook: "save_state", reason });
+        let (shipped, saved) = self.beside(Driver::ship_paused_round, move || guest.save_state(&mut writer));
+        shipped?;
+        if let Err(e) = saved {
+            return self.fail(Failure::Hook { hook: "save_state", reason: e.to_string() });
         }
         // save_state may have written guest RAM.
         self.ship_paused_round()?;

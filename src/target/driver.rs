@@ -12,7 +12,7 @@ use crate::digest::{BlockShape, DigestTable};
 use crate::error::{Failure, Outcome};
 use crate::gate::Gate;
 use crate::memory::{Ram, full};
-use crate::net::{Control, Greeting, Listener, Lobby};
+use crate::net::{Control, Greeting, Listener, Lobby, passes};
 use crate::poll::PollSleeper;
 use crate::progress::{Progress, Stage};
 use crate::session::source::FIRST_GENERATION;
@@ -39,6 +39,7 @@ struct Driver<'a> {
     progress: Progress,
     session: TargetSession,
     lobby: Lobby,
+    accept_again: Option<Instant>,
     turned_away: u64,
     control: Option<Control<TargetFrame, SourceFrame>>,
     id: SessionId,
@@ -69,6 +70,7 @@ pub(super) fn receive(target: Target, incoming: &mut dyn Incoming) -> TargetRepo
         progress,
         session,
         lobby: Lobby::default(),
+        accept_again: None,
         turned_away: 0,
         control: None,
         id: SessionId([0; 16]),
@@ -109,8 +111,12 @@ impl Driver<'_> {
         let deadline = self.deadline();
         let set = self.bell.sleeper().set();
         set.clear();
-        if let Some(fd) = self.listener.fd() {
-            set.watch(fd, true, false);
+        match (self.accept_again, self.listener.fd()) {
+            (Some(when), _) => set.until(when),
+            (None, Some(fd)) => {
+                set.watch(fd, true, false);
+            }
+            (None, None) => {}
         }
         self.lobby.watch(set);
         if let Some(control) = &self.control {
@@ -144,6 +150,10 @@ impl Driver<'_> {
     }
 
     fn accept(&mut self) -> Result<(), Over> {
+        if self.accept_again.is_some_and(|when| Instant::now() < when) {
+            return Ok(());
+        }
+        self.accept_again = None;
         // Ready-made connections wait for a source that may be slow to speak; strangers do not get that time.
         let ready = matches!(self.listener, Listener::Ready(_));
         let patience = if ready { Duration::from_secs(24 * 3600) } else { self.settings.timeouts.hello };
@@ -153,8 +163,11 @@ impl Driver<'_> {
             }) {
                 Ok(Some(())) => {}
                 Ok(None) => return Ok(()),
-                // Out of descriptors, say: those who are here already are served all the same.
-                Err(e) if self.control.is_some() => {
+                // Out of descriptors, say: those who are here already are served all the same, and the listener, which
+                // stays ready, is left alone for a while.
+                Err(e) if self.control.is_some() || passes(&e) => {
+                    self.lobby.make_room();
+                    self.accept_again = Some(Instant::now() + ACCEPT_PAUSE);
                     if self.remarks.len() < REMARKS_MAX {
                         self.remarks.push(format!("a connection could not be accepted: {e}"));
                     }
@@ -517,6 +530,8 @@ const LAST_WORDS: Duration = Duration::from_millis(50);
 /// Connections accepted before those in the lobby are heard, at the most. Far fewer than the lobby holds: a crowd of
 /// strangers does not push out a channel that has said its Hello already, or keep the target from its work.
 const ACCEPTS_MAX: usize = 64;
+/// How long the listener is left alone when a connection cannot be accepted.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Remarks about strangers, at the most: they come from anybody.
 const REMARKS_MAX: usize = 16;
 /// Chunk digests in one frame: as many as its body holds.
