@@ -89,9 +89,9 @@ pub(super) fn receive(target: Target, incoming: &mut dyn Incoming) -> TargetRepo
 }
 
 impl Driver<'_> {
-    /// Waits for anything to happen, and deals with it.
+    /// Deals with what has happened, and waits for more. Ready-made connections are there before the first wait, which
+    /// nothing would end.
     fn service(&mut self) -> Result<(), Over> {
-        self.sleep();
         if self.gate.is_cancelled() {
             self.event(TargetEvent::CancelAsked)?;
         }
@@ -99,7 +99,9 @@ impl Driver<'_> {
         self.greet()?;
         self.receive_frames()?;
         self.look_at_lanes()?;
-        self.check_time()
+        self.check_time()?;
+        self.sleep();
+        Ok(())
     }
 
     fn sleep(&mut self) {
