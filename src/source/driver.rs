@@ -199,7 +199,8 @@ impl Driver<'_> {
             guest_address: b.guest_address(),
             bytes: b.bytes(),
             page_size: b.page_size(),
-            backing_page_bytes: b.backing_page_bytes(),
+            // The wire's unit is the tracking page, and this host's pages may be smaller.
+            backing_page_bytes: b.backing_page_bytes().max(b.page_size().bytes()),
         });
         let setup = Setup {
             verify: self.settings.verify,
