@@ -172,7 +172,15 @@ impl From<WireError> for ControlError {
 }
 
 impl ControlError {
-    /// As the reason of a migration's failure.
+    /// As the reason why a frame could not be sent, where the peer has no part in it.
+    pub fn own_mistake(&self) -> Option<crate::error::Failure> {
+        match self {
+            ControlError::Wire(e) => Some(crate::error::Failure::Config(format!("this cannot be sent: {e}"))),
+            ControlError::Closed | ControlError::Io(_) => None,
+        }
+    }
+
+    /// As the reason of a migration's failure, where the peer's bytes were received.
     pub fn into_failure(self, doing: &'static str) -> crate::error::Failure {
         use crate::error::{Failure, OsReason};
         match self {

@@ -295,10 +295,11 @@ impl Driver<'_> {
         match action {
             SourceAction::Send(frame) => {
                 let Some(control) = &mut self.control else { return Ok(()) };
-                if let Err(e) = control.send(&frame) {
-                    // Frames after the end are courtesy; any other is not.
+                // What the socket refuses is found again, by `receive`, after everything that the target said before it
+                // left: that says more than a broken pipe. Frames after the end are courtesy.
+                if let Some(why) = control.send(&frame).err().and_then(|e| e.own_mistake()) {
                     if !self.session.is_ended() {
-                        return self.fail(e.into_failure("sending on it"));
+                        return self.fail(why);
                     }
                 }
             }
@@ -350,6 +351,8 @@ impl Driver<'_> {
         }
         self.receive()?;
         while let Some((channel, reason)) = self.lanes.as_mut().and_then(Lanes::poll_end) {
+            // If the target has said why it closed its channels, that is the reason to report.
+            self.receive()?;
             let generation: Generation = FIRST_GENERATION;
             self.event(SourceEvent::ChannelFailed { channel, generation, reason })?;
         }
@@ -358,13 +361,13 @@ impl Driver<'_> {
 
     fn receive(&mut self) -> Result<(), Over> {
         let Some(control) = &mut self.control else { return Ok(()) };
-        if let Err(e) = control.flush() {
-            // What the target said before it left says more than a broken pipe.
-            self.remarks.push(format!("sending on the control connection: {e}"));
-        }
+        let flushed = control.flush();
         if !self.greeted {
             match control.receive_hello() {
-                Ok(None) => return Ok(()),
+                Ok(None) => match flushed {
+                    Ok(()) => return Ok(()),
+                    Err(e) => return self.fail(Failure::Control { doing: "sending on it", reason: e.into() }),
+                },
                 Ok(Some(hello)) => {
                     if hello.session != self.id || hello.side != Side::Target || hello.role != HelloRole::Control {
                         return self.fail(Failure::Protocol("its Hello is for another connection".to_owned()));
@@ -390,9 +393,11 @@ impl Driver<'_> {
             }
             self.event(SourceEvent::Frame(frame))?;
         }
-        match result {
-            Ok(()) => Ok(()),
-            Err(e) => self.fail(e.into_failure("waiting for the target")),
+        // Last: what the target said before it left says more than a broken pipe.
+        match (result, flushed) {
+            (Err(e), _) => self.fail(e.into_failure("waiting for the target")),
+            (Ok(()), Err(e)) => self.fail(Failure::Control { doing: "sending on it", reason: e.into() }),
+            (Ok(()), Ok(())) => Ok(()),
         }
     }
 

@@ -265,13 +265,12 @@ impl Driver<'_> {
         match action {
             TargetAction::Send(frame) => {
                 let Some(control) = &mut self.control else { return Ok(()) };
-                if let Err(e) = control.send(&frame) {
-                    // Frames after the end are courtesy; any other is not.
-                    if !self.session.is_ended() {
-                        return self.event(TargetEvent::Failed(e.into_failure("sending on it")));
-                    }
+                // What the socket refuses is found again, by `receive_frames`, after everything that the source said
+                // before it left. Frames after the end are courtesy.
+                match control.send(&frame).err().and_then(|e| e.own_mistake()) {
+                    Some(why) if !self.session.is_ended() => self.event(TargetEvent::Failed(why)),
+                    _ => Ok(()),
                 }
-                Ok(())
             }
             TargetAction::Prepare(setup) => {
                 let event = match self.prepare(&setup) {
