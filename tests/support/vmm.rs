@@ -4,14 +4,22 @@
 #![expect(unsafe_code)]
 
 use std::io::{Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
-use pageferry::memory::{Backing, Initial};
+use pageferry::memory::{Backing, Initial, Presence, RawRange};
+use pageferry::net::Fds;
+use pageferry::source::SourceBuilder;
+use pageferry::target::TargetBuilder;
 use pageferry::units::{BlockId, PageSize};
 use pageferry::wire::control::Setup;
-use pageferry::{DirtyBitmap, Guest, HookError, Incoming, Ram, RamBlock, StateWriter};
+use pageferry::{
+    DirtyBitmap, DirtySource, Guest, HookError, Incoming, Outcome, Ram, RamBlock, Source, SourceReport, StateWriter,
+    Target, TargetReport,
+};
 
 /// Guest RAM of blocks of these many pages each.
 pub fn ram(page_size: PageSize, pages: &[u64]) -> Ram {
@@ -56,9 +64,38 @@ pub fn read_page(ram: &Ram, block: BlockId, page: u64) -> Vec<u8> {
 
 /// The first page in which two memories differ.
 pub fn first_difference(a: &Ram, b: &Ram) -> Option<(BlockId, u64)> {
-    a.iter()
-        .flat_map(|(id, block)| (0..block.pages()).map(move |page| (id, page)))
-        .find(|&(id, page)| read_page(a, id, page) != read_page(b, id, page))
+    assert_eq!(a.blocks().len(), b.blocks().len());
+    a.iter().flat_map(|(id, block)| (0..block.pages()).map(move |page| (id, page))).find(|&(id, page)| {
+        let (a, b) = (a.block(id).unwrap().range(page, 1).unwrap(), b.block(id).unwrap().range(page, 1).unwrap());
+        // SAFETY: both ranges lie in blocks that `a` and `b` keep mapped, and nobody writes either of them any more.
+        a.len != b.len || unsafe { libc::memcmp(a.ptr.cast(), b.ptr.cast(), a.len) } != 0
+    })
+}
+
+/// Fills every page of every block with something.
+pub fn fill(ram: &Ram, version: u64) {
+    for (id, block) in ram.iter() {
+        (0..block.pages()).for_each(|page| write_page(ram, id, page, version));
+    }
+}
+
+/// A block over memory that another `Ram` owns, and that this one holds: memory with a past.
+pub fn same_memory(
+    name: &str,
+    guest_address: u64,
+    range: RawRange,
+    page_size: PageSize,
+    initial: Initial,
+    owner: Ram,
+) -> RamBlock {
+    let fd = owner.block(BlockId(0)).unwrap().fd().map(|fd| fd.try_clone_to_owned().unwrap());
+    // SAFETY: the range is a block of `owner`, which the new block keeps alive.
+    let block = unsafe { RamBlock::new(name, guest_address, range.ptr, range.len as u64, page_size) }.unwrap();
+    let block = match fd {
+        Some(fd) => block.with_shared_file(fd.as_fd(), 0).unwrap(),
+        None => block.with_presence(Presence::Anonymous),
+    };
+    block.with_initial(initial).with_keep_alive(owner)
 }
 
 pub fn mix(x: u64) -> u64 {
@@ -77,8 +114,14 @@ pub struct TestGuest {
     pub setup: Vec<u8>,
     pub resumed: u32,
     pub paused: u32,
+    /// Called first in `pause`.
+    pub on_pause: Option<Box<dyn FnMut()>>,
     /// Called in `save_state`, before the state is written.
     pub on_save: Option<Box<dyn FnMut(&Ram, &DirtyBitmap)>>,
+    /// What `pause` fails with; the guest goes on.
+    pub fail_pause: Option<String>,
+    /// What `save_state` fails with, after the state was written.
+    pub fail_save: Option<String>,
 }
 
 impl TestGuest {
@@ -92,12 +135,24 @@ impl TestGuest {
             setup: b"machine".to_vec(),
             resumed: 0,
             paused: 0,
+            on_pause: None,
             on_save: None,
+            fail_pause: None,
+            fail_save: None,
         }
     }
 
-    /// Starts a vCPU that writes the first `hot` pages of block 0 over and over.
+    /// Starts a vCPU that writes the first `hot` pages of block 0 over and over, and marks what it wrote.
     pub fn start(&mut self, hot: u64) {
+        self.start_writer(hot, true);
+    }
+
+    /// As [`TestGuest::start`], and marks nothing: only something like write protection can know.
+    pub fn start_unmarked(&mut self, hot: u64) {
+        self.start_writer(hot, false);
+    }
+
+    fn start_writer(&mut self, hot: u64, marks: bool) {
         self.stop.store(false, Ordering::Relaxed);
         let (ram, dirty, stop) = (self.ram.clone(), self.dirty.clone(), self.stop.clone());
         self.writer = Some(std::thread::spawn(move || {
@@ -110,7 +165,9 @@ impl TestGuest {
                     write_page(&ram, BlockId(0), page, version)
                 }
                 // After the write: that is the contract.
-                dirty.mark(BlockId(0), page);
+                if marks {
+                    dirty.mark(BlockId(0), page);
+                }
                 version += 1;
             }
         }));
@@ -136,6 +193,12 @@ impl Guest for TestGuest {
     }
 
     fn pause(&mut self) -> Result<(), HookError> {
+        if let Some(on_pause) = &mut self.on_pause {
+            on_pause();
+        }
+        if let Some(why) = &self.fail_pause {
+            return Err(why.clone().into());
+        }
         self.paused += 1;
         self.stop();
         Ok(())
@@ -151,7 +214,10 @@ impl Guest for TestGuest {
             on_save(&self.ram, &self.dirty);
         }
         out.write_all(&self.state)?;
-        Ok(())
+        match &self.fail_save {
+            Some(why) => Err(why.clone().into()),
+            None => Ok(()),
+        }
     }
 }
 
@@ -164,6 +230,10 @@ pub struct TestIncoming {
     pub setup: Vec<u8>,
     pub runs: u32,
     pub discards: u32,
+    /// Called first in `prepare`, `load_state` and `run`.
+    pub on_prepare: Option<Box<dyn FnMut() + Send>>,
+    pub on_load: Option<Box<dyn FnMut() + Send>>,
+    pub on_run: Option<Box<dyn FnMut() + Send>>,
     pub refuse: Option<String>,
     pub fail_load: Option<String>,
     pub fail_run: Option<String>,
@@ -180,6 +250,9 @@ impl Default for TestIncoming {
             setup: Vec::new(),
             runs: 0,
             discards: 0,
+            on_prepare: None,
+            on_load: None,
+            on_run: None,
             refuse: None,
             fail_load: None,
             fail_run: None,
@@ -190,6 +263,9 @@ impl Default for TestIncoming {
 impl Incoming for TestIncoming {
     fn prepare(&mut self, setup: &Setup) -> Result<Ram, HookError> {
         self.setup = setup.opaque.clone();
+        if let Some(on_prepare) = &mut self.on_prepare {
+            on_prepare();
+        }
         if let Some(why) = &self.refuse {
             return Err(why.clone().into());
         }
@@ -201,6 +277,9 @@ impl Incoming for TestIncoming {
     }
 
     fn load_state(&mut self, state: &mut dyn Read) -> Result<(), HookError> {
+        if let Some(on_load) = &mut self.on_load {
+            on_load();
+        }
         state.read_to_end(&mut self.state)?;
         match &self.fail_load {
             Some(why) => Err(why.clone().into()),
@@ -209,6 +288,9 @@ impl Incoming for TestIncoming {
     }
 
     fn run(&mut self) -> Result<(), HookError> {
+        if let Some(on_run) = &mut self.on_run {
+            on_run();
+        }
         self.runs += 1;
         match &self.fail_run {
             Some(why) => Err(why.clone().into()),
@@ -219,4 +301,115 @@ impl Incoming for TestIncoming {
     fn discard(&mut self) {
         self.discards += 1;
     }
+}
+
+/// What source and target are connected by.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Transport {
+    Tcp4,
+    Tcp6,
+    Unix,
+    Fds,
+}
+
+impl Transport {
+    /// Every transport that this machine has.
+    pub fn all() -> Vec<Transport> {
+        let mut all = vec![Transport::Tcp4, Transport::Unix, Transport::Fds];
+        if std::net::TcpListener::bind("[::1]:0").is_ok() {
+            all.push(Transport::Tcp6);
+        }
+        all
+    }
+
+    /// A source and the target it will reach.
+    pub fn connect(self, source: SourceBuilder, target: TargetBuilder, channels: u8) -> (Source, Target) {
+        let source = source.channels(channels);
+        match self {
+            Transport::Tcp4 => over_address("127.0.0.1:0", source, target),
+            Transport::Tcp6 => over_address("[::1]:0", source, target),
+            Transport::Unix => over_address(&unix_address(), source, target),
+            Transport::Fds => {
+                let (near, far) = pairs(1 + usize::from(channels));
+                let mut near = near.into_iter();
+                let fds = Fds::new(near.next().unwrap(), near);
+                (source.connector(fds).unwrap(), target.connections(far).unwrap())
+            }
+        }
+    }
+}
+
+fn over_address(address: &str, source: SourceBuilder, target: TargetBuilder) -> (Source, Target) {
+    let target = target.listen(address).unwrap();
+    let to = target.address().unwrap().to_string();
+    (source.connect(&to).unwrap(), target)
+}
+
+/// An address that nobody else has.
+pub fn unix_address() -> String {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    let file = format!("pageferry-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+    format!("unix:{}", std::env::temp_dir().join(file).display())
+}
+
+/// Connected sockets: the near ends, and the far ends in the same order.
+pub fn pairs(count: usize) -> (Vec<OwnedFd>, Vec<OwnedFd>) {
+    (0..count).map(|_| UnixStream::pair().map(|(a, b)| (OwnedFd::from(a), OwnedFd::from(b))).unwrap()).unzip()
+}
+
+/// Everything a migration leaves behind.
+#[derive(Debug)]
+pub struct Trip {
+    pub sent: SourceReport,
+    pub received: TargetReport,
+    pub incoming: TestIncoming,
+}
+
+impl std::fmt::Debug for TestIncoming {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "TestIncoming {{ runs: {}, discards: {} }}", self.runs, self.discards)
+    }
+}
+
+/// Runs a migration to its end, the target on a thread of its own.
+pub fn travel(
+    source: Source,
+    dirty: &mut dyn DirtySource,
+    guest: &mut TestGuest,
+    target: Target,
+    incoming: TestIncoming,
+) -> Trip {
+    let receiving = std::thread::spawn({
+        let mut incoming = incoming;
+        move || (target.receive(&mut incoming), incoming)
+    });
+    let sent = source.migrate(dirty, guest);
+    let (received, incoming) = receiving.join().unwrap();
+    Trip { sent, received, incoming }
+}
+
+/// The guest runs at the target, with every byte that it had, and only there.
+#[track_caller]
+pub fn assert_arrived(guest: &TestGuest, trip: &Trip) {
+    let Trip { sent, received, incoming } = trip;
+    assert_eq!(sent.outcome, Outcome::Completed, "{:?}; target: {}", sent.remarks, received.outcome);
+    assert_eq!(received.outcome, Outcome::Completed, "{:?}", received.remarks);
+    assert!(incoming.state == guest.state, "the device state differs");
+    assert_eq!(incoming.setup, guest.setup);
+    assert_eq!((incoming.runs, incoming.discards), (1, 0));
+    assert_eq!((guest.paused, guest.resumed), (1, 0));
+    assert_eq!(first_difference(&guest.ram, incoming.ram.as_ref().unwrap()), None);
+    assert_eq!(sent.state_bytes, guest.state.len() as u64);
+}
+
+/// The guest stayed where it was: the source resumed it if it had paused it, and the target never ran it.
+#[track_caller]
+pub fn assert_stayed(guest: &TestGuest, trip: &Trip) {
+    let Trip { sent, received, incoming } = trip;
+    assert!(matches!(sent.outcome, Outcome::Failed(_) | Outcome::Cancelled), "{}", sent.outcome);
+    assert!(matches!(received.outcome, Outcome::Failed(_) | Outcome::Cancelled), "{}", received.outcome);
+    assert_eq!(guest.resumed, guest.paused, "resumed if and only if it was paused");
+    assert_eq!(incoming.runs, 0, "it ran at the target");
+    let prepared = incoming.ram.is_some();
+    assert_eq!(incoming.discards, u32::from(prepared), "discarded if and only if it was prepared");
 }
