@@ -516,6 +516,10 @@ impl Driver<'_> {
         if let (Outcome::Failed(Failure::Digest { chunks, .. }), Some((block, peer)), Some(table)) =
             (outcome, &self.mismatch, &self.digests)
         {
+            // The number comes from the target.
+            if self.ram.block(*block).is_none() {
+                return;
+            }
             *chunks = table.differing_chunks(*block, peer).map(|c| c as u32).collect();
         }
     }
