@@ -465,9 +465,10 @@ impl Driver<'_> {
         self.name_chunks(&mut outcome);
         let ours = matches!(outcome, Outcome::Failed(_) | Outcome::Cancelled);
         if let Some(lanes) = self.lanes.take() {
-            let how = if outcome == Outcome::Completed { Close::Drain } else { Close::Abort };
+            // Never a drain: a worker that says Bye to a target that no longer reads would block in it for ever, and be
+            // joined for ever. After Running nothing is left to be said: the target ended its lanes before it ran.
             // Runs that were not applied are among what is given back below: a failed attempt starts over.
-            self.sum.cpus = lanes.end(how, |_| {});
+            self.sum.cpus = lanes.end(Close::Abort, |_| {});
         }
         // The guest first: it stands still.
         if let (true, Some(_)) = (ours, paused_at) {
