@@ -20,12 +20,19 @@ pub struct Control<Out, In> {
     hello_got: usize,
     outbox: Vec<u8>,
     sent: usize,
+    /// What was received last: allocated once.
+    inbox: Box<[u8]>,
     heard: Instant,
     wire_bytes: u64,
 }
 
 /// Bytes read from the socket at once.
 const READ_BYTES: usize = 64 << 10;
+/// Bytes received in one call at the most: a peer that talks faster than we listen must not keep us from everything
+/// else, a cancel and the time limits above all.
+const RECEIVE_BYTES_MAX: usize = 16 * READ_BYTES;
+/// Bytes that may wait for a peer to read them: a few times the device state that a source lets wait.
+const OUTBOX_BYTES_MAX: usize = 16 << 20;
 
 impl<Out: Frame, In: Frame> Control<Out, In> {
     /// Takes a connection whose Hellos have been exchanged.
@@ -37,7 +44,8 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
         let (encoder, decoder) = (FrameEncoder::new(), FrameDecoder::new());
         let (outbox, sent, heard, wire_bytes) = (Vec::new(), 0, Instant::now(), 0);
         let (hello, hello_got) = ([0; HELLO_BYTES], 0);
-        Ok(Control { socket, encoder, decoder, hello, hello_got, outbox, sent, heard, wire_bytes })
+        let inbox = vec![0; READ_BYTES].into_boxed_slice();
+        Ok(Control { socket, encoder, decoder, hello, hello_got, outbox, sent, inbox, heard, wire_bytes })
     }
 
     /// The socket, to wait for.
@@ -82,7 +90,7 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
     /// Sends what the socket takes.
     ///
     /// # Errors
-    /// What send(2) says.
+    /// What send(2) says; `QuotaExceeded` for a peer that has left so much unread that no more may wait for it.
     pub fn flush(&mut self) -> io::Result<()> {
         while self.sent < self.outbox.len() {
             match self.socket.send(&self.outbox[self.sent..]) {
@@ -95,6 +103,10 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
                     if self.sent > self.outbox.len() / 2 {
                         self.outbox.drain(..self.sent);
                         self.sent = 0;
+                    }
+                    if self.unsent_bytes() > OUTBOX_BYTES_MAX {
+                        let what = format!("the peer does not read it: {} bytes wait", self.unsent_bytes());
+                        return Err(io::Error::new(io::ErrorKind::QuotaExceeded, what));
                     }
                     return Ok(());
                 }
@@ -126,15 +138,14 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
         Ok(Some(Hello::decode(&self.hello)?))
     }
 
-    /// Receives what is there, and gives the frames that are complete.
+    /// Receives what is there, up to a bound, and gives the frames that are complete.
     ///
     /// # Errors
     /// The end of the stream, what recv(2) says, or what the peer's bytes are not. Frames that were complete before it
     /// are given first, through `frames`.
     pub fn receive(&mut self, frames: &mut Vec<In>) -> Result<(), ControlError> {
-        let mut buffer = vec![0; READ_BYTES];
-        loop {
-            match self.socket.recv(&mut buffer) {
+        for _ in 0..RECEIVE_BYTES_MAX / READ_BYTES {
+            match self.socket.recv(&mut self.inbox) {
                 Ok(0) => {
                     self.decoder.finish()?;
                     return Err(ControlError::Closed);
@@ -142,7 +153,7 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
                 Ok(n) => {
                     self.heard = Instant::now();
                     self.wire_bytes += n as u64;
-                    let mut input = &buffer[..n];
+                    let mut input = &self.inbox[..n];
                     while let Some(frame) = self.decoder.pull(&mut input)? {
                         frames.push(frame);
                     }
@@ -151,6 +162,8 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
                 Err(e) => return Err(ControlError::Io(e)),
             }
         }
+        // What is left makes the next wait return at once.
+        Ok(())
     }
 }
 
