@@ -138,7 +138,7 @@ impl Driver<'_> {
         // Ready-made connections wait for a source that may be slow to speak; strangers do not get that time.
         let ready = matches!(self.listener, Listener::Ready(_));
         let patience = if ready { Duration::from_secs(24 * 3600) } else { self.settings.timeouts.hello };
-        loop {
+        for _ in 0..ACCEPTS_MAX {
             match self.listener.accept().and_then(|socket| {
                 socket.map(|socket| self.lobby.enter(socket, patience)).transpose()
             }) {
@@ -157,6 +157,7 @@ impl Driver<'_> {
                 }
             }
         }
+        Ok(())
     }
 
     fn greet(&mut self) -> Result<(), Over> {
@@ -485,6 +486,9 @@ impl Driver<'_> {
 
 /// How long the target tries to get its last frames out.
 const LAST_WORDS: Duration = Duration::from_millis(50);
+/// Connections accepted before those in the lobby are heard, at the most. Far fewer than the lobby holds: a crowd of
+/// strangers does not push out a channel that has said its Hello already, or keep the target from its work.
+const ACCEPTS_MAX: usize = 64;
 /// Remarks about strangers, at the most: they come from anybody.
 const REMARKS_MAX: usize = 16;
 /// Chunk digests in one frame: as many as its body holds.
