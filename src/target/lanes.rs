@@ -88,12 +88,14 @@ impl Lanes {
         events
     }
 
-    /// A lane that has ended with an error since this was last asked, and why.
+    /// A lane that has ended by itself since this was last asked, and why. No lane may: the target ends them all before
+    /// it runs the guest.
     pub fn poll_failed(&mut self) -> Option<(ChannelId, String)> {
         while let Some(id) = self.crew.poll_exit() {
             let why = match &self.crew.workers()[id].exit {
                 Some(Exit::Done(end)) => match &end.result {
-                    Ok(()) | Err(ChannelError::Aborted) => continue,
+                    Ok(()) => "the source ended it before the hand-over".to_owned(),
+                    Err(ChannelError::Aborted) => continue,
                     Err(why) => why.to_string(),
                 },
                 Some(Exit::Panicked { message }) => format!("its lane panicked: {message}"),
