@@ -69,7 +69,7 @@ pub enum Failure {
         /// What happened on it.
         reason: String,
     },
-    /// The peer said nothing for too long.
+    /// The peer said nothing for too long, or not what was waited for.
     Silent {
         /// What was waited for.
         waiting_for: &'static str,
@@ -139,7 +139,7 @@ impl fmt::Display for Failure {
                 write!(f, "data channel {channel} (generation {generation}) failed: {reason}")
             }
             Failure::Silent { waiting_for, ms } => {
-                write!(f, "the peer was silent for {ms} ms while {waiting_for} was waited for")
+                write!(f, "waited for {ms} ms in vain for {waiting_for}")
             }
             Failure::Stalled { channel, ms } => {
                 write!(f, "nothing moved for {ms} ms although data was waiting; channel {channel} is the one that lags")

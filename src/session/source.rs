@@ -148,6 +148,11 @@ impl SourceSession {
         self.phase == Phase::Ended
     }
 
+    /// Whether the source waits for its data channels to be taken in.
+    pub fn waits_for_lanes(&self) -> bool {
+        self.phase == Phase::AwaitLanes
+    }
+
     /// What the source waits for, in words, where it waits for the target's VMM rather than for the wire.
     pub fn waits_for_hook(&self) -> Option<&'static str> {
         match self.phase {

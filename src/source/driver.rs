@@ -41,8 +41,8 @@ pub(super) struct Driver<'a> {
     pub progress: Progress,
     pub session: SourceSession,
     pub id: SessionId,
-    control: Option<Control<SourceFrame, TargetFrame>>,
-    greeted: bool,
+    pub control: Option<Control<SourceFrame, TargetFrame>>,
+    pub greeted: bool,
     pub lanes: Option<Lanes>,
     pub digests: Option<Arc<DigestTable>>,
     pub dirty: &'a mut dyn DirtySource,
@@ -61,10 +61,11 @@ pub(super) struct Driver<'a> {
     pub rate: Rate,
     pings: u64,
     ping_at: Instant,
-    pongs: Vec<LanePong>,
-    moved_bytes: u64,
-    moved_at: Instant,
-    phase_at: Instant,
+    pub pongs: Vec<LanePong>,
+    pub moved_bytes: u64,
+    pub moved_at: Instant,
+    /// What the target owes us, and since when.
+    pub owed: (&'static str, Instant),
     mismatch: Option<(BlockId, Vec<u64>)>,
     sum: Totals,
 }
@@ -112,7 +113,7 @@ pub(super) fn migrate(source: Source, dirty: &mut dyn DirtySource, guest: &mut d
         pongs: Vec::new(),
         moved_bytes: 0,
         moved_at: begun,
-        phase_at: begun,
+        owed: ("", begun),
         mismatch: None,
         sum: Totals::default(),
         options: crew,
@@ -277,7 +278,6 @@ impl Driver<'_> {
 
     /// Tells the session what happened, and does what it says. `Err` when it has ended.
     pub fn event(&mut self, event: SourceEvent) -> Result<(), Over> {
-        self.phase_at = Instant::now();
         for action in self.session.on(event) {
             self.act(action)?;
         }
@@ -411,41 +411,6 @@ impl Driver<'_> {
             let offset = self.state_bytes;
             self.state_bytes += bytes.len() as u64;
             self.act(SourceAction::Send(SourceFrame::State { offset, bytes }))?;
-        }
-        Ok(())
-    }
-
-    fn check_time(&mut self) -> Result<(), Over> {
-        let now = Instant::now();
-        let timeouts = self.settings.timeouts;
-        if let Some(control) = &self.control {
-            let silent = now.saturating_duration_since(control.heard());
-            let (limit, waiting_for) = match self.session.waits_for_hook() {
-                _ if !self.greeted => (timeouts.hello, "the target's Hello"),
-                Some(hook) => (timeouts.hook, hook),
-                None => (timeouts.silence, "a sign of life of the target"),
-            };
-            if silent > limit {
-                return self.fail(Failure::Silent { waiting_for, ms: silent.as_millis() as u64 });
-            }
-        }
-        self.check_stall(now, timeouts.stall)
-    }
-
-    /// Only while data waits to move can it stall, and only the lane that others wait for is to blame: one that is at
-    /// the barrier makes no progress by design.
-    fn check_stall(&mut self, now: Instant, limit: Duration) -> Result<(), Over> {
-        let Some(lanes) = &self.lanes else { return Ok(()) };
-        let moved = self.progress.channels().wire_bytes + self.pongs.iter().map(|p| p.bytes).sum::<u64>();
-        if moved != self.moved_bytes || lanes.queued_bytes() == 0 {
-            self.moved_bytes = moved;
-            self.moved_at = now;
-        }
-        let still = now.saturating_duration_since(self.moved_at);
-        if still > limit {
-            let behind = self.pongs.iter().filter(|p| !p.at_barrier).min_by_key(|p| (p.rounds_passed, p.bytes));
-            let channel = behind.map_or(ChannelId(0), |p| p.channel);
-            return self.fail(Failure::Stalled { channel, ms: still.as_millis() as u64 });
         }
         Ok(())
     }

@@ -5,6 +5,7 @@ mod driver;
 mod lanes;
 mod rounds;
 mod state;
+mod watch;
 
 use std::fmt;
 use std::path::PathBuf;

@@ -1,0 +1,62 @@
+#![forbid(unsafe_code)]
+//! The source's time limits: what the target owes and does not send, and data that does not move.
+
+use std::time::{Duration, Instant};
+
+use crate::error::Failure;
+use crate::source::driver::{Driver, Over};
+use crate::units::ChannelId;
+
+impl Driver<'_> {
+    /// Ends the migration if the target has kept us waiting for too long.
+    pub fn check_time(&mut self) -> Result<(), Over> {
+        let now = Instant::now();
+        let timeouts = self.settings.timeouts;
+        if let Some(control) = &self.control {
+            let owed = match self.session.waits_for_hook() {
+                _ if !self.greeted => Some(("the target's Hello", timeouts.hello)),
+                _ if self.session.waits_for_lanes() => Some(("ChannelJoined for every data channel", timeouts.hello)),
+                Some(hook) => Some((hook, timeouts.hook)),
+                None => None,
+            };
+            let (waiting_for, limit, since) = match owed {
+                // A target that answers Pings and nothing else is alive, and still owes us what we wait for.
+                Some((what, limit)) => {
+                    if self.owed.0 != what {
+                        self.owed = (what, now);
+                    }
+                    (what, limit, self.owed.1)
+                }
+                None => ("a sign of life of the target", timeouts.silence, control.heard()),
+            };
+            let waited = now.saturating_duration_since(since);
+            if waited > limit {
+                return self.fail(Failure::Silent { waiting_for, ms: waited.as_millis() as u64 });
+            }
+        }
+        self.check_stall(now, timeouts.stall)
+    }
+
+    /// Only while data waits to move can it stall, and only the lane that others wait for is to blame: one that is at
+    /// the barrier makes no progress by design.
+    fn check_stall(&mut self, now: Instant, limit: Duration) -> Result<(), Over> {
+        let Some(lanes) = &self.lanes else { return Ok(()) };
+        // What the target says counts no further than what was sent: numbers that it makes up are no progress.
+        let sent = |channel: ChannelId| self.progress.channel(channel.0.into()).map_or(0, |c| c.wire_bytes);
+        let landed: u64 = self.pongs.iter().map(|p| p.bytes.min(sent(p.channel))).sum();
+        let moved = self.progress.channels().wire_bytes + landed;
+        // Rings may be empty and rounds blocked all the same, by epochs that the target does not acknowledge.
+        let epochs_wait = !self.session.may_close_epoch() && self.session.waits_for_hook().is_none();
+        if moved > self.moved_bytes || (lanes.queued_bytes() == 0 && !epochs_wait) {
+            self.moved_bytes = moved;
+            self.moved_at = now;
+        }
+        let still = now.saturating_duration_since(self.moved_at);
+        if still > limit {
+            let behind = self.pongs.iter().filter(|p| !p.at_barrier).min_by_key(|p| (p.rounds_passed, p.bytes));
+            let channel = behind.map_or(ChannelId(0), |p| p.channel);
+            return self.fail(Failure::Stalled { channel, ms: still.as_millis() as u64 });
+        }
+        Ok(())
+    }
+}
