@@ -105,7 +105,7 @@ impl Driver<'_> {
     }
 
     fn sleep(&mut self) {
-        let silence_limit = self.silence_limit();
+        let deadline = self.deadline();
         let set = self.bell.sleeper().set();
         set.clear();
         if let Some(fd) = self.listener.fd() {
@@ -114,24 +114,32 @@ impl Driver<'_> {
         self.lobby.watch(set);
         if let Some(control) = &self.control {
             set.watch(control.fd(), true, control.unsent_bytes() > 0);
-            set.until(control.heard() + silence_limit);
+        }
+        if let Some((_, deadline)) = deadline {
+            set.until(deadline);
         }
         self.bell.wait();
     }
 
-    fn silence_limit(&self) -> Duration {
+    /// Since when the target waits for the source, and until when. Setup is due at once, whatever else is said.
+    fn deadline(&self) -> Option<(Instant, Instant)> {
         let timeouts = &self.settings.timeouts;
-        if self.channels == 0 { timeouts.hello } else { timeouts.silence }
+        let heard = self.control.as_ref()?.heard();
+        let (since, limit) = match self.begun {
+            Some(begun) if self.channels == 0 => (begun, timeouts.hello),
+            _ => (heard, timeouts.silence),
+        };
+        Some((since, since + limit))
     }
 
     fn check_time(&mut self) -> Result<(), Over> {
-        let Some(control) = &self.control else { return Ok(()) };
-        let silent = control.heard().elapsed();
-        if silent < self.silence_limit() {
-            return Ok(());
+        match self.deadline() {
+            Some((since, deadline)) if Instant::now() >= deadline => {
+                let ms = since.elapsed().as_millis() as u64;
+                self.event(TargetEvent::Failed(Failure::Silent { waiting_for: self.session.waits_for(), ms }))
+            }
+            _ => Ok(()),
         }
-        let why = Failure::Silent { waiting_for: self.session.waits_for(), ms: silent.as_millis() as u64 };
-        self.event(TargetEvent::Failed(why))
     }
 
     fn accept(&mut self) -> Result<(), Over> {
