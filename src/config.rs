@@ -51,6 +51,21 @@ impl Default for Timeouts {
     }
 }
 
+impl Timeouts {
+    /// None longer than a year, so that a deadline is always a time that the clock can show.
+    pub(crate) fn bounded(self) -> Timeouts {
+        const YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
+        let Timeouts { connect, hello, silence, hook, stall } = self;
+        Timeouts {
+            connect: connect.min(YEAR),
+            hello: hello.min(YEAR),
+            silence: silence.min(YEAR),
+            hook: hook.min(YEAR),
+            stall: stall.min(YEAR),
+        }
+    }
+}
+
 /// How often the source sends a Ping.
 pub const HEARTBEAT: Duration = Duration::from_millis(200);
 

@@ -189,7 +189,7 @@ impl SourceBuilder {
 
     /// How long to wait for what.
     pub fn timeouts(mut self, timeouts: Timeouts) -> Self {
-        self.settings.timeouts = timeouts;
+        self.settings.timeouts = timeouts.bounded();
         self
     }
 

@@ -134,7 +134,7 @@ impl TargetBuilder {
 
     /// How long to wait for what.
     pub fn timeouts(mut self, timeouts: Timeouts) -> Self {
-        self.settings.timeouts = timeouts;
+        self.settings.timeouts = timeouts.bounded();
         self
     }
 
