@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::Failure;
 use crate::source::driver::{Driver, Over};
-use crate::units::ChannelId;
+use crate::units::{ChannelId, Round};
 
 impl Driver<'_> {
     /// Ends the migration if the target has kept us waiting for too long.
@@ -45,9 +45,11 @@ impl Driver<'_> {
         let sent = |channel: ChannelId| self.progress.channel(channel.0.into()).map_or(0, |c| c.wire_bytes);
         let landed: u64 = self.pongs.iter().map(|p| p.bytes.min(sent(p.channel))).sum();
         let moved = self.progress.channels().wire_bytes + landed;
-        // Rings may be empty and rounds blocked all the same, by epochs that the target does not acknowledge.
+        // No byte may be queued, and rounds be blocked all the same: by epochs that the target does not acknowledge, or
+        // by the end mark of a round, for which the socket has no room.
         let epochs_wait = !self.session.may_close_epoch() && self.session.waits_for_hook().is_none();
-        if moved > self.moved_bytes || (lanes.queued_bytes() == 0 && !epochs_wait) {
+        let marks_wait = self.session.round().0.checked_sub(1).is_some_and(|last| !lanes.all_sent(Round(last)));
+        if moved > self.moved_bytes || (lanes.queued_bytes() == 0 && !epochs_wait && !marks_wait) {
             self.moved_bytes = moved;
             self.moved_at = now;
         }
