@@ -156,7 +156,7 @@ impl RecvRole {
                 }
             }
             if let Some(recorder) = &mut recorder {
-                recorder.zero(run.first, run.pages.into());
+                recorder.zero(run.first, run.pages);
             }
         }
         Ok(())
