@@ -4,7 +4,7 @@
 #![expect(unsafe_code)]
 
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -39,6 +39,13 @@ pub fn write_page(ram: &Ram, block: BlockId, page: u64, version: u64) {
         // SAFETY: inside the page, aligned; races with readers of guest RAM are what guest RAM is for.
         unsafe { AtomicU64::from_ptr(range.ptr.add(at).cast()).store(value, Ordering::Relaxed) };
     }
+}
+
+/// Writes one word of a page: the cheapest way to have many.
+pub fn touch_page(ram: &Ram, block: BlockId, page: u64) {
+    let range = ram.block(block).unwrap().range(page, 1).unwrap();
+    // SAFETY: as in `write_page`.
+    unsafe { AtomicU64::from_ptr(range.ptr.cast()).store(mix(page + 1), Ordering::Relaxed) };
 }
 
 /// Zeroes a page.
@@ -355,6 +362,29 @@ pub fn unix_address() -> String {
 /// Connected sockets: the near ends, and the far ends in the same order.
 pub fn pairs(count: usize) -> (Vec<OwnedFd>, Vec<OwnedFd>) {
     (0..count).map(|_| UnixStream::pair().map(|(a, b)| (OwnedFd::from(a), OwnedFd::from(b))).unwrap()).unzip()
+}
+
+/// Gives a socket the smallest send buffer that the system has.
+pub fn set_smallest_send_buffer(socket: &impl AsRawFd) {
+    let bytes: libc::c_int = 1;
+    let len = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the option's value is a local of the length given.
+    let done = unsafe {
+        libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_SNDBUF, (&raw const bytes).cast(), len)
+    };
+    assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+}
+
+/// Lets this process open as many descriptors as it may: a crowd needs more than the usual 1024.
+pub fn allow_many_descriptors() {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: reads into, and then from, a local of the type that the calls take.
+    let done = unsafe {
+        let got = libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit);
+        limit.rlim_cur = limit.rlim_max.min(65536);
+        got | libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit)
+    };
+    assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
 }
 
 /// Everything a migration leaves behind.
