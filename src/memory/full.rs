@@ -6,6 +6,7 @@ use std::thread;
 use crate::digest::FullDigest;
 use crate::memory::Ram;
 use crate::memory::look::Look;
+use crate::sys::thread::with_signals_blocked;
 use crate::units::{BlockId, SessionId};
 
 /// Pages that a thread hashes before it looks for more: 16 MiB of 4 KiB pages.
@@ -38,12 +39,14 @@ fn digest(ram: &Ram, id: BlockId, session: SessionId, threads: usize) -> u64 {
     let of = (threads as u64).clamp(1, pages.div_ceil(PAGES_AT_ONCE).max(1));
     let mut sum = FullDigest::new(session, id);
     thread::scope(|scope| {
-        let others: Vec<_> = (1..of)
-            .map(|worker| {
+        // Signals are the VMM's: none is to be handled on a thread of ours.
+        let others: Vec<_> = with_signals_blocked(|| {
+            let begin = |worker| {
                 let name = format!("pf-hash-{worker}");
                 (worker, thread::Builder::new().name(name).spawn_scoped(scope, move || part(worker, of)))
-            })
-            .collect();
+            };
+            (1..of).map(begin).collect()
+        });
         sum.merge(part(0, of));
         for (worker, other) in others {
             match other.map(|thread| thread.join()) {
