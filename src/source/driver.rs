@@ -247,8 +247,11 @@ impl Driver<'_> {
                 let reason = format!("saying Hello: {e}");
                 return self.event(SourceEvent::ChannelFailed { channel, generation: FIRST_GENERATION, reason });
             }
-            sockets.push(socket);
+            sockets.push(Arc::new(socket));
         }
+        // Held beside the workers' own handles: should these fail to start, the target is told why before it finds the
+        // channels closed.
+        let channels = sockets.clone();
         let ringer = self.bell.ringer();
         let lanes = Lanes::muster(
             &self.ram,
@@ -263,6 +266,7 @@ impl Driver<'_> {
             Ok(lanes) => self.lanes = Some(lanes),
             Err(why) => return self.fail(why),
         }
+        drop(channels);
         Ok(())
     }
 

@@ -47,7 +47,7 @@ impl Lanes {
         ram: &Ram,
         settings: &Settings,
         options: &CrewOptions,
-        sockets: Vec<Socket>,
+        sockets: Vec<Arc<Socket>>,
         digests: Option<&Arc<DigestTable>>,
         controller: &Ringer<PollSleeper>,
         progress: &Progress,
@@ -63,7 +63,7 @@ impl Lanes {
             journals.push(journal_out);
             roles.push(SendRole::new(SendGear {
                 channel: ChannelId(index as u8),
-                socket: Arc::new(socket),
+                socket,
                 ring: ring_out,
                 journal: journal_in,
                 ram: ram.clone(),
