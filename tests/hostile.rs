@@ -5,7 +5,7 @@
 mod at_source;
 #[path = "hostile/at_target.rs"]
 mod at_target;
-#[path = "hostile/peer.rs"]
+#[path = "support/peer.rs"]
 mod peer;
 #[path = "support/vmm.rs"]
 mod vmm;

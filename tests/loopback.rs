@@ -37,7 +37,7 @@ fn guest_of(ram: &Ram) -> TestGuest {
 }
 
 fn migrate(transport: Transport, channels: u8, verify: Verify, guest: &mut TestGuest) -> Trip {
-    migrate_into(transport, channels, verify, guest, TestIncoming::default())
+    migrate_into(transport, channels, verify, guest, TestIncoming::new())
 }
 
 fn migrate_into(
@@ -139,7 +139,7 @@ fn shared_memory_of_memfds_and_files_arrives() {
         let ram = Ram::new([memfd, block_in(&scratch_file(), "file", 100)]).unwrap();
         let mut guest = guest_of(&ram);
         guest.start(300);
-        let mut incoming = TestIncoming::default();
+        let mut incoming = TestIncoming::new();
         incoming.make = Box::new(|name, _, bytes, page_size| match name {
             "memfd" => RamBlock::memfd(name, 0, bytes, page_size, Backing::Base).unwrap(),
             _ => block_in(&scratch_file(), name, bytes >> 12),
@@ -174,7 +174,7 @@ fn write_protection_alone_sees_every_write_that_nobody_marked() {
         guest.start_unmarked(400);
         let source = Source::builder(ram.clone()).verify(Verify::Full);
         let (source, target) = Transport::Tcp4.connect(source, Target::builder(), channels);
-        let trip = vmm::travel(source, &mut tracking, &mut guest, target, TestIncoming::default());
+        let trip = vmm::travel(source, &mut tracking, &mut guest, target, TestIncoming::new());
         assert_arrived(&guest, &trip);
     }
 }
@@ -199,16 +199,19 @@ fn write_protection_and_a_devices_bitmap_are_one_source() {
     let mut dirty = Combined::new(vec![Box::new(tracking), Box::new(guest.dirty.clone())]);
     let source = Source::builder(ram.clone()).verify(Verify::Full);
     let (source, target) = Transport::Unix.connect(source, Target::builder(), 2);
-    let trip = vmm::travel(source, &mut dirty, &mut guest, target, TestIncoming::default());
+    let trip = vmm::travel(source, &mut dirty, &mut guest, target, TestIncoming::new());
     assert_arrived(&guest, &trip);
     assert_eq!(guest.dirty.count(), 0, "what the device marked was shipped");
 }
+
+/// Gets the number of the round that is to come, from 0 on.
+type Between<'a> = dyn FnMut(u64, &DirtyBitmap) + Send + 'a;
 
 /// Changes pages when it is asked how much is dirty: between two rounds, that is, and at a known place.
 struct Script<'a> {
     bitmap: DirtyBitmap,
     rounds: u64,
-    between: Box<dyn FnMut(u64, &DirtyBitmap) + Send + 'a>,
+    between: Box<Between<'a>>,
 }
 
 impl DirtySource for Script<'_> {
@@ -256,7 +259,7 @@ fn pages_that_turn_from_data_to_zero_and_back_end_as_they_are() {
         // So small a limit that only a clean bitmap allows to switch over: every step is a round of its own.
         let source = Source::builder(ram.clone()).verify(Verify::Full).downtime_limit(Duration::from_millis(1));
         let (source, target) = Transport::Fds.connect(source, Target::builder(), channels);
-        let trip = vmm::travel(source, &mut dirty, &mut guest, target, TestIncoming::default());
+        let trip = vmm::travel(source, &mut dirty, &mut guest, target, TestIncoming::new());
         assert_arrived(&guest, &trip);
         assert!(trip.sent.rounds >= 5, "{} rounds", trip.sent.rounds);
     }
@@ -268,7 +271,7 @@ fn a_target_whose_memory_was_full_of_other_data_ends_byte_identical() {
         let ram = vmm::ram(PageSize::SIZE_4K, &[700, 65]);
         let mut guest = guest_of(&ram);
         guest.start(100);
-        let mut incoming = TestIncoming::default();
+        let mut incoming = TestIncoming::new();
         incoming.make = Box::new(move |name, gpa, bytes, page_size| {
             let make = if shared { RamBlock::memfd } else { RamBlock::anonymous };
             let block = make(name, gpa, bytes, page_size, Backing::Base).unwrap().with_initial(initial);
@@ -338,7 +341,7 @@ fn a_state_over_the_targets_limit_is_refused_and_the_source_hears_why() {
         let target = Target::builder().state_bytes_max(1 << 20);
         let (source, target) = transport.connect(Source::builder(ram.clone()), target, 2);
         let mut dirty = guest.dirty.clone();
-        let trip = vmm::travel(source, &mut dirty, &mut guest, target, TestIncoming::default());
+        let trip = vmm::travel(source, &mut dirty, &mut guest, target, TestIncoming::new());
         assert_stayed(&guest, &trip);
         assert_eq!(guest.resumed, 1);
         let why = trip.sent.outcome.to_string();
@@ -355,7 +358,7 @@ fn a_guest_that_outruns_the_link_is_left_alone_and_a_second_attempt_succeeds() {
     let mut dirty = Script { bitmap: guest.dirty.clone(), rounds: 0, between: Box::new(between) };
     let source = Source::builder(ram.clone()).downtime_limit(Duration::from_micros(1)).rounds_max(3);
     let (source, target) = Transport::Tcp4.connect(source, Target::builder(), 2);
-    let trip = vmm::travel(source, &mut dirty, &mut guest, target, TestIncoming::default());
+    let trip = vmm::travel(source, &mut dirty, &mut guest, target, TestIncoming::new());
     assert_stayed(&guest, &trip);
     assert_eq!((guest.paused, guest.resumed), (0, 0), "it never stood still");
     let Outcome::Failed(Failure::NotConverging { rounds: 3, bytes_left, .. }) = trip.sent.outcome else {
@@ -379,7 +382,7 @@ fn a_failed_attempt_gives_back_everything_that_was_taken_since_arm() {
     let mut dirty = Script { bitmap: guest.dirty.clone(), rounds: 0, between: Box::new(between) };
     guest.dirty.mark(BlockId(0), 999);
     guest.on_save = Some(Box::new(|_, dirty| dirty.mark(BlockId(1), 64)));
-    let incoming = TestIncoming { fail_load: Some("no such device".to_owned()), ..TestIncoming::default() };
+    let incoming = TestIncoming { fail_load: Some("no such device".to_owned()), ..TestIncoming::new() };
     let (source, target) = Transport::Fds.connect(Source::builder(ram.clone()), Target::builder(), 2);
     let trip = vmm::travel(source, &mut dirty, &mut guest, target, incoming);
     let rounds = dirty.rounds;
@@ -403,7 +406,7 @@ fn memory_that_nobody_writes_needs_no_dirty_source() {
     let ram = vmm::ram(PageSize::SIZE_4K, &[100]);
     let mut guest = guest_of(&ram);
     let (source, target) = Transport::Fds.connect(Source::builder(ram.clone()), Target::builder(), 2);
-    let trip = vmm::travel(source, &mut Still::new(), &mut guest, target, TestIncoming::default());
+    let trip = vmm::travel(source, &mut Still::new(), &mut guest, target, TestIncoming::new());
     assert_arrived(&guest, &trip);
 }
 
@@ -417,7 +420,7 @@ fn a_connector_that_runs_out_of_descriptors_is_named_with_the_channel() {
     let source = Source::builder(ram.clone()).channels(2).connector(fds).unwrap();
     let target = Target::builder().connections(far).unwrap();
     let mut dirty = guest.dirty.clone();
-    let trip = vmm::travel(source, &mut dirty, &mut guest, target, TestIncoming::default());
+    let trip = vmm::travel(source, &mut dirty, &mut guest, target, TestIncoming::new());
     assert_stayed(&guest, &trip);
     assert!(trip.sent.outcome.to_string().contains("channel 1, generation 1"), "{}", trip.sent.outcome);
 }

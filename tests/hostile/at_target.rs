@@ -33,7 +33,7 @@ fn against(incoming: TestIncoming, script: impl FnOnce(&str) + Send) -> (TargetR
 /// The script must end the migration for a reason that says this, and the guest must never have run.
 #[track_caller]
 fn fails(what: &str, says: &str, script: impl FnOnce(&str) + Send) {
-    let (report, incoming) = against(TestIncoming::default(), script);
+    let (report, incoming) = against(TestIncoming::new(), script);
     assert!(matches!(report.outcome, Outcome::Failed(_)), "{what}: {}", report.outcome);
     let why = report.outcome.to_string();
     assert!(why.contains(says), "{what}: {why:?} does not say {says:?}");
@@ -208,7 +208,11 @@ fn packets_that_make_no_sense_end_the_migration_and_the_channel_is_named() {
     let late = PacketHeader { epoch: Epoch(3), ..header(4096) };
     let cases: Vec<(&str, &str, Vec<u8>)> = vec![
         ("a bad CRC", "is damaged: its CRC says", bad_crc),
-        ("a run past the end", "reaches past the end of block 0", packet(header(8192), &[run(15, 2, data)], &[1; 8192])),
+        (
+            "a run past the end",
+            "reaches past the end of block 0",
+            packet(header(8192), &[run(15, 2, data)], &[1; 8192]),
+        ),
         ("a run at the end of numbers", "past the end", packet(header(4096), &[run(u64::MAX, 1, data)], &[1; 4096])),
         ("zeros past the end", "past the end", packet(header(0), &[run(0, u32::MAX, RunKind::Zero)], &[])),
         ("the wrong sequence", "sequence, round and epoch 5, 0, 0", page_packet(5, Round(0), &[1; 4096])),
@@ -236,7 +240,7 @@ fn packets_that_make_no_sense_end_the_migration_and_the_channel_is_named() {
 
 #[test]
 fn a_thousand_blocks_are_prepared_and_more_channels_than_wanted_are_not_waited_for() {
-    let (report, incoming) = against(TestIncoming::default(), |to| {
+    let (report, incoming) = against(TestIncoming::new(), |to| {
         let mut source = FakeSource::greet(to);
         source.control.send(&SourceFrame::Setup(setup(255, &[1; 1024])));
         assert!(matches!(source.next(), Some(TargetFrame::Ready { .. })));
@@ -274,7 +278,7 @@ fn was_closed(mut stream: TcpStream) -> bool {
 
 #[test]
 fn connections_of_others_are_dropped_and_counted_and_the_migration_completes() {
-    let (report, incoming) = against(TestIncoming::default(), |to| {
+    let (report, incoming) = against(TestIncoming::new(), |to| {
         let mut source = FakeSource::ready(to, 1);
         for stranger in strangers(&source, 9) {
             assert!(was_closed(stranger));
@@ -304,7 +308,7 @@ fn connections_of_others_are_dropped_and_counted_and_the_migration_completes() {
 
 #[test]
 fn strangers_who_come_before_the_source_do_not_end_the_wait_for_it() {
-    let (report, incoming) = against(TestIncoming::default(), |to| {
+    let (report, incoming) = against(TestIncoming::new(), |to| {
         let first = FakeSource::connect(to);
         // Every one of them but those that say a source's Hello: who says that is the source.
         strangers(&first, 6).into_iter().for_each(|stranger| assert!(was_closed(stranger)));
@@ -320,7 +324,7 @@ fn strangers_who_come_before_the_source_do_not_end_the_wait_for_it() {
 fn channels_that_came_before_a_crowd_of_silent_strangers_are_heard() {
     vmm::allow_many_descriptors();
     let (release, held) = mpsc::channel::<()>();
-    let mut incoming = TestIncoming::default();
+    let mut incoming = TestIncoming::new();
     let (began, begun) = mpsc::channel::<()>();
     incoming.on_prepare = Some(Box::new(move || {
         began.send(()).unwrap();
@@ -356,7 +360,7 @@ fn six_hundred_silent_strangers_do_not_keep_a_migration_from_completing() {
     let before: Vec<_> = (0..300).map(|_| TcpStream::connect(&to).unwrap()).collect();
     let (sender, crowd) = mpsc::channel();
     let source = pageferry::Source::builder(ram).channels(8).verify(Verify::Full).connect(&to).unwrap();
-    let mut incoming = TestIncoming::default();
+    let mut incoming = TestIncoming::new();
     incoming.on_prepare = Some(Box::new(move || {
         let crowd: Vec<_> = (0..300).map(|_| TcpStream::connect(&to).unwrap()).collect();
         sender.send(crowd).unwrap();

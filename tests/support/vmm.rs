@@ -9,6 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use pageferry::memory::{Backing, Initial, Presence, RawRange};
 use pageferry::net::Fds;
@@ -111,6 +112,12 @@ pub fn mix(x: u64) -> u64 {
     x ^ (x >> 31)
 }
 
+/// Gets the guest's RAM and its dirty bitmap.
+pub type OnSave = dyn FnMut(&Ram, &DirtyBitmap);
+
+/// Makes a block of this name, guest address, length and page size.
+pub type Make = dyn FnMut(&str, u64, u64, PageSize) -> RamBlock + Send;
+
 /// A guest that writes pages until it is paused, and marks them.
 pub struct TestGuest {
     pub ram: Ram,
@@ -124,7 +131,7 @@ pub struct TestGuest {
     /// Called first in `pause`.
     pub on_pause: Option<Box<dyn FnMut()>>,
     /// Called in `save_state`, before the state is written.
-    pub on_save: Option<Box<dyn FnMut(&Ram, &DirtyBitmap)>>,
+    pub on_save: Option<Box<OnSave>>,
     /// What `pause` fails with; the guest goes on.
     pub fail_pause: Option<String>,
     /// What `save_state` fails with, after the state was written.
@@ -191,6 +198,10 @@ impl TestGuest {
 impl Drop for TestGuest {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
+        if let Some(writer) = self.writer.take() {
+            // It panics only if the test does.
+            let _ = writer.join();
+        }
     }
 }
 
@@ -232,7 +243,7 @@ impl Guest for TestGuest {
 pub struct TestIncoming {
     pub ram: Option<Ram>,
     /// Makes the memory for a block.
-    pub make: Box<dyn FnMut(&str, u64, u64, PageSize) -> RamBlock + Send>,
+    pub make: Box<Make>,
     pub state: Vec<u8>,
     pub setup: Vec<u8>,
     pub runs: u32,
@@ -246,8 +257,9 @@ pub struct TestIncoming {
     pub fail_run: Option<String>,
 }
 
-impl Default for TestIncoming {
-    fn default() -> TestIncoming {
+impl TestIncoming {
+    /// A VMM whose hooks all succeed.
+    pub fn new() -> TestIncoming {
         TestIncoming {
             ram: None,
             make: Box::new(|name, gpa, bytes, page_size| {
@@ -385,6 +397,18 @@ pub fn allow_many_descriptors() {
         got | libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit)
     };
     assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+}
+
+/// Leaves room for one connection that nobody has accepted; more are not answered.
+pub fn shrink_backlog(listener: &std::net::TcpListener) {
+    // SAFETY: takes no pointer; the socket listens already, and this only changes the length of its queue.
+    assert_eq!(unsafe { libc::listen(listener.as_raw_fd(), 0) }, 0);
+}
+
+/// Lets time pass in a hook that is to take long: what is under test is that nobody else waits for it.
+pub fn wait(time: Duration) {
+    let (_sender, nobody) = std::sync::mpsc::channel::<()>();
+    assert!(nobody.recv_timeout(time).is_err());
 }
 
 /// Everything a migration leaves behind.

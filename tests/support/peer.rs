@@ -1,5 +1,8 @@
 //! Peers made by hand: a source and a target that say, and leave out, whatever a test wants.
 
+// Several test binaries share this file, and none uses all of it.
+#![allow(dead_code)]
+
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::thread::JoinHandle;
