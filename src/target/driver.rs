@@ -21,7 +21,7 @@ use crate::sys::socket::Socket;
 use crate::target::lanes::{LaneGear, Lanes};
 use crate::target::{Incoming, Settings, Target, TargetReport};
 use crate::units::{BlockId, Generation, InstanceId, SessionId, Verify};
-use crate::wire::control::{Final, Setup, SourceFrame, TargetFrame};
+use crate::wire::control::{Final, STATE_CHUNK_BYTES_MAX, Setup, SourceFrame, TargetFrame};
 use crate::wire::crc::Crc32c;
 use crate::wire::hello::{Hello, HelloRole, Side};
 
@@ -294,7 +294,11 @@ impl Driver<'_> {
                 Err(why) => self.event(TargetEvent::Failed(why)),
             },
             TargetAction::KeepState(bytes) => {
-                self.state.push(bytes);
+                // Tiny pieces are put together: the limit on the state is to be one on the memory that it takes.
+                match self.state.last_mut() {
+                    Some(last) if last.len() + bytes.len() <= STATE_CHUNK_BYTES_MAX => last.extend_from_slice(&bytes),
+                    _ => self.state.push(bytes),
+                }
                 Ok(())
             }
             TargetAction::ForgetState => {
