@@ -5,6 +5,9 @@ use std::{error, fmt, io};
 
 use crate::units::{BlockId, ChannelId, Generation};
 
+/// What a hook of the VMM says went wrong.
+pub type HookError = Box<dyn error::Error + Send + Sync>;
+
 /// What the operating system said, kept as plain data so that it can be compared, sent and shown.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct OsReason {

@@ -107,7 +107,9 @@ fn a_drained_worker_has_shipped_what_was_pushed_and_gives_its_ring_back() {
         let crew: Mustered<_> = Crew::muster(0..1, &launch, |_| Ok(vec![Lane(consumer)]));
         let mut crew = crew.unwrap();
         producer.push(1).unwrap();
-        crew.ringers().for_each(|ringer| ringer.ring());
+        for ringer in crew.ringers() {
+            ringer.ring();
+        }
         producer.push(2).unwrap();
         assert!(crew.close(Close::Drain));
         assert!(!crew.close(Close::Drain), "close twice is harmless");

@@ -64,7 +64,7 @@ fn ram_that_lies_still_travels_once_and_what_nobody_touched_not_at_all() {
     let Trip { sent, received, .. } = &trip;
     assert_eq!((sent.payload_bytes, sent.zero_bytes, sent.untouched_bytes), (700 << 12, 50 << 12, 250 << 12));
     assert_eq!((received.payload_bytes, received.zero_bytes), (700 << 12, 50 << 12));
-    assert_eq!(received.untouched_bytes, 300 << 12);
+    assert_eq!(received.untouched_bytes, 250 << 12);
     assert_eq!((sent.ram_bytes, received.ram_bytes), (1000 << 12, 1000 << 12));
     assert!(sent.verified && received.verified);
 }
@@ -76,8 +76,8 @@ fn every_transport_carries_every_shape_while_the_guest_writes() {
         for channels in CHANNELS {
             for verify in VERIFY {
                 for page_size in [PageSize::SIZE_4K, PageSize::SIZE_64K] {
-                    // 1000 pages of 64 KiB are more than an unoptimised build hashes in a time that fits a test.
-                    let pages_max = if page_size == PageSize::SIZE_64K { 129 } else { 1000 };
+                    // More than an unoptimised build hashes in a time that fits a test is left to other tests.
+                    let pages_max = if page_size == PageSize::SIZE_64K { 33 } else { 300 };
                     let shape: Vec<u64> = shapes.next().unwrap().iter().map(|pages| *pages.min(&pages_max)).collect();
                     let ram = vmm::ram(page_size, &shape);
                     let mut guest = guest_of(&ram);

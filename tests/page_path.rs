@@ -1,7 +1,6 @@
 //! The way of a page costs neither allocations nor a system call of its own.
 #![cfg(not(loom))]
-// UNSAFETY: counts allocations by standing in for the global allocator.
-#![expect(unsafe_code)]
+#![expect(unsafe_code, reason = "UNSAFETY: counts allocations by standing in for the global allocator")]
 
 #[path = "support/peer.rs"]
 mod peer;

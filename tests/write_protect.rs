@@ -309,6 +309,15 @@ fn hugetlb_pages_are_tracked_whole_whatever_the_chunk() {
         }
         write(&ram, 3600, 1);
         assert_eq!(harvest_by(&mut tracking, &ram, 1), set(3584..4096));
+        // Written, then dropped from the page table: the kernel reports this entry as nothing at all.
+        let is_shared = ram.block(BLOCK).unwrap().fd().is_some();
+        write(&ram, 512, 3);
+        advise(&ram, 512, 512, libc::MADV_DONTNEED).unwrap();
+        let dropped = if is_shared { set(512..1024) } else { set([]) };
+        assert_eq!(tracking.begin_round().unwrap(), dropped.len() as u64);
+        assert_eq!(harvest_by(&mut tracking, &ram, 1), dropped);
+        assert_eq!(harvest_by(&mut tracking, &ram, 1), set([]), "the harvest has left a marker");
+        assert_eq!(read(&ram, 512), if is_shared { 3 } else { 0 });
     }
 }
 

@@ -45,6 +45,8 @@ pub struct RecvGear {
     pub ram: Ram,
     /// Pages that something has landed in, or is about to.
     pub landed: DirtyBitmap,
+    /// Pages that the source has spoken of, as data or as zeros: for the report.
+    pub named: DirtyBitmap,
     /// How pages are hashed, where digests are kept.
     pub look: Look,
     /// Digests of what lands, where they are kept.
@@ -128,6 +130,7 @@ impl RecvRole {
         self.scatter.clear();
         for entry in entries(table) {
             let entry = entry?;
+            self.gear.named.mark_range(header.block, entry.first, entry.pages.into());
             if entry.kind == RunKind::Data {
                 // Before the first byte: a page that is torn when its channel dies is no longer known to be zero.
                 self.gear.landed.mark_range(header.block, entry.first, entry.pages.into());

@@ -104,7 +104,7 @@ pub(crate) fn mask_in_word(index: u64, first: u64, end: u64) -> u64 {
 
 /// Sets the bits `first .. end` of `words`, whole words at a time. Bits past the last word are left out.
 #[inline]
-pub(crate) fn set_range(words: &mut [u64], first: u64, end: u64) {
+pub fn set_range(words: &mut [u64], first: u64, end: u64) {
     let end = end.min(words.len() as u64 * 64);
     if first >= end {
         return;
@@ -116,7 +116,7 @@ pub(crate) fn set_range(words: &mut [u64], first: u64, end: u64) {
 
 /// Clears the bits `first .. end` of `words`, whole words at a time. Bits past the last word are left out.
 #[inline]
-pub(crate) fn clear_range(words: &mut [u64], first: u64, end: u64) {
+pub fn clear_range(words: &mut [u64], first: u64, end: u64) {
     let end = end.min(words.len() as u64 * 64);
     if first >= end {
         return;

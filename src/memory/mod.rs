@@ -5,12 +5,15 @@ pub mod full;
 pub mod gather;
 pub mod hash;
 pub mod look;
+pub mod initial;
 pub mod owned;
 pub mod presence;
 pub mod scatter;
+pub mod words;
 pub mod zero;
 
-pub use block::{Initial, MadeZero, Presence, RamBlock, RawRange};
+pub use block::{Initial, Presence, RamBlock, RawRange};
+pub use initial::MadeZero;
 pub use owned::Backing;
 pub use presence::PresenceMap;
 

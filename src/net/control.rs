@@ -3,8 +3,10 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use crate::error::{Failure, OsReason};
+use crate::sys::event::PollSet;
 use crate::sys::socket::Socket;
 use crate::wire::WireError;
 use crate::wire::control::{Frame, FrameDecoder, FrameEncoder};
@@ -167,6 +169,37 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
     }
 }
 
+impl<Out: Frame, In: Frame> Control<Out, In> {
+    /// Says the last words and leaves: sends what is queued, closes this direction, and reads until the peer has closed
+    /// the other, as closing with unread bytes would reset the connection and could take our last frames with it. Gives
+    /// up after `limit`. Returns the bytes sent and received in all.
+    pub fn farewell(mut self, set: &mut PollSet, limit: Duration) -> u64 {
+        let until = Instant::now() + limit;
+        let mut closed = false;
+        // The time is looked at after each read, too: a peer that never stops talking must not keep us.
+        while self.flush().is_ok() && Instant::now() < until {
+            if self.unsent_bytes() == 0 && !closed {
+                self.socket.shutdown_write();
+                closed = true;
+            }
+            match self.socket.recv(&mut self.inbox) {
+                Ok(0) => break,
+                Ok(n) => {
+                    self.wire_bytes += n as u64;
+                    continue;
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                Err(_) => break,
+            }
+            set.clear();
+            set.until(until);
+            set.watch(self.socket.as_fd(), true, !closed);
+            set.wait();
+        }
+        self.wire_bytes
+    }
+}
+
 /// Why a control connection failed.
 #[derive(Debug)]
 pub enum ControlError {
@@ -186,16 +219,15 @@ impl From<WireError> for ControlError {
 
 impl ControlError {
     /// As the reason why a frame could not be sent, where the peer has no part in it.
-    pub fn own_mistake(&self) -> Option<crate::error::Failure> {
+    pub fn own_mistake(&self) -> Option<Failure> {
         match self {
-            ControlError::Wire(e) => Some(crate::error::Failure::Config(format!("this cannot be sent: {e}"))),
+            ControlError::Wire(e) => Some(Failure::Config(format!("this cannot be sent: {e}"))),
             ControlError::Closed | ControlError::Io(_) => None,
         }
     }
 
     /// As the reason of a migration's failure, where the peer's bytes were received.
-    pub fn into_failure(self, doing: &'static str) -> crate::error::Failure {
-        use crate::error::{Failure, OsReason};
+    pub fn into_failure(self, doing: &'static str) -> Failure {
         match self {
             ControlError::Closed => {
                 Failure::Control { doing, reason: OsReason { errno: None, text: "the peer closed it".to_owned() } }
@@ -203,5 +235,62 @@ impl ControlError {
             ControlError::Io(e) => Failure::Control { doing, reason: e.into() },
             ControlError::Wire(e) => Failure::Protocol(e.to_string()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::event::EventFd;
+    use crate::wire::control::{SourceFrame, TargetFrame};
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+    use std::sync::Arc;
+
+    /// A control connection and a peer that says these bytes over and over, until the connection ends.
+    fn beside_a_talker(words: Vec<u8>) -> (Control<TargetFrame, SourceFrame>, std::thread::JoinHandle<()>) {
+        let (here, mut there) = UnixStream::pair().unwrap();
+        let talker = std::thread::spawn(move || while there.write_all(&words).is_ok() {});
+        (Control::new(Socket::from_fd(here.into()).unwrap()).unwrap(), talker)
+    }
+
+    #[test]
+    fn what_one_look_receives_is_bounded_and_nothing_of_it_is_lost() {
+        const PINGS: u64 = 100_000;
+        let (here, mut there) = UnixStream::pair().unwrap();
+        let (mut encoder, mut bytes) = (FrameEncoder::new(), Vec::new());
+        (0..PINGS).for_each(|nonce| encoder.encode(&SourceFrame::Ping { nonce }, &mut bytes).unwrap());
+        let talker = std::thread::spawn(move || there.write_all(&bytes));
+        let socket = Socket::from_fd(here.into()).unwrap();
+        let mut control = Control::<TargetFrame, SourceFrame>::new(socket).unwrap();
+        let mut all = 0;
+        while all < PINGS {
+            let mut frames = Vec::new();
+            // The end of the stream may come together with the last frames.
+            let ended = control.receive(&mut frames).is_err();
+            assert!(frames.len() * 24 <= RECEIVE_BYTES_MAX + 24, "{} frames at once", frames.len());
+            all += frames.len() as u64;
+            assert!(!ended || all == PINGS, "{all} of {PINGS} frames came");
+        }
+        talker.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn a_peer_that_asks_and_does_not_read_ends_its_own_connection() {
+        let (here, _there) = UnixStream::pair().unwrap();
+        let mut control = Control::<TargetFrame, SourceFrame>::new(Socket::from_fd(here.into()).unwrap()).unwrap();
+        let answer = TargetFrame::Discarded { reason: "x".repeat(1000) };
+        let refused = (0..2 * OUTBOX_BYTES_MAX / 1000).any(|_| control.send(&answer).is_err());
+        assert!(refused && control.flush().is_err());
+    }
+
+    #[test]
+    fn a_peer_that_never_stops_talking_does_not_hold_up_the_farewell() {
+        let (control, talker) = beside_a_talker(vec![7; 1 << 20]);
+        let begun = Instant::now();
+        let mut set = PollSet::new(Arc::new(EventFd::new().unwrap()));
+        control.farewell(&mut set, Duration::from_millis(50));
+        assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+        talker.join().unwrap();
     }
 }

@@ -7,6 +7,8 @@
 mod epochs;
 pub mod source;
 pub mod target;
+#[cfg(test)]
+mod tests;
 
 pub use epochs::{EPOCHS_OUTSTANDING_MAX, EpochLedger};
 

@@ -148,11 +148,6 @@ impl SourceSession {
         self.phase == Phase::Ended
     }
 
-    /// Whether the source waits for its data channels to be taken in.
-    pub fn waits_for_lanes(&self) -> bool {
-        self.phase == Phase::AwaitLanes
-    }
-
     /// What the source waits for, in words, where it waits for the target's VMM rather than for the wire.
     pub fn waits_for_hook(&self) -> Option<&'static str> {
         match self.phase {
@@ -161,6 +156,12 @@ impl SourceSession {
             Phase::AwaitRunning => Some("Running (the target's run)"),
             _ => None,
         }
+    }
+
+    /// Whether it waits for the lanes to join. The driver must set a time for that: a data connection can be lost before
+    /// its Hello is heard, and then neither side has a lane whose end would tell it.
+    pub fn awaits_lanes(&self) -> bool {
+        self.phase == Phase::AwaitLanes
     }
 
     /// Takes an event; gives what is to be done, in order.

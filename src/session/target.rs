@@ -305,6 +305,8 @@ impl TargetSession {
             if passed > u64::from(last.round.0) {
                 let last = last.clone();
                 self.phase = Phase::Checking;
+                // The source learns that the lanes are through before hooks keep this side from answering its Pings.
+                out.push(TargetAction::Pong { nonce: 0 });
                 out.push(TargetAction::Check(last));
             }
         }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_queue::SegQueue;
 
-use crate::bell::{Bell, Close};
+use crate::bell::Bell;
 use crate::config::{CrewOptions, HEARTBEAT};
 use crate::digest::{BlockShape, DigestTable};
 use crate::dirty::DirtySource;
@@ -49,6 +49,7 @@ pub(super) struct Driver<'a> {
     armed: bool,
     pub scanner: Option<Scanner>,
     outcome: Option<Outcome>,
+    ended_at: Instant,
     pub remarks: Vec<String>,
     pub flags: Flags,
     /// Device state on its way from the VMM's thread.
@@ -99,6 +100,7 @@ pub(super) fn migrate(source: Source, dirty: &mut dyn DirtySource, guest: &mut d
         armed: false,
         scanner: None,
         outcome: None,
+        ended_at: begun,
         remarks: Vec::new(),
         flags: Flags::default(),
         state: Arc::new(SegQueue::new()),
@@ -325,6 +327,7 @@ impl Driver<'_> {
             SourceAction::AskCommit => self.flags.ask_commit = true,
             SourceAction::End(outcome) => {
                 self.outcome = Some(outcome);
+                self.ended_at = Instant::now();
             }
         }
         Ok(())
@@ -391,6 +394,11 @@ impl Driver<'_> {
                     continue;
                 }
                 TargetFrame::DigestMismatch { block, chunk_digests, .. } => {
+                    // Before it is kept: chunks are looked up by it when the guest waits to be resumed.
+                    if self.ram.block(*block).is_none() {
+                        let what = format!("DigestMismatch names block {block}, which does not exist");
+                        return self.fail(Failure::Protocol(what));
+                    }
                     self.mismatch = Some((*block, chunk_digests.clone()));
                 }
                 _ => {}
@@ -436,21 +444,20 @@ impl Driver<'_> {
         if let Some(lanes) = self.lanes.take() {
             // Never a drain: a worker that says Bye to a target that no longer reads would block in it for ever, and be
             // joined for ever. After Running nothing is left to be said: the target ended its lanes before it ran.
-            // Runs that were not applied are among what is given back below: a failed attempt starts over.
-            self.sum.cpus = lanes.end(Close::Abort, |_| {});
+            // What it had not yet applied needs no list: a failed attempt starts over at round 0.
+            self.sum.cpus = lanes.end();
         }
-        // The guest first: it stands still.
+        // The guest next, before anything that could take time: it stands still.
         if let (true, Some(_)) = (ours, paused_at) {
             if let Err(e) = guest.resume() {
                 self.remarks.push(format!("the VMM's resume hook failed: {e}"));
             }
+            self.ended_at = Instant::now();
         }
-        let downtime = paused_at.map_or(Duration::ZERO, |at| at.elapsed());
-        if let Some(control) = &mut self.control {
-            let _ = control.flush();
-            self.sum.control_bytes = control.wire_bytes();
+        let downtime = paused_at.map_or(Duration::ZERO, |at| self.ended_at.saturating_duration_since(at));
+        if let Some(control) = self.control.take() {
+            self.sum.control_bytes = control.farewell(self.bell.sleeper().set(), LAST_WORDS);
         }
-        self.control = None;
         if self.armed {
             if ours {
                 if let Some(Err(e)) = self.scanner.as_mut().map(|s| s.give_back(self.dirty)) {
@@ -494,6 +501,9 @@ impl Driver<'_> {
         }
     }
 }
+
+/// How long either side tries to get its last frames out, and to hear the other's end.
+const LAST_WORDS: Duration = Duration::from_millis(50);
 
 /// Pages of a run at the most, so that it fits one batch.
 pub(super) fn run_pages_max(settings: &Settings, page_bytes: u64) -> u32 {

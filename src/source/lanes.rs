@@ -19,7 +19,7 @@ use crate::progress::Progress;
 use crate::ring::{Consumer, Producer, ring};
 use crate::source::Settings;
 use crate::sys::socket::Socket;
-use crate::units::{ChannelId, Epoch, Item, Round, Run};
+use crate::units::{ChannelId, Epoch, Item, Round};
 
 /// Runs in one ring at the most: as many single pages as [`super::QUEUE_BYTES`] holds, and marks.
 const RING_SLOTS: usize = 4096;
@@ -149,20 +149,11 @@ impl Lanes {
         None
     }
 
-    /// Ends every worker, joins it, and gives all runs that were not yet applied: those in journals and those in rings.
-    pub fn end(mut self, how: Close, mut outstanding: impl FnMut(Run)) -> Vec<Option<usize>> {
-        self.crew.close(how);
-        let report = self.crew.into_report();
-        let mut cpus = Vec::new();
-        for worker in report.workers {
-            cpus.push(worker.cpu);
-            if let Some(Exit::Done(mut end)) = worker.exit {
-                journal::drain_runs(&mut end.ring, &mut outstanding);
-            }
-        }
-        for journal in &mut self.journals {
-            journal::drain_runs(journal, &mut outstanding);
-        }
-        cpus
+    /// Aborts every worker and joins it; the CPU each was pinned to.
+    ///
+    /// Its ring's other end and its journal go with it: they say what was not applied, but nobody goes on from there.
+    pub fn end(self) -> Vec<Option<usize>> {
+        self.crew.close(Close::Abort);
+        self.crew.into_report().workers.iter().map(|worker| worker.cpu).collect()
     }
 }

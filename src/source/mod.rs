@@ -17,7 +17,7 @@ use crate::cancel::CancelHandle;
 use crate::config::{CrewOptions, Pin, Timeouts};
 use crate::crew::{Spawn, StartHook};
 use crate::dirty::DirtySource;
-use crate::error::{Failure, Outcome};
+use crate::error::{Failure, HookError, Outcome};
 use crate::gate::Gate;
 use crate::memory::Ram;
 use crate::net::{Address, Connector, Endpoint};
@@ -27,9 +27,6 @@ use crate::progress::Progress;
 use crate::units::Verify;
 
 pub use state::StateWriter;
-
-/// What a hook of the VMM says went wrong.
-pub type HookError = Box<dyn std::error::Error + Send + Sync>;
 
 /// The guest, as the source needs it. All hooks run on the thread that called [`Source::migrate`].
 pub trait Guest {

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::crew::Starting;
+use crate::crew::{Alarm, Starting};
 use crate::error::Failure;
 use crate::memory::full;
 use crate::precopy::{Decision, Estimate, decide};
@@ -246,9 +246,25 @@ impl Driver<'_> {
             facts.block_digests = self.ram.iter().map(|(id, _)| table.block_digest(id)).collect();
         }
         if self.settings.verify == Verify::Full {
-            facts.full_digests = full::digests(&self.ram, self.id, self.settings.channels.into());
-            self.excuse_silence();
+            facts.full_digests = self.full_digests()?;
         }
         Ok(facts)
+    }
+
+    /// Hashes all of RAM on other threads, and looks after the rest meanwhile.
+    fn full_digests(&mut self) -> Result<Vec<u64>, Over> {
+        let (hashing, ram, ringer) = (full::Hashing::default(), self.ram.clone(), self.bell.ringer());
+        std::thread::scope(|scope| {
+            hashing.start(scope, &ram, self.id, self.settings.channels.into(), move || Alarm::ring(&ringer));
+            loop {
+                if let Some(digests) = hashing.take() {
+                    return Ok(digests);
+                }
+                if let Err(over) = self.service(true) {
+                    hashing.stop();
+                    return Err(over);
+                }
+            }
+        })
     }
 }

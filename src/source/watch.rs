@@ -15,7 +15,7 @@ impl Driver<'_> {
         if let Some(control) = &self.control {
             let owed = match self.session.waits_for_hook() {
                 _ if !self.greeted => Some(("the target's Hello", timeouts.hello)),
-                _ if self.session.waits_for_lanes() => Some(("ChannelJoined for every data channel", timeouts.hello)),
+                _ if self.session.awaits_lanes() => Some(("ChannelJoined for every data channel", timeouts.hello)),
                 Some(hook) => Some((hook, timeouts.hook)),
                 None => None,
             };
@@ -49,7 +49,9 @@ impl Driver<'_> {
         // by the end mark of a round, for which the socket has no room.
         let epochs_wait = !self.session.may_close_epoch() && self.session.waits_for_hook().is_none();
         let marks_wait = self.session.round().0.checked_sub(1).is_some_and(|last| !lanes.all_sent(Round(last)));
-        if moved > self.moved_bytes || (lanes.queued_bytes() == 0 && !epochs_wait && !marks_wait) {
+        // And what has left the worker's hand may lie in socket buffers: lanes that have not passed a round owe it.
+        let rounds_wait = self.pongs.iter().any(|p| p.rounds_passed < self.session.round().0);
+        if moved > self.moved_bytes || (lanes.queued_bytes() == 0 && !epochs_wait && !marks_wait && !rounds_wait) {
             self.moved_bytes = moved;
             self.moved_at = now;
         }

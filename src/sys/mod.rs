@@ -1,6 +1,8 @@
 //! The system calls, one per function. EINTR is handled here and nowhere else.
 
 pub mod event;
+#[cfg(feature = "cli")]
+pub mod fault;
 pub mod memory;
 pub mod pagemap;
 pub mod random;

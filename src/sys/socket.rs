@@ -89,6 +89,13 @@ impl Socket {
         let _ = set_option(self.0.as_fd(), libc::IPPROTO_TCP, libc::TCP_NODELAY, 1);
     }
 
+    /// Lets a TCP socket's send queue hold about this many bytes that have not been sent yet; what has been sent and
+    /// waits for its acknowledgement does not count, so a long link stays full. On others this does nothing.
+    pub fn set_unsent_max(&self, bytes: u32) {
+        let bytes = libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX);
+        let _ = set_option(self.0.as_fd(), libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, bytes);
+    }
+
     /// Makes calls on this socket block, or not.
     ///
     /// # Errors
@@ -105,6 +112,12 @@ impl Socket {
     pub fn shutdown(&self) {
         // SAFETY: takes no pointer. ENOTCONN is no error to us: there is nobody to wake.
         let _ = unsafe { libc::shutdown(self.0.as_raw_fd(), libc::SHUT_RDWR) };
+    }
+
+    /// Ends the sending direction: the peer reads the end of the stream once it has read everything before it.
+    pub fn shutdown_write(&self) {
+        // SAFETY: takes no pointer. ENOTCONN is no error to us: there is nobody to tell.
+        let _ = unsafe { libc::shutdown(self.0.as_raw_fd(), libc::SHUT_WR) };
     }
 
     /// Sends bytes of our own; may send fewer.

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::bell::Bell;
 use crate::config::CrewOptions;
+use crate::crew::Alarm;
 use crate::digest::{BlockShape, DigestTable};
 use crate::error::{Failure, Outcome};
 use crate::gate::Gate;
@@ -310,8 +311,7 @@ impl Driver<'_> {
                 self.act(TargetAction::Send(TargetFrame::Pong { nonce, lanes }))
             }
             TargetAction::Check(last) => {
-                let check = self.check(&last);
-                self.excuse_silence();
+                let check = self.check(&last)?;
                 self.event(TargetEvent::Checked(check))
             }
             TargetAction::LoadState => {
@@ -406,7 +406,41 @@ impl Driver<'_> {
     }
 
     /// Compares with what the source says it sent. Everything has landed, and no lane is writing.
-    fn check(&mut self, last: &Final) -> Check {
+    fn check(&mut self, last: &Final) -> Result<Check, Over> {
+        let check = self.check_sent(last);
+        if check != Check::Agrees || self.verify != Verify::Full {
+            return Ok(check);
+        }
+        let own = self.full_digests()?;
+        if own.len() != last.full_digests.len() {
+            return Ok(Check::StateDiffers("Final has not one full digest a block".to_owned()));
+        }
+        Ok(match own.iter().zip(&last.full_digests).position(|(own, sent)| own != sent) {
+            Some(block) => Check::Differs { block: BlockId(block as u16), chunk_digests: Vec::new() },
+            None => Check::Agrees,
+        })
+    }
+
+    /// Hashes all of RAM on other threads, and looks after the rest meanwhile.
+    fn full_digests(&mut self) -> Result<Vec<u64>, Over> {
+        let Some(ram) = self.ram.clone() else { return Ok(Vec::new()) };
+        let (hashing, ringer) = (full::Hashing::default(), self.bell.ringer());
+        std::thread::scope(|scope| {
+            hashing.start(scope, &ram, self.id, self.channels.into(), move || Alarm::ring(&ringer));
+            loop {
+                if let Some(digests) = hashing.take() {
+                    return Ok(digests);
+                }
+                if let Err(over) = self.service() {
+                    hashing.stop();
+                    return Err(over);
+                }
+            }
+        })
+    }
+
+    /// What was sent, against what has landed; and the device state.
+    fn check_sent(&mut self, last: &Final) -> Check {
         self.rounds = last.round.0 + 1;
         let mut crc = Crc32c::new();
         self.state.iter().for_each(|piece| crc.update(piece));
@@ -423,15 +457,6 @@ impl Driver<'_> {
                     let digests = (0..table.chunks(id).min(CHUNKS_NAMED_MAX)).map(|c| table.chunk_digest(id, c));
                     return Check::Differs { block: id, chunk_digests: digests.collect() };
                 }
-            }
-        }
-        if self.verify == Verify::Full {
-            let own = full::digests(ram, self.id, self.channels.into());
-            if own.len() != last.full_digests.len() {
-                return Check::StateDiffers("Final has not one full digest a block".to_owned());
-            }
-            if let Some(block) = own.iter().zip(&last.full_digests).position(|(own, sent)| own != sent) {
-                return Check::Differs { block: BlockId(block as u16), chunk_digests: Vec::new() };
             }
         }
         Check::Agrees
@@ -455,19 +480,13 @@ impl Driver<'_> {
         let outcome = self.outcome.take().unwrap_or_else(|| {
             Outcome::Failed(Failure::Worker("internal error: the migration ended without an outcome".to_owned()))
         });
-        let mut control_bytes = 0;
-        if let Some(control) = &mut self.control {
-            // The last words: if the source does not take them in time, it is told by the connection's end.
-            let until = Instant::now() + LAST_WORDS;
-            while control.flush().is_ok() && control.unsent_bytes() > 0 && Instant::now() < until {
-                let set = self.bell.sleeper().set();
-                set.clear();
-                set.until(until);
-                set.watch(control.fd(), false, true);
-                set.wait();
-            }
-            control_bytes = control.wire_bytes();
-        }
+        let total = self.begun.map_or(Duration::ZERO, |at| at.elapsed());
+        let downtime = match (&outcome, self.final_at) {
+            (Outcome::Completed, Some(at)) => at.elapsed(),
+            _ => Duration::ZERO,
+        };
+        let control = self.control.take();
+        let control_bytes = control.map_or(0, |c| c.farewell(self.bell.sleeper().set(), LAST_WORDS));
         self.progress.stage(Stage::Ended);
         let counts = self.progress.channels();
         let ram_bytes = self.ram.as_ref().map_or(0, Ram::bytes);
@@ -478,15 +497,12 @@ impl Driver<'_> {
             payload_bytes: counts.payload_bytes,
             wire_bytes: counts.wire_bytes + control_bytes,
             zero_bytes: counts.zero_bytes,
-            untouched_bytes: ram_bytes - self.lanes.as_ref().map_or(0, Lanes::landed_bytes),
+            untouched_bytes: ram_bytes - self.lanes.as_ref().map_or(0, Lanes::named_bytes),
             state_bytes: self.state.iter().map(|piece| piece.len() as u64).sum(),
             rounds: self.rounds,
             channels: self.channels,
-            total: self.begun.map_or(Duration::ZERO, |at| at.elapsed()),
-            downtime: match (&outcome, self.final_at) {
-                (Outcome::Completed, Some(at)) => at.elapsed(),
-                _ => Duration::ZERO,
-            },
+            total,
+            downtime,
             recv_syscalls: counts.syscalls,
             cpus: self.lanes.as_ref().map_or_else(Vec::new, |lanes| lanes.cpus().collect()),
             turned_away: self.turned_away + self.lobby.turned_away(),

@@ -34,7 +34,7 @@ pub(super) struct LaneGear {
 pub(super) struct Lanes {
     crew: Crew<RecvRole>,
     barrier: Arc<Barrier>,
-    landed: DirtyBitmap,
+    named: DirtyBitmap,
     page_bytes: Vec<u64>,
     seen: Vec<(LaneWord, LaneWord)>,
 }
@@ -43,7 +43,7 @@ impl Lanes {
     pub fn muster(sockets: Vec<Socket>, gear: &LaneGear, options: &CrewOptions) -> Result<Lanes, Failure> {
         let count = sockets.len();
         let barrier = Arc::new(Barrier::new(count));
-        let landed = DirtyBitmap::for_ram(&gear.ram);
+        let (landed, named) = (DirtyBitmap::for_ram(&gear.ram), DirtyBitmap::for_ram(&gear.ram));
         let look = Look::new(gear.digests.is_some(), false);
         let launch = Launch {
             start: options.start_hook()?,
@@ -57,6 +57,7 @@ impl Lanes {
                         socket: Arc::new(socket),
                         ram: gear.ram.clone(),
                         landed: landed.clone(),
+                        named: named.clone(),
                         look,
                         digests: gear.digests.clone(),
                         barrier: barrier.clone(),
@@ -70,7 +71,7 @@ impl Lanes {
         });
         let crew = made.map_err(|e| Failure::Worker(e.to_string()))?;
         let page_bytes = gear.ram.blocks().iter().map(|b| b.page_size().bytes()).collect();
-        Ok(Lanes { crew, barrier, landed, page_bytes, seen: vec![Default::default(); count] })
+        Ok(Lanes { crew, barrier, named, page_bytes, seen: vec![Default::default(); count] })
     }
 
     /// What has changed in the barrier since the last look.
@@ -128,12 +129,12 @@ impl Lanes {
         self.crew.join();
     }
 
-    /// Bytes in which something has landed.
-    pub fn landed_bytes(&self) -> u64 {
+    /// Bytes that the source has spoken of, as data or as zeros.
+    pub fn named_bytes(&self) -> u64 {
         let of = |(block, page_bytes): (usize, &u64)| {
             let id = BlockId(block as u16);
-            let pages = self.landed.shape(id).map_or(0, |(pages, _)| pages);
-            self.landed.count_range(id, 0, pages) * page_bytes
+            let pages = self.named.shape(id).map_or(0, |(pages, _)| pages);
+            self.named.count_range(id, 0, pages) * page_bytes
         };
         self.page_bytes.iter().enumerate().map(of).sum()
     }

@@ -14,13 +14,12 @@ use crate::bell::Bell;
 use crate::cancel::CancelHandle;
 use crate::config::{CrewOptions, Pin, Timeouts};
 use crate::crew::{Spawn, StartHook};
-use crate::error::{Failure, Outcome};
+use crate::error::{Failure, HookError, Outcome};
 use crate::gate::Gate;
 use crate::memory::Ram;
 use crate::net::{Address, Listener};
 use crate::poll::PollSleeper;
 use crate::progress::Progress;
-use crate::source::HookError;
 use crate::units::Verify;
 use crate::wire::control::Setup;
 
@@ -69,7 +68,7 @@ pub struct TargetReport {
     pub wire_bytes: u64,
     /// Bytes of guest pages that were zero, and travelled as table entries.
     pub zero_bytes: u64,
-    /// Bytes in which nothing landed: they read as zeros.
+    /// Bytes that the source never spoke of: they read as zeros.
     pub untouched_bytes: u64,
     /// Bytes of device state.
     pub state_bytes: u64,

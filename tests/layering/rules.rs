@@ -105,7 +105,8 @@ pub fn imports_downward(file: &Source) -> Vec<Finding> {
     let mut findings = Vec::new();
     if file.is_under(&["bin"]) {
         // In the program `crate` is the program. It could only get at our files by including them.
-        return file.bad_tokens("the program uses the library by its public name", |word, _| word == "path");
+        return file
+            .bad_tokens("the program uses the library by its public name", |word, next| word == "[" && next == "path");
     }
     for path in paths(&file.code) {
         let Some(import) = from_the_root(&path, &own_module) else { continue };

@@ -1,2 +1,57 @@
-//! The program.
-fn main() {}
+//! The program `pageferry`: ships a made-up guest to show how it goes, or a RAM image from one machine to another.
+#![forbid(unsafe_code)]
+
+mod child;
+mod demo;
+mod demo_target;
+mod fill;
+mod guest;
+mod image;
+mod interrupt;
+mod output;
+mod progress;
+mod receive;
+mod report;
+mod send;
+mod sizes;
+mod state;
+mod writers;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Ships the RAM of virtual machines: fast, over several channels, while the guest keeps writing.
+#[derive(Parser)]
+#[command(version, arg_required_else_help = true, max_term_width = 100)]
+#[command(after_help = "\
+Examples:
+  pageferry demo                                            migrate a made-up 2 GiB guest
+  pageferry receive --listen 127.0.0.1:4444 --ram b.img     wait for a RAM image ...
+  pageferry send --to 127.0.0.1:4444 --ram a.img            ... and send it, from another terminal
+
+Exit codes: 0 completed, and verified where asked; 1 failed; 2 wrong usage;
+3 uncertain: the other side may have taken over; 130 cancelled by a signal (Ctrl-C).")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    // What each says of itself is at its `Args`.
+    Demo(demo::Args),
+    Send(send::Args),
+    Receive(receive::Args),
+    #[command(hide = true)]
+    DemoTarget(demo_target::Args),
+}
+
+fn main() -> ExitCode {
+    match Cli::parse().command {
+        Command::Demo(args) => demo::run(&args),
+        Command::Send(args) => send::run(&args),
+        Command::Receive(args) => receive::run(&args),
+        Command::DemoTarget(args) => demo_target::run(&args),
+    }
+}

@@ -80,7 +80,7 @@ pub enum TargetFrame {
         round: Round,
         /// The first block that differs.
         block: BlockId,
-        /// The target's digests of its first chunks; at most [`CHUNKS_PER_FRAME_MAX`]. Empty if it is not what was sent
+        /// The target's digests of its first chunks; at most [`super::CHUNKS_PER_FRAME_MAX`]. Empty if it is not what was sent
         /// that differs, but the memory as a whole.
         chunk_digests: Vec<u64>,
     },

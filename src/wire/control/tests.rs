@@ -183,7 +183,7 @@ fn a_setup_that_makes_no_sense_is_refused_by_the_decoder() {
 #[test]
 fn numbers_that_no_migration_has_are_refused_both_ways() {
     let channel = WireError::TooLarge { field: "channel", value: 255, limit: 254 };
-    let round = WireError::TooLarge { field: "round", value: 65_536, limit: 65_535 };
+    let round = WireError::TooLarge { field: "round", value: 65_536, limit: 65_534 };
     let state = WireError::StateOutOfRange { offset: u64::MAX, bytes: 1 };
     let long = WireError::TooLarge { field: "length of a piece of state", value: 262_145, limit: 262_144 };
     let (generation, bytes) = (Generation(1), vec![0]);

@@ -1,0 +1,159 @@
+//! `pageferry receive`: waits for one RAM image and writes it to a file.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use pageferry::memory::Initial;
+use pageferry::net::Address;
+use pageferry::sys::thread::process_cpu_time;
+use pageferry::wire::control::Setup;
+use pageferry::{Failure, HookError, Incoming, Ram, Target};
+use serde::Serialize;
+
+use crate::image::{Arriving, decode_length};
+use crate::interrupt::Interrupt;
+use crate::output::{Output, on_bus_error_fail};
+use crate::progress::{Side, Watch};
+use crate::report::{End, Report};
+use crate::send::warn_if_open;
+use crate::sizes::{Cpus, human};
+
+/// Wait for one RAM image from `pageferry send`, and write it to a file.
+///
+/// The file appears under its name when it is whole and on the disk, not before. The sender chooses channels and
+/// verification. Holes stay holes, except under --verify full on tmpfs, where reading a hole fills it.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  pageferry receive --listen 0.0.0.0:4444 --ram vm.img
+  pageferry receive --listen 127.0.0.1:0 --ram vm.img --json    # the first line tells the port
+
+Anybody who reaches the address can send: listen where only friends are.")]
+pub struct Args {
+    /// Where to listen: HOST:PORT (port 0: any that is free) or unix:PATH
+    #[arg(long, value_name = "ADDR")]
+    listen: Address,
+    /// The file to write; one of the image's length is replaced
+    #[arg(long, value_name = "FILE")]
+    ram: PathBuf,
+    /// Replace a file of another length, too
+    #[arg(long)]
+    force: bool,
+    /// CPUs for the receiving threads, such as 0,2 or 0-3; as far as they can be had [default: any]
+    #[arg(long, value_name = "LIST")]
+    cpus: Option<Cpus>,
+    /// Print one JSON object a line on standard output: where it listens, progress, then a report
+    #[arg(long)]
+    json: bool,
+}
+
+const COMMAND: &str = "receive";
+
+/// The first line of JSON.
+#[derive(Serialize)]
+pub struct Listening {
+    event: &'static str,
+    addr: String,
+}
+
+impl Listening {
+    pub fn at(address: &Address) -> Listening {
+        Listening { event: "listening", addr: address.to_string() }
+    }
+}
+
+pub fn run(args: &Args) -> ExitCode {
+    let out = Output::new(args.json);
+    let report = take_in(args, out).unwrap_or_else(|error| Report::early(COMMAND, End::Failed, Some(error)));
+    out.end(&report)
+}
+
+fn take_in(args: &Args, out: Output) -> Result<Report, String> {
+    let interrupt = Interrupt::listen();
+    let arriving = Arriving::new(&args.ram, args.force)?;
+    let cpus = args.cpus.clone().unwrap_or_default().0;
+    let target = Target::builder().cpus(cpus).listen(&args.listen.to_string()).map_err(|e| listen_advice(&e))?;
+    interrupt.attach(target.cancel_handle());
+    warn_if_open(&args.listen);
+    // A full disk shows itself as a bus error where a hole is read that needs memory: full verification on tmpfs.
+    let full = format!("cannot have a page of {}: bus error; its disk may be full, make room", args.ram.display());
+    on_bus_error_fail(out, COMMAND, full, arriving.partial_path());
+    let at = target.address().ok_or("the address that is listened on is not known")?;
+    out.event(&Listening::at(&at));
+    out.say(format_args!("listening; send with: pageferry send --to {at} --ram FILE"));
+    let watch = Watch::start(target.progress(), Side::Target, out);
+    let mut image = Image { arriving, bytes: 0 };
+    let report = target.receive(&mut image);
+    drop(watch);
+    let mut report = Report::of_target(COMMAND, report, process_cpu_time().unwrap_or_default());
+    report.note_cpus(args.cpus.as_ref());
+    if let Some(error) = &mut report.error {
+        // What recvmsg(2) says of a page that the file's disk has no room for.
+        if error.contains(&format!("(os error {})", libc::EFAULT)) {
+            error.push_str(&format!("; the disk of {} may be full, make room", args.ram.display()));
+        }
+    }
+    if report.outcome == End::Completed {
+        report.file = Some(format!("{}, {}", args.ram.display(), human(image.bytes)));
+    }
+    Ok(report)
+}
+
+/// What to do about an address that cannot be had.
+pub fn listen_advice(failure: &Failure) -> String {
+    let advice = match failure {
+        Failure::Listen { reason, address } => match reason.errno {
+            Some(libc::EADDRINUSE) if address.starts_with("unix:") => {
+                "; if nobody listens there any more, remove the socket's file"
+            }
+            Some(libc::EADDRINUSE) => "; choose another port, or 0 for one that is free",
+            Some(libc::EACCES) => "; choose a port above 1023, or a path that may be written",
+            Some(libc::EADDRNOTAVAIL) => "; it is not an address of this machine",
+            Some(libc::ENOENT) => "; the directory has to be there",
+            _ => "",
+        },
+        _ => "",
+    };
+    format!("{failure}{advice}")
+}
+
+/// The file, in the place of a VMM.
+struct Image {
+    arriving: Arriving,
+    bytes: u64,
+}
+
+impl Image {
+    fn path(&self) -> &Path {
+        self.arriving.destination()
+    }
+}
+
+impl Incoming for Image {
+    fn prepare(&mut self, setup: &Setup) -> Result<Ram, HookError> {
+        self.bytes = decode_length(&setup.opaque)?;
+        let [info] = &setup.blocks[..] else {
+            return Err(format!("an image is one RAM block, {} came", setup.blocks.len()).into());
+        };
+        if self.bytes.checked_next_multiple_of(info.page_size.bytes()) != Some(info.bytes) {
+            return Err(format!("{} bytes of RAM do not make an image of {}", info.bytes, self.bytes).into());
+        }
+        // Fresh, all of it a hole: nothing has to be made zero.
+        let block = self.arriving.map(self.bytes, info.page_size)?.with_initial(Initial::Zeroed);
+        Ok(Ram::new([block])?)
+    }
+
+    /// An image has no device state. What is here is as good as said to be, once it is on the disk: the source can
+    /// still be told if it is not.
+    fn load_state(&mut self, state: &mut dyn Read) -> Result<(), HookError> {
+        if state.read(&mut [0])? != 0 {
+            return Err(format!("device state came with the image for {}", self.path().display()).into());
+        }
+        Ok(self.arriving.sync()?)
+    }
+
+    fn run(&mut self) -> Result<(), HookError> {
+        Ok(self.arriving.land()?)
+    }
+}

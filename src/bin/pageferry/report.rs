@@ -1,0 +1,323 @@
+//! What is known when it is over: for machines as one line of JSON, for people as a few lines of text.
+
+use std::fmt;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use pageferry::{Outcome, SourceReport, TargetReport, Verify};
+use serde::{Deserialize, Serialize};
+
+use crate::sizes::{Cpus, human};
+
+/// How it ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum End {
+    Completed,
+    Failed,
+    Uncertain,
+    Cancelled,
+}
+
+/// The exit code of a failure.
+pub const FAILED: u8 = 1;
+
+impl End {
+    /// What the shell is told.
+    pub fn exit_code(self) -> ExitCode {
+        ExitCode::from(match self {
+            End::Completed => 0,
+            End::Failed => FAILED,
+            End::Uncertain => 3,
+            End::Cancelled => 130,
+        })
+    }
+
+    fn of(outcome: &Outcome) -> End {
+        match outcome {
+            Outcome::Completed => End::Completed,
+            Outcome::Cancelled => End::Cancelled,
+            Outcome::Failed(_) => End::Failed,
+            Outcome::Uncertain(_) => End::Uncertain,
+        }
+    }
+}
+
+/// The last line of `--json`.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    event: &'static str,
+    command: &'static str,
+    pub outcome: End,
+    /// Why, where it did not complete.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    pub verify: &'static str,
+    pub verified: bool,
+    pub ram_bytes: u64,
+    pub payload_bytes: u64,
+    pub wire_bytes: u64,
+    pub zero_bytes: u64,
+    pub untouched_bytes: u64,
+    pub state_bytes: u64,
+    pub rounds: u32,
+    pub channels: u8,
+    pub total_ms: f64,
+    pub downtime_ms: f64,
+    /// RAM that was ever touched, over the time from the first connection to the end.
+    pub throughput_gib_s: f64,
+    /// Processor time of the migration, user and system.
+    pub cpu_s: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub send_syscalls: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub recv_syscalls: Option<u64>,
+    pub cpus: Vec<Option<usize>>,
+    pub remarks: Vec<String>,
+    #[serde(flatten)]
+    pub demo: Option<DemoPart>,
+    /// A file that was written.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file: Option<String>,
+}
+
+/// What only `demo` has to say.
+#[derive(Clone, Debug, Serialize)]
+pub struct DemoPart {
+    pub seed: u64,
+    pub transport: &'static str,
+    /// How writes were tracked.
+    pub tracking: &'static str,
+    pub random_bytes: u64,
+    pub text_bytes: u64,
+    pub zeroed_bytes: u64,
+    pub never_touched_bytes: u64,
+    /// Of everything that was filled in, before the writers began.
+    pub ram_digest: String,
+    pub fill_ms: f64,
+    pub writers: usize,
+    pub dirty_rate_asked_mib_s: f64,
+    /// What the writers got to write, on the average, while they ran.
+    pub dirty_rate_mib_s: f64,
+    pub pages_written: u64,
+    /// Whether the writers ran on at the source after the end.
+    pub guest_runs_on: bool,
+    /// What the target's process said at its end.
+    pub target: Option<TargetPart>,
+}
+
+/// The last line of the target's process of `demo`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct TargetPart {
+    pub pid: u32,
+    pub outcome: End,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    pub verified: bool,
+    /// Writers whose last write was found in RAM, as the device state has it.
+    pub writers_checked: usize,
+    pub recv_syscalls: u64,
+    pub cpu_s: f64,
+    pub cpus: Vec<Option<usize>>,
+    pub remarks: Vec<String>,
+}
+
+/// Milliseconds for machines.
+pub fn ms(time: Duration) -> f64 {
+    (time.as_secs_f64() * 1e6).round() / 1e3
+}
+
+pub fn verify_word(verify: Verify) -> &'static str {
+    match verify {
+        Verify::Off => "off",
+        Verify::Wire => "wire",
+        Verify::Full => "full",
+    }
+}
+
+impl Report {
+    /// Of something that ended before there was a migration.
+    pub fn early(command: &'static str, outcome: End, error: Option<String>) -> Report {
+        Report {
+            event: "report",
+            command,
+            outcome,
+            error,
+            verify: verify_word(Verify::Off),
+            verified: false,
+            ram_bytes: 0,
+            payload_bytes: 0,
+            wire_bytes: 0,
+            zero_bytes: 0,
+            untouched_bytes: 0,
+            state_bytes: 0,
+            rounds: 0,
+            channels: 0,
+            total_ms: 0.0,
+            downtime_ms: 0.0,
+            throughput_gib_s: 0.0,
+            cpu_s: 0.0,
+            send_syscalls: None,
+            recv_syscalls: None,
+            cpus: Vec::new(),
+            remarks: Vec::new(),
+            demo: None,
+            file: None,
+        }
+    }
+
+    /// Of a source.
+    pub fn of_source(command: &'static str, report: SourceReport, cpu: Duration) -> Report {
+        let error = error_of(&report.outcome);
+        Report {
+            verify: verify_word(report.verify),
+            verified: report.verified,
+            ram_bytes: report.ram_bytes,
+            payload_bytes: report.payload_bytes,
+            wire_bytes: report.wire_bytes,
+            zero_bytes: report.zero_bytes,
+            untouched_bytes: report.untouched_bytes,
+            state_bytes: report.state_bytes,
+            rounds: report.rounds,
+            channels: report.channels,
+            total_ms: ms(report.total),
+            downtime_ms: ms(report.downtime),
+            throughput_gib_s: throughput(&report.outcome, report.ram_bytes - report.untouched_bytes, report.total),
+            cpu_s: cpu.as_secs_f64(),
+            send_syscalls: Some(report.send_syscalls),
+            cpus: report.cpus,
+            remarks: report.remarks,
+            ..Report::early(command, End::of(&report.outcome), error)
+        }
+    }
+
+    /// Of a target.
+    pub fn of_target(command: &'static str, report: TargetReport, cpu: Duration) -> Report {
+        let error = error_of(&report.outcome);
+        Report {
+            verify: verify_word(report.verify),
+            verified: report.verified,
+            ram_bytes: report.ram_bytes,
+            payload_bytes: report.payload_bytes,
+            wire_bytes: report.wire_bytes,
+            zero_bytes: report.zero_bytes,
+            untouched_bytes: report.untouched_bytes,
+            state_bytes: report.state_bytes,
+            rounds: report.rounds,
+            channels: report.channels,
+            total_ms: ms(report.total),
+            downtime_ms: ms(report.downtime),
+            throughput_gib_s: throughput(&report.outcome, report.ram_bytes - report.untouched_bytes, report.total),
+            cpu_s: cpu.as_secs_f64(),
+            recv_syscalls: Some(report.recv_syscalls),
+            cpus: report.cpus,
+            remarks: report.remarks,
+            ..Report::early(command, End::of(&report.outcome), error)
+        }
+    }
+}
+
+impl Report {
+    /// Says which threads did not get their CPU, where CPUs were asked for.
+    pub fn note_cpus(&mut self, asked: Option<&Cpus>) {
+        let missing: Vec<_> = self.cpus.iter().enumerate().filter(|(_, cpu)| cpu.is_none()).collect();
+        if let (Some(_), false) = (asked, missing.is_empty()) {
+            let channels: Vec<_> = missing.iter().map(|(channel, _)| channel.to_string()).collect();
+            self.remarks.push(format!("not on the CPU asked for: the thread of channel {}", channels.join(", ")));
+        }
+    }
+}
+
+fn error_of(outcome: &Outcome) -> Option<String> {
+    match outcome {
+        Outcome::Completed => None,
+        Outcome::Cancelled => Some("cancelled".to_owned()),
+        Outcome::Failed(why) => Some(why.to_string()),
+        Outcome::Uncertain(why) => Some(format!("uncertain: the other side may have taken over: {why}")),
+    }
+}
+
+fn throughput(outcome: &Outcome, bytes: u64, time: Duration) -> f64 {
+    let seconds = time.as_secs_f64();
+    if *outcome != Outcome::Completed || seconds == 0.0 {
+        return 0.0;
+    }
+    bytes as f64 / (1u64 << 30) as f64 / seconds
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.outcome == End::Completed {
+            let proof = match (self.verified, self.verify) {
+                (true, "full") => "; every byte was compared, by digests of all of RAM on both sides",
+                (true, _) => "; what landed is what was sent, by digests of every page",
+                (false, _) => "; not verified",
+            };
+            writeln!(f, "completed{proof}")?;
+        }
+        if let Some(file) = &self.file {
+            writeln!(f, "  file        {file}")?;
+        }
+        writeln!(
+            f,
+            "  RAM         {}: {} never touched, {} of zero pages, {} of data sent",
+            human(self.ram_bytes),
+            human(self.untouched_bytes),
+            human(self.zero_bytes),
+            human(self.payload_bytes)
+        )?;
+        write!(f, "  time        {:.0} ms", self.total_ms)?;
+        if self.outcome == End::Completed {
+            write!(f, ", {:.2} GiB/s", self.throughput_gib_s)?;
+        }
+        let channels = if self.channels == 1 { "channel" } else { "channels" };
+        let rounds = if self.rounds == 1 { "round" } else { "rounds" };
+        writeln!(f, " over {} {channels}, {} {rounds}", self.channels, self.rounds)?;
+        if let Some(demo) = &self.demo {
+            demo.fmt_downtime(f, self)?;
+        }
+        let calls = match (self.send_syscalls, self.recv_syscalls) {
+            (Some(sends), Some(receives)) => format!("; {sends} system calls to send, {receives} to receive"),
+            (Some(sends), None) => format!("; {sends} system calls to send"),
+            (None, Some(receives)) => format!("; {receives} system calls to receive"),
+            (None, None) => String::new(),
+        };
+        writeln!(f, "  cost        {:.2} s of CPU{calls}; {} on the wire", self.cpu_s, human(self.wire_bytes))?;
+        if let Some(demo) = &self.demo {
+            demo.fmt_guest(f)?;
+        }
+        self.remarks.iter().try_for_each(|remark| writeln!(f, "  remark      {remark}"))
+    }
+}
+
+impl DemoPart {
+    fn fmt_downtime(&self, f: &mut fmt::Formatter<'_>, report: &Report) -> fmt::Result {
+        if report.downtime_ms == 0.0 {
+            return writeln!(f, "  downtime    none: the guest never stood still");
+        }
+        let why = match report.verify {
+            "full" => " (hashing all of RAM is in it; --verify wire leaves that out)",
+            _ => "",
+        };
+        writeln!(f, "  downtime    {:.1} ms{why}", report.downtime_ms)
+    }
+
+    fn fmt_guest(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.pages_written > 0 {
+            writeln!(
+                f,
+                "  guest       {} writes, {:.0} MiB/s of {:.0} asked for; tracked by {}",
+                self.pages_written, self.dirty_rate_mib_s, self.dirty_rate_asked_mib_s, self.tracking
+            )?;
+        }
+        match &self.target {
+            Some(target) if target.outcome == End::Completed => writeln!(
+                f,
+                "  target      runs the guest; its device state agrees with its RAM for {} of {} writers",
+                target.writers_checked, self.writers
+            ),
+            _ if self.guest_runs_on => writeln!(f, "  guest       runs on here, at the source"),
+            _ => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,169 @@
+//! `pageferry send`: ships a RAM image that lies still.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::ValueEnum;
+use pageferry::dirty::combined::Still;
+use pageferry::net::Address;
+use pageferry::sys::thread::process_cpu_time;
+use pageferry::{Guest, HookError, Ram, Source, StateWriter, Timeouts, Verify};
+
+use crate::image::{Stamp, block, check_kind, encode_length, sentence};
+use crate::interrupt::Interrupt;
+use crate::output::{Output, complain, on_bus_error_fail};
+use crate::progress::{Side, Watch};
+use crate::report::{End, Report};
+use crate::sizes::Cpus;
+
+/// Send a RAM image that lies still to `pageferry receive`.
+///
+/// Pages that were never written (holes of the file) are not read and not sent; they are holes at the other side, too.
+/// Nobody may write the file meanwhile.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  pageferry send --to 10.0.0.2:4444 --ram vm.img
+  pageferry send --to unix:/run/ferry --ram vm.img --channels 4 --verify full --json
+
+Nothing is encrypted: across machines, use a network that you trust, or a tunnel.")]
+pub struct Args {
+    /// Where `pageferry receive` listens: HOST:PORT or unix:PATH
+    #[arg(long, value_name = "ADDR")]
+    to: Address,
+    /// The image, a regular file; a length that is no multiple of the page is kept to the byte
+    #[arg(long, value_name = "FILE")]
+    ram: PathBuf,
+    /// Data channels, 1 to 255: each is a connection, and a thread on both sides
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..))]
+    channels: u8,
+    /// CPUs for the sending threads, such as 0,2 or 0-3; as far as they can be had [default: any]
+    #[arg(long, value_name = "LIST")]
+    cpus: Option<Cpus>,
+    /// What proves that everything arrived
+    #[arg(long, value_name = "HOW", default_value = "wire")]
+    verify: VerifyArg,
+    /// Print one JSON object a line on standard output: progress, then a report
+    #[arg(long)]
+    json: bool,
+}
+
+/// [`Verify`], as an option.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum VerifyArg {
+    /// Nothing but checksums of headers
+    Off,
+    /// Digests of every page, as sent and as landed
+    Wire,
+    /// And digests of all of RAM on both sides, holes included, while nothing moves
+    Full,
+}
+
+impl From<VerifyArg> for Verify {
+    fn from(arg: VerifyArg) -> Verify {
+        match arg {
+            VerifyArg::Off => Verify::Off,
+            VerifyArg::Wire => Verify::Wire,
+            VerifyArg::Full => Verify::Full,
+        }
+    }
+}
+
+const COMMAND: &str = "send";
+
+/// How long the receiver may take to get the file to its disk, during which it says nothing.
+const SYNC_TIME: Duration = Duration::from_secs(15 * 60);
+
+pub fn run(args: &Args) -> ExitCode {
+    let out = Output::new(args.json);
+    let report = ship(args, out).unwrap_or_else(|error| Report::early(COMMAND, End::Failed, Some(error)));
+    out.end(&report)
+}
+
+fn ship(args: &Args, out: Output) -> Result<Report, String> {
+    let interrupt = Interrupt::listen();
+    let image = Image::open(&args.ram)?;
+    let block = block(&image.file, image.bytes, None, false).map_err(|e| e.to_string())?;
+    let ram = Ram::new([block]).map_err(|e| e.to_string())?;
+    warn_if_open(&args.to);
+    // A file that is cut short while it is mapped shows itself as a bus error.
+    let cut = format!("{} was cut short while it was sent, or its disk failed; let it lie still", args.ram.display());
+    on_bus_error_fail(out, COMMAND, cut, None);
+    let source = Source::builder(ram)
+        .channels(args.channels)
+        .cpus(args.cpus.clone().unwrap_or_default().0)
+        .verify(args.verify.into())
+        .timeouts(Timeouts { hook: SYNC_TIME, ..Timeouts::default() })
+        .connect(&args.to.to_string())
+        .map_err(|e| e.to_string())?;
+    interrupt.attach(source.cancel_handle());
+    let watch = Watch::start(source.progress(), Side::Source, out);
+    let mut image = image;
+    let report = source.migrate(&mut Still::new(), &mut image);
+    drop(watch);
+    let mut report = Report::of_source(COMMAND, report, process_cpu_time().unwrap_or_default());
+    report.note_cpus(args.cpus.as_ref());
+    if let Some(error) = &mut report.error {
+        // The receiver's lane met a page that it could not have.
+        if error.contains("receiving pages") && error.contains(&format!("(os error {})", libc::EFAULT)) {
+            error.push_str("; the receiver's disk may be full");
+        }
+    }
+    Ok(report)
+}
+
+/// One warning, where what is sent can be read on its way.
+pub fn warn_if_open(address: &Address) {
+    if !address.is_local() {
+        complain(format_args!(
+            "warning: {address} may leave this machine, and nothing is encrypted: anybody on the way can read and change RAM"
+        ));
+    }
+}
+
+/// The image, in the place of a guest: it never runs.
+struct Image {
+    path: PathBuf,
+    file: File,
+    bytes: u64,
+    stamp: Stamp,
+}
+
+impl Image {
+    fn open(path: &Path) -> Result<Image, String> {
+        // Looked at before it is opened: opening a pipe would wait for its other end.
+        let metadata = std::fs::metadata(path).map_err(|e| sentence("open", path, &e))?;
+        check_kind(path, &metadata)?;
+        let file = File::open(path).map_err(|e| sentence("open", path, &e))?;
+        let stamp = Stamp::of(&file).map_err(|e| sentence("look at", path, &e))?;
+        let bytes = file.metadata().map_err(|e| sentence("look at", path, &e))?.len();
+        if bytes == 0 {
+            return Err(format!("{} is empty: there is nothing to send; name a RAM image", path.display()));
+        }
+        Ok(Image { path: path.to_owned(), file, bytes, stamp })
+    }
+}
+
+impl Guest for Image {
+    fn setup_bytes(&mut self) -> Result<Vec<u8>, HookError> {
+        Ok(encode_length(self.bytes))
+    }
+
+    fn pause(&mut self) -> Result<(), HookError> {
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), HookError> {
+        Ok(())
+    }
+
+    /// An image has no device state. By now all of it has been read: the last chance to see that it did not lie still.
+    fn save_state(&mut self, _out: &mut StateWriter) -> Result<(), HookError> {
+        if Stamp::of(&self.file)? != self.stamp {
+            return Err(format!("{} was written while it was sent; let it lie still", self.path.display()).into());
+        }
+        Ok(())
+    }
+}

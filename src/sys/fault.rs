@@ -1,0 +1,60 @@
+//! Last words: what a process says, and removes, before a bus error ends it.
+// UNSAFETY: sigaction(2), and a signal handler that may only make system calls.
+#![expect(unsafe_code)]
+
+use std::ffi::CString;
+use std::io;
+use std::ptr;
+use std::sync::OnceLock;
+
+use super::cvt;
+
+/// What the handler does, prepared beforehand: it may not allocate, lock or format.
+#[derive(Debug)]
+pub struct LastWords {
+    /// Written to standard error.
+    pub stderr: Vec<u8>,
+    /// Written to standard output; may be empty.
+    pub stdout: Vec<u8>,
+    /// Removed.
+    pub remove: Option<CString>,
+    /// The exit code.
+    pub code: u8,
+}
+
+static WORDS: OnceLock<LastWords> = OnceLock::new();
+
+/// Ends the process with these words, and not by a signal, when memory that maps a file cannot be had: the disk of a
+/// sparse file is full, or the file was cut short.
+///
+/// For programs. A VMM has a handler of its own for bus errors, and this would replace it.
+///
+/// # Errors
+/// Words were set before, or what sigaction(2) says.
+pub fn on_bus_error(words: LastWords) -> io::Result<()> {
+    WORDS.set(words).map_err(|_| io::Error::from(io::ErrorKind::AlreadyExists))?;
+    let handler: extern "C" fn(libc::c_int) = speak;
+    // SAFETY: an all-zero sigaction is a valid one: no flags, an empty mask, and the handler set below.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_sigaction = handler as usize;
+    // SAFETY: the action is a local, whole and of the right type; the old one is not asked for.
+    cvt(unsafe { libc::sigaction(libc::SIGBUS, &action, ptr::null_mut()) }.into()).map(drop)
+}
+
+/// Makes system calls only, all of them async-signal-safe; reading a `OnceLock` that is set is one atomic load.
+extern "C" fn speak(_signal: libc::c_int) {
+    let mut code = 1;
+    if let Some(words) = WORDS.get() {
+        code = words.code.into();
+        if let Some(path) = &words.remove {
+            // SAFETY: a C string that lives for ever.
+            unsafe { libc::unlink(path.as_ptr()) };
+        }
+        for (fd, text) in [(libc::STDERR_FILENO, &words.stderr), (libc::STDOUT_FILENO, &words.stdout)] {
+            // SAFETY: the bytes live for ever. Nothing is left to do if they cannot be written.
+            unsafe { libc::write(fd, text.as_ptr().cast(), text.len()) };
+        }
+    }
+    // SAFETY: takes no pointer. Not exit(3), which would run what is not safe here.
+    unsafe { libc::_exit(code) };
+}

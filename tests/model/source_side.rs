@@ -1,0 +1,413 @@
+//! The source's side of the world: its driver, its workers, its guest.
+
+use std::collections::VecDeque;
+
+use pageferry::barrier::{LaneWord, min_over_set};
+use pageferry::journal;
+use pageferry::session::source::{FIRST_GENERATION, Facts, SourceAction, SourceEvent, SourceSession};
+use pageferry::units::{BlockId, Item, Round, Run, Verify};
+use pageferry::wire::control::{Setup, SourceFrame};
+use pageferry::{Failure, Outcome};
+
+use crate::link::Packet;
+use crate::world::{Bounds, CHANNELS, Entry, Gate, Mutant, PAGES, Process, Verdict, World, after, channel, digest};
+
+/// Where the driver stands: `Driver::flow` of the source, line by line.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Step {
+    Connect,
+    /// Waits for Ready, opens the channels, waits for the lanes.
+    Await,
+    /// In a round, with this page to look at next.
+    Round(usize),
+    /// Between rounds: another one, or switch over.
+    Decide,
+    /// In the VMM's pause hook, in which it hears nothing.
+    Pause,
+    /// In the paused round beside which `save_state` runs.
+    First(usize),
+    /// That round is pushed, and `save_state` still runs.
+    Save,
+    /// In the round after `save_state`.
+    Last(usize),
+    /// Waits until every ring and hand is empty.
+    Drain,
+    /// Waits for Loaded, and later for Running.
+    HandOver,
+    /// Loaded has come: the gate is to be asked.
+    Gate,
+    Over,
+}
+
+/// The guest, as the source has it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Guest {
+    Running,
+    Paused,
+    /// Its process is gone.
+    Gone,
+}
+
+/// One channel's ring, the worker that empties it, and its journal.
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
+pub struct Worker {
+    pub ring: VecDeque<Item>,
+    pub hand: Option<Run>,
+    pub journal: VecDeque<Item>,
+    /// Rounds whose end has been sent.
+    pub sent: LaneWord,
+    /// Only with [`Mutant::ClearAfterRead`]: a page that was read, and whose bit is to be cleared.
+    pub to_clear: Option<usize>,
+}
+
+/// The source's process.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct SourceSide {
+    pub process: Process,
+    pub session: SourceSession,
+    pub verdict: Option<Verdict>,
+    pub gate: Gate,
+    pub step: Step,
+    pub saved: bool,
+    pub guest: Guest,
+    /// What is in each page, as a number that grows with every write.
+    pub version: [u8; PAGES],
+    pub dirty: [bool; PAGES],
+    /// A page that is written and not yet marked, or the other way round with [`Mutant::MarkBeforeWrite`].
+    pub writing: Option<usize>,
+    pub writes_left: u8,
+    pub save_writes_left: u8,
+    pub workers: [Worker; CHANNELS],
+    /// What was sent, as the digest table remembers it.
+    pub digest: [Entry; PAGES],
+}
+
+impl SourceSide {
+    pub fn new(bounds: &Bounds) -> SourceSide {
+        SourceSide {
+            process: Process::Alive,
+            session: SourceSession::new(bounds.channels as u8),
+            verdict: None,
+            gate: Gate::Open,
+            step: Step::Connect,
+            saved: false,
+            guest: Guest::Running,
+            version: [1; PAGES],
+            dirty: [false; PAGES],
+            writing: None,
+            writes_left: bounds.writes,
+            save_writes_left: bounds.save_writes,
+            workers: Default::default(),
+            digest: Default::default(),
+        }
+    }
+
+    /// Whether the driver listens: not inside a hook that runs on its thread.
+    pub fn listens(&self) -> bool {
+        self.process == Process::Alive && !matches!(self.step, Step::Connect | Step::Pause)
+    }
+
+    /// Whether dirty tracking is on, and everything in RAM is the migration's to move.
+    pub fn ships(&self) -> bool {
+        self.process == Process::Alive && !matches!(self.step, Step::Connect | Step::Await)
+    }
+
+    /// The page the scanner looks at next, where it is in a round.
+    pub fn scans(&self) -> Option<usize> {
+        match self.step {
+            Step::Round(page) | Step::First(page) | Step::Last(page) => Some(page),
+            _ => None,
+        }
+    }
+
+    /// Whether somebody writes guest RAM: the guest, or the VMM while it saves the state of a paused one.
+    pub fn may_write(&self) -> bool {
+        let left = match self.step {
+            Step::First(_) | Step::Save if !self.saved => self.save_writes_left,
+            _ if self.guest == Guest::Running => self.writes_left,
+            _ => 0,
+        };
+        self.ships() && self.writing.is_none() && left > 0
+    }
+
+    pub fn has_room_for_marks(&self, bounds: &Bounds) -> bool {
+        bounds.channels().all(|c| self.workers[c].ring.len() < bounds.ring_slots)
+    }
+
+    pub fn has_room_for_run(&self, bounds: &Bounds, c: usize) -> bool {
+        self.workers[c].ring.len() + 1 < bounds.ring_slots
+    }
+
+    /// Whether the last round's end has been sent on every channel: the rule that ships, over this world's workers.
+    pub fn all_sent(&self, bounds: &Bounds) -> bool {
+        let sent = min_over_set(bounds.channels().map(|c| self.workers[c].sent)).unwrap_or(0);
+        sent >= u64::from(self.session.round().0)
+    }
+}
+
+fn setup(bounds: &Bounds) -> Setup {
+    Setup {
+        verify: Verify::Wire,
+        channels: bounds.channels as u8,
+        features: 0,
+        state_bytes_max: 0,
+        blocks: Vec::new(),
+        opaque: Vec::new(),
+    }
+}
+
+impl World {
+    /// Tells the source's session what happened, and does what it says.
+    pub fn source_event(&mut self, bounds: &Bounds, event: SourceEvent) {
+        for action in self.source.session.on(event) {
+            self.source_does(bounds, action);
+            if self.source.process != Process::Alive {
+                return;
+            }
+        }
+    }
+
+    fn source_does(&mut self, bounds: &Bounds, action: SourceAction) {
+        let source = &mut self.source;
+        match action {
+            SourceAction::Send(frame) => {
+                self.seen.commit_sent |= frame == SourceFrame::Commit;
+                self.control.to_target.send(frame);
+            }
+            SourceAction::OpenChannels => self.target.lobby = std::array::from_fn(|c| c < bounds.channels),
+            SourceAction::StartRounds => {
+                // Armed, and round 0 takes every page there is.
+                source.dirty = std::array::from_fn(|page| page < bounds.pages);
+                source.step = Step::Round(0);
+            }
+            SourceAction::PushMark(mark) => {
+                for c in bounds.channels() {
+                    source.workers[c].ring.push_back(mark);
+                }
+                self.seen.epochs_closed += u64::from(matches!(mark, Item::Flush(_)));
+            }
+            SourceAction::FreeJournal { channel, through } => {
+                self.seen.epochs_acked = through.0 + 1;
+                let journal = &mut source.workers[usize::from(channel.0)].journal;
+                if bounds.journals() && !bounds.is(Mutant::FreeAtFlush) {
+                    self.seen.mark_missing |= !journal::free_through(journal, through);
+                }
+            }
+            SourceAction::PauseGuest => source.step = Step::Pause,
+            SourceAction::AskCommit => source.step = Step::Gate,
+            SourceAction::End(outcome) => self.source_ends(bounds, &outcome),
+        }
+    }
+
+    /// `Driver::finish` of the source: the guest is resumed where it is ours, and everything is closed.
+    fn source_ends(&mut self, bounds: &Bounds, outcome: &Outcome) {
+        let verdict = Verdict::from(outcome);
+        let ours = matches!(verdict, Verdict::Failed | Verdict::Cancelled);
+        let resumes = ours || (verdict == Verdict::Uncertain && bounds.is(Mutant::ResumeAfterCommit));
+        if resumes && self.source.guest == Guest::Paused {
+            self.source.guest = Guest::Running;
+        }
+        self.source.verdict = Some(verdict);
+        self.source_leaves(Process::Ended);
+    }
+
+    /// The process vanishes, and its guest with it.
+    pub fn source_crashes(&mut self) {
+        self.source.guest = Guest::Gone;
+        self.source_leaves(Process::Crashed);
+    }
+
+    /// All that remains of a source that is gone is what it had sent; the rest is forgotten, so that states merge.
+    fn source_leaves(&mut self, how: Process) {
+        let source = &mut self.source;
+        source.process = how;
+        source.session = SourceSession::new(0);
+        source.step = Step::Over;
+        source.dirty = [false; PAGES];
+        source.digest = Default::default();
+        source.workers = Default::default();
+        (source.writing, source.writes_left, source.save_writes_left) = (None, 0, 0);
+        self.control.to_target.close();
+        self.control.to_source.deafen();
+        self.wires.iter_mut().for_each(|wire| wire.close());
+    }
+
+    pub fn connects(&mut self, bounds: &Bounds) {
+        self.source.step = Step::Await;
+        self.source_event(bounds, SourceEvent::Connected(setup(bounds)));
+    }
+
+    /// Writes a page: two steps, as the guest's store and its mark are.
+    pub fn writes(&mut self, bounds: &Bounds, page: usize) {
+        let source = &mut self.source;
+        if source.guest == Guest::Paused {
+            source.save_writes_left -= 1;
+        } else {
+            source.writes_left -= 1;
+        }
+        source.writing = Some(page);
+        if bounds.is(Mutant::MarkBeforeWrite) {
+            source.dirty[page] = true;
+        } else {
+            source.version[page] += 1;
+        }
+    }
+
+    pub fn marks(&mut self, bounds: &Bounds) {
+        let source = &mut self.source;
+        let Some(page) = source.writing.take() else { return };
+        if bounds.is(Mutant::MarkBeforeWrite) {
+            source.version[page] += 1;
+        } else {
+            source.dirty[page] = true;
+        }
+    }
+
+    /// Looks at the next page of the round: harvests it and pushes it to a ring, or passes it by.
+    ///
+    /// One step for both: nobody sees the scanner's hand, and a write between the two does what a write after both does.
+    pub fn scans_page(&mut self, bounds: &Bounds, to: Option<usize>) {
+        let source = &mut self.source;
+        let Some(page) = source.scans() else { return };
+        if let Some(c) = to {
+            if !bounds.is(Mutant::ClearAfterRead) {
+                source.dirty[page] = false;
+            }
+            let run = Run { block: BlockId(0), first: page as u64, pages: 1 };
+            source.workers[c].ring.push_back(Item::Run(run));
+        }
+        source.step = match source.step {
+            Step::Round(_) => Step::Round(page + 1),
+            Step::First(_) => Step::First(page + 1),
+            _ => Step::Last(page + 1),
+        };
+    }
+
+    pub fn ends_round(&mut self, bounds: &Bounds) {
+        self.source_event(bounds, SourceEvent::RoundPushed);
+        let source = &mut self.source;
+        source.step = match source.step {
+            Step::Round(_) => Step::Decide,
+            Step::First(_) if source.saved => source.after_save(bounds),
+            Step::First(_) => Step::Save,
+            _ => Step::Drain,
+        };
+    }
+
+    pub fn pause_returns(&mut self, bounds: &Bounds, good: bool) {
+        if good {
+            self.source.guest = Guest::Paused;
+            self.source.step = Step::First(0);
+            self.source_event(bounds, SourceEvent::GuestPaused);
+        } else {
+            self.source_event(bounds, SourceEvent::Failed(hook_failure("pause")));
+        }
+    }
+
+    pub fn save_returns(&mut self, bounds: &Bounds, good: bool) {
+        if !good {
+            return self.source_event(bounds, SourceEvent::Failed(hook_failure("save_state")));
+        }
+        self.source.saved = true;
+        self.control.to_target.send(SourceFrame::State { offset: 0, bytes: vec![7] });
+        if self.source.step == Step::Save {
+            self.source.step = self.source.after_save(bounds);
+        }
+    }
+
+    pub fn drained(&mut self, bounds: &Bounds) {
+        self.source.step = Step::HandOver;
+        let block_digests = vec![digest(&self.source.digest)];
+        let facts = Facts { block_digests, state_bytes: 1, ..Facts::default() };
+        self.source_event(bounds, SourceEvent::Drained(facts));
+    }
+
+    pub fn asks_gate(&mut self, bounds: &Bounds) {
+        self.source.step = Step::HandOver;
+        let granted = self.source.gate.commit() || bounds.is(Mutant::CommitPastTheGate);
+        self.source_event(bounds, if granted { SourceEvent::CommitGranted } else { SourceEvent::CancelAsked });
+    }
+
+    /// The worker takes a run into its hand, journals it, and looks at its page: that is what the digest remembers.
+    pub fn pops(&mut self, bounds: &Bounds, c: usize) {
+        let worker = &mut self.source.workers[c];
+        let Some(Item::Run(run)) = worker.ring.pop_front() else { return };
+        if bounds.journals() && !bounds.is(Mutant::JournalAfterSend) {
+            worker.journal.push_back(Item::Run(run));
+        }
+        worker.hand = Some(run);
+        let page = run.first as usize;
+        self.source.digest[page].record(worker.sent, self.source.version[page]);
+    }
+
+    /// The worker sends the run in its hand: only now does the kernel read the page.
+    pub fn sends_page(&mut self, bounds: &Bounds, c: usize) {
+        let worker = &mut self.source.workers[c];
+        let Some(run) = worker.hand.take() else { return };
+        let page = run.first as usize;
+        self.wires[c].send(Packet::Page { page, version: self.source.version[page] });
+        if bounds.journals() && bounds.is(Mutant::JournalAfterSend) {
+            worker.journal.push_back(Item::Run(run));
+        }
+        if bounds.is(Mutant::ClearAfterRead) {
+            worker.to_clear = Some(page);
+        }
+    }
+
+    /// The worker takes a mark, journals and sends it. One step: a mark has nothing that could change in a hand.
+    pub fn sends_mark(&mut self, bounds: &Bounds, c: usize) {
+        let worker = &mut self.source.workers[c];
+        let Some(mark) = worker.ring.pop_front() else { return };
+        if bounds.journals() {
+            worker.journal.push_back(mark);
+        }
+        match mark {
+            Item::RoundEnd(round) => {
+                self.wires[c].send(Packet::RoundEnd(round));
+                worker.sent = after(round);
+            }
+            Item::Flush(epoch) => {
+                self.wires[c].send(Packet::Flush(epoch));
+                if bounds.is(Mutant::FreeAtFlush) {
+                    journal::free_through(&mut worker.journal, epoch);
+                }
+            }
+            Item::Run(_) => {}
+        }
+    }
+
+    pub fn clears(&mut self, c: usize) {
+        if let Some(page) = self.source.workers[c].to_clear.take() {
+            self.source.dirty[page] = false;
+        }
+    }
+
+    pub fn worker_fails(&mut self, bounds: &Bounds, c: usize) {
+        let (channel, generation, reason) = (channel(c), FIRST_GENERATION, String::new());
+        self.source_event(bounds, SourceEvent::ChannelFailed { channel, generation, reason });
+    }
+}
+
+impl SourceSide {
+    fn after_save(&self, bounds: &Bounds) -> Step {
+        if bounds.is(Mutant::NoHarvestAfterSave) { Step::Drain } else { Step::Last(0) }
+    }
+
+    /// The round that is being filled.
+    pub fn round(&self) -> Round {
+        self.session.round()
+    }
+}
+
+pub fn hook_failure(hook: &'static str) -> Failure {
+    Failure::Hook { hook, reason: String::new() }
+}
+
+pub fn silence() -> Failure {
+    Failure::Silent { waiting_for: "", ms: 0 }
+}
+
+pub fn connection_lost() -> Failure {
+    let reason = pageferry::error::OsReason { errno: None, text: String::new() };
+    Failure::Control { doing: "", reason }
+}
