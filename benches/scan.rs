@@ -20,7 +20,7 @@ use pageferry::memory::{Backing, RamBlock};
 use pageferry::scanner::{CHUNK_PAGES, Scanner, Which, chunks};
 use pageferry::units::{BlockId, PageSize};
 use pageferry::{DirtyBitmap, Ram};
-use support::{Options, Spread, Verdict, consume, cpus, interleave};
+use support::{Options, Spread, Verdict, consume, cpus, interleave, run_undisturbed};
 
 /// Pages of a run at the most: a batch of 1 MiB.
 const RUN_PAGES_MAX: u32 = 256;
@@ -155,6 +155,7 @@ fn main() -> ExitCode {
     let options = Options::from_args();
     if let Some(cpu) = cpus().last() {
         core_affinity::set_for_current(*cpu);
+        run_undisturbed();
     }
     let guest_gib = options.pick(1, 64, 64);
     let pages = guest_gib << 18;

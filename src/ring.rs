@@ -9,7 +9,7 @@ use std::mem::MaybeUninit;
 use crossbeam_utils::CachePadded;
 
 use crate::sync::Ordering::Relaxed;
-use crate::sync::{Arc, AtomicU64, AtomicUsize, UnsafeCell, acquire, mutated, release};
+use crate::sync::{Arc, AtomicU64, AtomicUsize, CELLS_ARE_PLAIN, UnsafeCell, acquire, mutated, release};
 
 // Whose slot is whose
 //
@@ -27,33 +27,77 @@ struct Shared<T> {
     bytes_in: CachePadded<AtomicU64>,
     bytes_out: CachePadded<AtomicU64>,
     // A power of two of them, so that an index finds its slot by a mask, also after it has wrapped.
-    slots: Box<[UnsafeCell<MaybeUninit<T>>]>,
+    slots: Box<[Slot<T>]>,
+}
+
+#[repr(transparent)]
+struct Slot<T>(UnsafeCell<MaybeUninit<T>>);
+
+impl<T> Slot<T> {
+    /// # Safety
+    /// The slot is empty and the caller's: its index is the producer's tail or after it, and less than slots after the
+    /// consumer's head.
+    #[inline(always)]
+    unsafe fn put(&self, item: T) {
+        // SAFETY: the caller owns the slot, so nobody else reads or writes it. It is aligned and alive: the cell is ours.
+        self.0.with_mut(|slot| unsafe { slot.cast::<T>().write(item) });
+    }
+
+    /// Puts one item into each of `slots`.
+    ///
+    /// # Safety
+    /// All of them are empty and the caller's, and there are as many as items.
+    #[inline(always)]
+    unsafe fn put_all(slots: &[Slot<T>], items: &[T])
+    where
+        T: Copy,
+    {
+        if CELLS_ARE_PLAIN {
+            // One copy of memory, which the compiler does not make of the loop below: it cannot know that they lie apart.
+            let to = slots.as_ptr().cast_mut().cast::<T>();
+            // SAFETY: a slot is a cell is an item (both are transparent), and there are as many; the caller owns the
+            // slots, whose cells allow writing behind `&`, and `items` is not among them: it was borrowed from elsewhere.
+            unsafe { to.copy_from_nonoverlapping(items.as_ptr(), items.len()) };
+        } else {
+            // SAFETY: each is empty and the caller's.
+            slots.iter().zip(items).for_each(|(slot, item)| unsafe { slot.put(*item) });
+        }
+    }
+
+    /// # Safety
+    /// The slot holds an item and is the caller's: its index is the consumer's head or after it, and before the
+    /// producer's tail. The caller moves its head past it before anybody takes it again.
+    #[inline(always)]
+    unsafe fn take(&self) -> T {
+        // SAFETY: the caller owns the slot, and it was written by `put` before the tail that the caller has seen. It is
+        // read mutably, so that loom reports any other access at the same time.
+        self.0.with_mut(|slot| unsafe { slot.cast::<T>().read() })
+    }
 }
 
 // SAFETY: the threads share slots only. `Producer` and `Consumer` exist once each, all their methods that touch a slot
-// take `&mut self`, and `push_at` and `take_at` name the index check that makes the slot theirs. Items cross threads by
+// take `&mut self`, and `put` and `take` name the index check that makes the slot theirs. Items cross threads by
 // value, hence T: Send; no `&T` ever does.
 unsafe impl<T: Send> Sync for Shared<T> {}
 
 impl<T> Shared<T> {
-    fn slot(&self, index: usize) -> &UnsafeCell<MaybeUninit<T>> {
-        &self.slots[index & (self.slots.len() - 1)]
+    /// The `count` slots from `index` on, in order: those up to the end of the box, and those from its start.
+    fn stretch(&self, index: usize, count: usize) -> (&[Slot<T>], &[Slot<T>]) {
+        let from = index & (self.slots.len() - 1);
+        let first = count.min(self.slots.len() - from);
+        (&self.slots[from..from + first], &self.slots[..count - first])
     }
 
-    /// # Safety
-    /// The slot is empty and the caller's: `index` is the producer's tail, and tail - head < slots.
-    unsafe fn push_at(&self, index: usize, item: T) {
-        // SAFETY: the caller owns the slot, so nobody else reads or writes it. It is aligned and alive: the cell is ours.
-        self.slot(index).with_mut(|slot| unsafe { slot.cast::<T>().write(item) });
+    #[inline(always)]
+    fn slot(&self, index: usize) -> &Slot<T> {
+        // SAFETY: `ring` makes a power of two of slots, at least one, and so the mask ends below their number.
+        unsafe { self.slots.get_unchecked(index & (self.slots.len() - 1)) }
     }
 
-    /// # Safety
-    /// The slot holds an item and is the caller's: `index` is the consumer's head, and head != tail. The caller moves
-    /// its head past it before anybody takes it again.
-    unsafe fn take_at(&self, index: usize) -> T {
-        // SAFETY: the caller owns the slot, and it was written by `push_at` before the tail that the caller has seen.
-        // It is read mutably, so that loom reports any other access at the same time.
-        self.slot(index).with_mut(|slot| unsafe { slot.cast::<T>().read() })
+    fn publish_head(&self, head: usize) {
+        // Release: the slots below the new head have been read and may be written. Pairs with the Acquire in
+        // `Producer::free_slots`.
+        self.head.store(head, release("ring/publish-head"));
     }
 }
 
@@ -64,7 +108,7 @@ impl<T> Drop for Shared<T> {
         let mut head = self.head.load(Relaxed);
         while head != tail {
             // SAFETY: head != tail, so the slot holds an item; nobody else is left.
-            drop(unsafe { self.take_at(head) });
+            drop(unsafe { self.slot(head).take() });
             head = head.wrapping_add(1);
         }
     }
@@ -110,9 +154,9 @@ pub fn ring<T: Send>(slots: usize) -> (Producer<T>, Consumer<T>) {
         head: CachePadded::new(AtomicUsize::new(0)),
         bytes_in: CachePadded::new(AtomicU64::new(0)),
         bytes_out: CachePadded::new(AtomicU64::new(0)),
-        slots: (0..slots).map(|_| UnsafeCell::new(MaybeUninit::uninit())).collect(),
+        slots: (0..slots).map(|_| Slot(UnsafeCell::new(MaybeUninit::uninit()))).collect(),
     });
-    let producer = Producer { shared: shared.clone(), tail: 0, head_seen: 0, bytes_in: 0 };
+    let producer = Producer { shared: shared.clone(), tail: 0, full_at: slots, bytes_in: 0 };
     (producer, Consumer { shared, head: 0, tail_seen: 0, bytes_out: 0 })
 }
 
@@ -121,8 +165,9 @@ pub struct Producer<T> {
     shared: Arc<Shared<T>>,
     // Equal to shared.tail, which nobody else writes.
     tail: usize,
-    // At or below shared.head, so there is at least as much room as it says.
-    head_seen: usize,
+    // The tail at which the ring is full as far as we know: the head seen last, which is at or below shared.head, plus
+    // the number of slots. So there is at least as much room as it says.
+    full_at: usize,
     // Equal to shared.bytes_in, which nobody else writes.
     bytes_in: u64,
 }
@@ -140,11 +185,11 @@ impl<T: Send> Producer<T> {
         if mutated("ring/publish-before-write") {
             self.publish(1);
             // SAFETY: not sound, and loom says so: the consumer may already read the slot.
-            unsafe { self.shared.push_at(self.tail.wrapping_sub(1), item) };
+            unsafe { self.shared.slot(self.tail.wrapping_sub(1)).put(item) };
             return Ok(());
         }
         // SAFETY: checked above that the ring is not full, so the slot at the tail is empty and ours.
-        unsafe { self.shared.push_at(self.tail, item) };
+        unsafe { self.shared.slot(self.tail).put(item) };
         self.publish(1);
         Ok(())
     }
@@ -157,10 +202,12 @@ impl<T: Send> Producer<T> {
     {
         let room = if self.room() < items.len() { self.free_slots() } else { self.room() };
         let pushed = room.min(items.len());
-        for (offset, item) in items[..pushed].iter().enumerate() {
-            // SAFETY: offset < room, so this slot is empty and ours.
-            unsafe { self.shared.push_at(self.tail.wrapping_add(offset), *item) };
-        }
+        let (one, two) = self.shared.stretch(self.tail, pushed);
+        let (for_one, for_two) = items[..pushed].split_at(one.len());
+        // SAFETY: the first of the `pushed` <= room slots from the tail on, so they are empty and ours.
+        unsafe { Slot::put_all(one, for_one) };
+        // SAFETY: the rest of them.
+        unsafe { Slot::put_all(two, for_two) };
         if pushed > 0 {
             self.publish(pushed);
         }
@@ -172,7 +219,7 @@ impl<T: Send> Producer<T> {
     pub fn free_slots(&mut self) -> usize {
         // Acquire: the consumer has read the slots below this head before it published it. Pairs with the Release in
         // `Consumer::publish`.
-        self.head_seen = self.shared.head.load(acquire("ring/read-head"));
+        self.full_at = self.shared.head.load(acquire("ring/read-head")).wrapping_add(self.shared.slots.len());
         self.room()
     }
 
@@ -196,7 +243,7 @@ impl<T: Send> Producer<T> {
     }
 
     fn room(&self) -> usize {
-        self.shared.slots.len() - self.tail.wrapping_sub(self.head_seen)
+        self.full_at.wrapping_sub(self.tail)
     }
 
     fn publish(&mut self, items: usize) {
@@ -217,7 +264,7 @@ impl<T: Send> Producer<T> {
 /// ```
 pub struct Consumer<T> {
     shared: Arc<Shared<T>>,
-    // The first slot not yet taken. Equal to shared.head, which nobody else writes, except within `pop_batch`.
+    // The first slot not yet taken. Equal to shared.head, which nobody else writes.
     head: usize,
     // At or below shared.tail, so at least the items below it are there.
     tail_seen: usize,
@@ -233,9 +280,9 @@ impl<T: Send> Consumer<T> {
             return None;
         }
         // SAFETY: an item is ready, so the slot at the head holds it and is ours; the head moves past it below.
-        let item = unsafe { self.shared.take_at(self.head) };
+        let item = unsafe { self.shared.slot(self.head).take() };
         self.head = self.head.wrapping_add(1);
-        self.publish();
+        self.shared.publish_head(self.head);
         Some(item)
     }
 
@@ -244,10 +291,16 @@ impl<T: Send> Consumer<T> {
     /// If `each` panics, the items it was given are gone and the others stay in the ring.
     #[inline]
     pub fn pop_batch(&mut self, max: usize, mut each: impl FnMut(T)) -> usize {
-        struct PublishAtEnd<'a, T: Send>(&'a mut Consumer<T>);
-        impl<T: Send> Drop for PublishAtEnd<'_, T> {
+        /// Moves the head past what was taken and publishes it, also if `each` panics.
+        struct Taken<'a, T> {
+            head: &'a mut usize,
+            shared: &'a Shared<T>,
+            count: usize,
+        }
+        impl<T> Drop for Taken<'_, T> {
             fn drop(&mut self) {
-                self.0.publish();
+                *self.head = self.head.wrapping_add(self.count);
+                self.shared.publish_head(*self.head);
             }
         }
 
@@ -255,13 +308,16 @@ impl<T: Send> Consumer<T> {
         if popped == 0 {
             return 0;
         }
-        let batch = PublishAtEnd(self);
-        for _ in 0..popped {
-            // SAFETY: at least `popped` items were ready, so this slot holds one and is ours; the head moves past it
-            // before `each` can panic.
-            let item = unsafe { batch.0.shared.take_at(batch.0.head) };
-            batch.0.head = batch.0.head.wrapping_add(1);
-            each(item);
+        let (one, two) = self.shared.stretch(self.head, popped);
+        let mut taken = Taken { head: &mut self.head, shared: &self.shared, count: 0 };
+        for slots in [one, two] {
+            for slot in slots {
+                // SAFETY: at least `popped` items were ready, so this slot holds one and is ours; it counts as taken
+                // before `each` can panic.
+                let item = unsafe { slot.take() };
+                taken.count += 1;
+                each(item);
+            }
         }
         popped
     }
@@ -292,12 +348,6 @@ impl<T: Send> Consumer<T> {
         self.tail_seen = self.shared.tail.load(acquire("ring/read-tail"));
         self.tail_seen.wrapping_sub(self.head)
     }
-
-    fn publish(&mut self) {
-        // Release: the slots below the new head have been read and may be written. Pairs with the Acquire in
-        // `Producer::free_slots`.
-        self.shared.head.store(self.head, release("ring/publish-head"));
-    }
 }
 
 impl<T> fmt::Debug for Producer<T> {
@@ -323,7 +373,8 @@ mod tests {
         let start = usize::MAX - 2;
         producer.shared.head.store(start, Relaxed);
         producer.shared.tail.store(start, Relaxed);
-        (producer.tail, producer.head_seen, consumer.head, consumer.tail_seen) = (start, start, start, start);
+        (producer.tail, producer.full_at, consumer.head, consumer.tail_seen) =
+            (start, start.wrapping_add(2), start, start);
         for item in 0..8 {
             assert_eq!(producer.free_slots(), 2);
             assert_eq!(producer.push_batch(&[item, item + 100, item + 200]), 2);

@@ -36,8 +36,8 @@ pub enum Which {
 #[derive(Debug)]
 pub struct Scanner {
     presence: PresenceMap,
+    /// The chunk that was harvested last.
     words: Vec<u64>,
-    dirty: Vec<u64>,
     /// Everything taken from the dirty source since it was armed: it is given back if the migration fails.
     taken: Vec<Vec<u64>>,
     untouched_bytes: u64,
@@ -49,7 +49,6 @@ impl Scanner {
         Scanner {
             presence: PresenceMap::new(ram),
             words: vec![0; CHUNK_WORDS],
-            dirty: vec![0; CHUNK_WORDS],
             taken: ram.blocks().iter().map(|b| vec![0; b.pages().div_ceil(64) as usize]).collect(),
             untouched_bytes: 0,
         }
@@ -66,28 +65,24 @@ impl Scanner {
     /// A source that fails may have forgotten bits: all pages of the chunk count as dirty, and go out. The error comes
     /// back beside that, for the report.
     pub fn harvest(&mut self, ram: &Ram, dirty: &mut dyn DirtySource, chunk: Chunk, which: Which) -> Option<DirtyError> {
-        let words = chunk.pages.div_ceil(64) as usize;
-        self.dirty[..words].fill(0);
-        let failed = dirty.harvest(chunk.block, chunk.first, &mut self.dirty[..words]).err();
+        let words = &mut self.words[..chunk.pages.div_ceil(64) as usize];
+        words.fill(0);
+        let failed = dirty.harvest(chunk.block, chunk.first, words).err();
         if failed.is_some() {
-            fill_ones(&mut self.dirty[..words], chunk.pages);
+            fill_ones(words, chunk.pages);
         }
-        let taken = &mut self.taken[usize::from(chunk.block.0)][(chunk.first / 64) as usize..][..words];
-        for (taken, dirty) in taken.iter_mut().zip(&self.dirty) {
+        let taken = &mut self.taken[usize::from(chunk.block.0)][(chunk.first / 64) as usize..];
+        for (taken, dirty) in taken.iter_mut().zip(&*words) {
             *taken |= dirty;
         }
-        match which {
-            Which::Dirty => self.words[..words].copy_from_slice(&self.dirty[..words]),
-            Which::All => {
-                fill_ones(&mut self.words[..words], chunk.pages);
-                // Asked after the harvest: a page that comes into being later is dirty, and goes with the next round.
-                // An error leaves the bits set that it could not decide on: they count as present.
-                let _ = self.presence.keep_present(chunk.block, chunk.first, &mut self.words[..words]);
-                let bytes = ram.block(chunk.block).map_or(0, |b| b.page_size().bytes());
-                self.untouched_bytes += (chunk.pages - count(&self.words[..words])) * bytes;
-            }
+        if which == Which::All {
+            fill_ones(words, chunk.pages);
+            // Asked after the harvest: a page that comes into being later is dirty, and goes with the next round.
+            // An error leaves the bits set that it could not decide on: they count as present.
+            let _ = self.presence.keep_present(chunk.block, chunk.first, words);
+            let bytes = ram.block(chunk.block).map_or(0, |b| b.page_size().bytes());
+            self.untouched_bytes += (chunk.pages - count(words)) * bytes;
         }
-        self.words[words..].fill(0);
         failed
     }
 

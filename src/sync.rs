@@ -14,8 +14,13 @@ mod inner {
     pub use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
     pub use std::thread;
 
+    /// Whether a slice of cells lies in memory as a slice of what they hold. Under loom each cell keeps a record of who
+    /// touched it beside that, and is touched by itself.
+    pub const CELLS_ARE_PLAIN: bool = true;
+
     /// `std::cell::UnsafeCell` in the shape loom gives it, so that slots go through one type in both worlds.
     #[derive(Debug)]
+    #[repr(transparent)]
     pub struct UnsafeCell<T>(std::cell::UnsafeCell<T>);
 
     impl<T> UnsafeCell<T> {
@@ -95,6 +100,9 @@ mod inner {
     pub use loom::sync::Arc;
     pub use loom::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
     pub use loom::thread;
+
+    /// Whether a slice of cells lies in memory as a slice of what they hold: not here.
+    pub const CELLS_ARE_PLAIN: bool = false;
 
     /// Parks the thread that made it. Built on `Notify`, as loom's own `unpark` is not a point where it switches
     /// threads: a model with it misses interleavings.

@@ -6,12 +6,16 @@ mod vmm;
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::time::{Duration, Instant};
 
-use pageferry::units::{BlockId, ChannelId, Generation, InstanceId, PageSize, SessionId};
-use pageferry::wire::control::{Frame, FrameDecoder, FrameEncoder, SourceFrame, TargetFrame};
+use pageferry::units::{BlockId, ChannelId, Epoch, Generation, InstanceId, PageSize, Round, SessionId};
+use pageferry::wire::control::{
+    BlockInfo, Frame, FrameDecoder, FrameEncoder, LanePong, Setup, SourceFrame, TargetFrame,
+};
 use pageferry::wire::hello::{HELLO_BYTES, Hello, HelloRole, Side};
-use pageferry::{DirtyBitmap, Failure, Outcome, Source};
-use vmm::TestGuest;
+use pageferry::wire::packet::{PacketHeader, PacketKind, RunEntry, RunKind};
+use pageferry::{DirtyBitmap, Failure, Outcome, Source, Target, Verify};
+use vmm::{TestGuest, TestIncoming};
 
 /// One end of a control connection, in a test's hands.
 struct Peer<Out, In> {
@@ -69,12 +73,24 @@ fn fake_target_until_final(listener: &TcpListener) -> Peer<TargetFrame, SourceFr
 }
 
 #[test]
-fn a_mismatch_in_a_block_that_does_not_exist_costs_the_migration_and_not_the_source() {
+fn numbers_that_a_target_made_up_cost_the_migration_and_not_the_source() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let to = listener.local_addr().unwrap().to_string();
     let target = std::thread::spawn(move || {
         let mut peer = fake_target_until_final(&listener);
-        let round = pageferry::units::Round(2);
+        let round = Round(2);
+        let of = |channel| LanePong {
+            channel: ChannelId(channel),
+            generation: Generation(1),
+            rounds_passed: 9,
+            at_barrier: false,
+            bytes: u64::MAX,
+        };
+        peer.say(&TargetFrame::Pong { nonce: 1, lanes: vec![of(0), of(1)] });
+        // The source has looked at the Pong once it has come round to its second heartbeat after it.
+        for _ in 0..2 {
+            while !matches!(peer.hear(), Some(SourceFrame::Ping { .. })) {}
+        }
         peer.say(&TargetFrame::DigestMismatch { round, block: BlockId(1000), chunk_digests: vec![1] });
         while peer.hear().is_some() {}
     });
@@ -86,4 +102,114 @@ fn a_mismatch_in_a_block_that_does_not_exist_costs_the_migration_and_not_the_sou
     assert!(matches!(report.outcome, Outcome::Failed(Failure::Protocol(_))), "{}", report.outcome);
     assert_eq!((guest.paused, guest.resumed), (1, 1), "the guest runs on here");
     target.join().unwrap();
+}
+
+#[test]
+fn a_source_that_asks_for_ever_and_does_not_read_neither_holds_the_target_nor_fills_it() {
+    let target = Target::builder().listen("127.0.0.1:0").unwrap();
+    let to = target.address().unwrap().to_string();
+    let cancel = target.cancel_handle();
+    let receiving = std::thread::spawn(move || target.receive(&mut TestIncoming::new()).outcome);
+    let mut control = TcpStream::connect(&to).unwrap();
+    control.write_all(&hello(HelloRole::Control, Side::Source, SessionId([3; 16]))).unwrap();
+    let (mut encoder, mut pings) = (FrameEncoder::<SourceFrame>::new(), Vec::new());
+    let (flooded, deep) = std::sync::mpsc::channel();
+    let flood = std::thread::spawn(move || {
+        for nonce in 0.. {
+            encoder.encode(&SourceFrame::Ping { nonce }, &mut pings).unwrap();
+            if pings.len() > 1 << 16 {
+                if control.write_all(&pings).is_err() {
+                    break;
+                }
+                pings.clear();
+                if nonce > 1_000_000 {
+                    let _ = flooded.send(());
+                }
+            }
+        }
+    });
+    // More than the sockets hold: the target is in the middle of it.
+    deep.recv().unwrap();
+    let begun = Instant::now();
+    cancel.cancel();
+    let outcome = receiving.join().unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(1), "the cancel was heard after {:?}", begun.elapsed());
+    assert_eq!(outcome, Outcome::Cancelled);
+    flood.join().unwrap();
+}
+
+/// A source with one channel and one block, which has joined.
+fn fake_source_with_its_channel(to: &str, pages: u64) -> (Peer<SourceFrame, TargetFrame>, TcpStream) {
+    let session = SessionId([3; 16]);
+    let mut control = TcpStream::connect(to).unwrap();
+    control.write_all(&hello(HelloRole::Control, Side::Source, session)).unwrap();
+    control.read_exact(&mut [0; HELLO_BYTES]).unwrap();
+    let mut peer = Peer::<SourceFrame, TargetFrame>::new(control);
+    let block = BlockInfo {
+        id: BlockId(0),
+        name: "ram".to_owned(),
+        guest_address: 0,
+        bytes: pages * 4096,
+        page_size: PageSize::SIZE_4K,
+        backing_page_bytes: 4096,
+    };
+    let setup = Setup {
+        verify: Verify::Wire,
+        channels: 1,
+        features: 0,
+        state_bytes_max: 0,
+        blocks: vec![block],
+        opaque: vec![],
+    };
+    peer.say(&SourceFrame::Setup(setup));
+    assert!(matches!(peer.hear(), Some(TargetFrame::Ready { .. })));
+    let mut data = TcpStream::connect(to).unwrap();
+    data.write_all(&hello(HelloRole::Data(ChannelId(0)), Side::Source, session)).unwrap();
+    assert!(matches!(peer.hear(), Some(TargetFrame::ChannelJoined { .. })));
+    (peer, data)
+}
+
+#[test]
+fn lanes_that_have_much_to_do_for_few_bytes_end_at_once_when_aborted() {
+    const PAGES: u64 = 1 << 20;
+    let target = Target::builder().listen("127.0.0.1:0").unwrap();
+    let to = target.address().unwrap().to_string();
+    let cancel = target.cancel_handle();
+    let receiving = std::thread::spawn(move || target.receive(&mut TestIncoming::new()).outcome);
+    let (_peer, mut data) = fake_source_with_its_channel(&to, PAGES);
+    // Eighty bytes each, and a million pages to make zero.
+    let table = [RunEntry { first: 0, pages: PAGES as u32, kind: RunKind::Zero }];
+    for sequence in 0..500 {
+        let header = PacketHeader {
+            kind: PacketKind::Pages,
+            block: BlockId(0),
+            run_count: 1,
+            round: Round(0),
+            epoch: Epoch(0),
+            sequence,
+            payload_bytes: 0,
+        };
+        let mut packet = [0; 80];
+        header.encode_into(&table, &mut packet).unwrap();
+        data.write_all(&packet).unwrap();
+    }
+    let begun = Instant::now();
+    cancel.cancel();
+    // The target says farewell for no longer than 50 ms after its lanes have ended.
+    assert_eq!(receiving.join().unwrap(), Outcome::Cancelled);
+    assert!(begun.elapsed() < Duration::from_millis(500), "{:?}", begun.elapsed());
+}
+
+#[test]
+fn a_bye_before_the_hand_over_ends_the_migration_instead_of_leaving_the_others_at_the_barrier() {
+    let target = Target::builder().listen("127.0.0.1:0").unwrap();
+    let to = target.address().unwrap().to_string();
+    let receiving = std::thread::spawn(move || target.receive(&mut TestIncoming::new()).outcome);
+    let (mut peer, mut data) = fake_source_with_its_channel(&to, 16);
+    let mut packet = [0; 64];
+    PacketHeader::bye(Round(0), Epoch(0), 0).encode_into(&[], &mut packet).unwrap();
+    data.write_all(&packet).unwrap();
+    assert!(matches!(peer.hear(), Some(TargetFrame::ChannelFailed { .. })));
+    drop(peer);
+    assert!(matches!(receiving.join().unwrap(), Outcome::Failed(Failure::Channel { .. })));
 }

@@ -1,6 +1,7 @@
 //! The way of a page costs neither allocations nor a system call of its own.
 #![cfg(not(loom))]
-#![expect(unsafe_code, reason = "UNSAFETY: counts allocations by standing in for the global allocator")]
+// UNSAFETY: counts allocations by standing in for the global allocator.
+#![expect(unsafe_code, clippy::unnecessary_safety_comment)]
 
 #[path = "support/peer.rs"]
 mod peer;

@@ -79,6 +79,10 @@ impl RecvRole {
     fn work(&mut self, cx: &mut Cx) -> Result<(), ChannelError> {
         let mut head = self.read_header()?;
         loop {
+            // An abort shuts the socket down, but what had come by then can still be read: megabytes of packets.
+            if cx.aborted() {
+                return Err(ChannelError::Aborted);
+            }
             let header = PacketHeader::decode(&head)?;
             let table_bytes = header.table_bytes();
             self.fill_table(table_bytes)?;
@@ -87,7 +91,7 @@ impl RecvRole {
             self.sequence += 1;
             add(&self.cells().packets, 1);
             head = match header.kind {
-                PacketKind::Pages => self.pages(&header)?,
+                PacketKind::Pages => self.pages(&header, cx)?,
                 PacketKind::Flush => {
                     self.gear.barrier.flush(self.gear.channel.0.into(), header.epoch);
                     self.epoch = Epoch(header.epoch.0 + 1);
@@ -119,7 +123,7 @@ impl RecvRole {
     }
 
     /// Lands a packet of pages; gives the header behind it.
-    fn pages(&mut self, header: &PacketHeader) -> Result<[u8; PACKET_HEADER_BYTES], ChannelError> {
+    fn pages(&mut self, header: &PacketHeader, cx: &Cx) -> Result<[u8; PACKET_HEADER_BYTES], ChannelError> {
         let ram = self.gear.ram.clone();
         let block = ram
             .block(header.block)
@@ -141,7 +145,7 @@ impl RecvRole {
             }
             self.runs.push(entry);
         }
-        self.zeros(header.block, block)?;
+        self.zeros(header.block, block, cx)?;
         self.scatter.expect_header();
         self.land(header, block)?;
         add(&self.cells().payload_bytes, header.payload_bytes);
@@ -150,16 +154,20 @@ impl RecvRole {
     }
 
     /// Makes the zero runs true. Memory in which nothing has landed reads as zeros since Setup.
-    fn zeros(&self, id: BlockId, block: &RamBlock) -> Result<(), ChannelError> {
+    fn zeros(&self, id: BlockId, block: &RamBlock, cx: &Cx) -> Result<(), ChannelError> {
         let mut recorder = self.gear.digests.as_ref().map(|table| table.recorder(id, self.round));
         for run in self.runs.iter().filter(|run| run.kind == RunKind::Zero) {
             for page in run.first..run.first + u64::from(run.pages) {
+                // One entry of the table may stand for a whole block: no lane outlives its abort by that.
+                if cx.aborted() {
+                    return Err(ChannelError::Aborted);
+                }
                 if self.gear.landed.is_marked(id, page) && !write_zeros(block, page, 1) {
                     return Err(ChannelError::Internal("a run leaves its block"));
                 }
-            }
-            if let Some(recorder) = &mut recorder {
-                recorder.zero(run.first, run.pages);
+                if let Some(recorder) = &mut recorder {
+                    recorder.zero(page, 1);
+                }
             }
         }
         Ok(())

@@ -18,25 +18,23 @@ pub struct Runs<'a> {
     words: &'a [u64],
     first_page: u64,
     pages_max: usize,
-    /// Bits before this one have been handed out or are clear.
-    at: usize,
+    /// The word that we are in; the number of words at the end.
+    index: usize,
+    /// Its bits that have not been handed out.
+    word: u64,
 }
 
 impl<'a> Runs<'a> {
     /// The runs of `words`, whose bit 0 is `first_page`. A limit of 0 counts as 1.
     pub fn new(words: &'a [u64], first_page: u64, pages_max_per_run: u32) -> Self {
-        Runs { words, first_page, pages_max: pages_max_per_run.max(1) as usize, at: 0 }
+        let word = words.first().copied().unwrap_or(0);
+        Runs { words, first_page, pages_max: pages_max_per_run.max(1) as usize, index: 0, word }
     }
 
-    /// The first set bit at or after `at`.
+    /// Goes on to the next word that has a bit set; false if there is none.
     #[inline]
-    fn find_set(&self, at: usize) -> Option<usize> {
-        let mut index = at / 64;
-        let head = *self.words.get(index)? & (u64::MAX << (at % 64));
-        if head != 0 {
-            return Some(index * 64 + head.trailing_zeros() as usize);
-        }
-        index += 1;
+    fn skip_clear(&mut self) -> bool {
+        let mut index = self.words.len().min(self.index + 1);
         // Eight words OR-ed at a time: the compiler turns this into vector loads and one branch per 512 pages.
         while let Some(eight) = self.words[index..].first_chunk::<8>() {
             if eight.iter().fold(0, |all, word| all | word) != 0 {
@@ -44,24 +42,15 @@ impl<'a> Runs<'a> {
             }
             index += 8;
         }
-        let offset = self.words[index..].iter().position(|&word| word != 0)?;
-        index += offset;
-        Some(index * 64 + self.words[index].trailing_zeros() as usize)
+        let clear = self.words[index..].iter().take_while(|word| **word == 0).count();
+        self.go_to(index + clear);
+        self.word != 0
     }
 
-    /// The first clear bit at or after `at`, but no further than `limit`. The bit before `at` is set.
     #[inline]
-    fn find_clear(&self, at: usize, limit: usize) -> usize {
-        let mut end = at;
-        while end < limit {
-            // The shift brings in zeros at the top, so an inverted word of 0 means: set up to its last bit.
-            let clear = !self.words[end / 64] >> (end % 64);
-            if clear != 0 {
-                return limit.min(end + clear.trailing_zeros() as usize);
-            }
-            end = (end / 64 + 1) * 64;
-        }
-        limit
+    fn go_to(&mut self, index: usize) {
+        self.index = index;
+        self.word = self.words.get(index).copied().unwrap_or(0);
     }
 }
 
@@ -71,14 +60,29 @@ impl Iterator for Runs<'_> {
     /// The next run: its first page and its number of pages.
     #[inline]
     fn next(&mut self) -> Option<(u64, u32)> {
-        let Some(start) = self.find_set(self.at) else {
-            self.at = self.words.len() * 64;
+        if self.word == 0 && !self.skip_clear() {
             return None;
-        };
-        let limit = self.words.len() * 64;
-        self.at = self.find_clear(start + 1, limit.min(start.saturating_add(self.pages_max)));
+        }
+        let mut at = self.word.trailing_zeros() as usize;
+        let start = self.index * 64 + at;
+        let mut pages = 0;
+        loop {
+            let ones = (self.word >> at).trailing_ones() as usize;
+            let taken = ones.min(self.pages_max - pages);
+            pages += taken;
+            at += taken;
+            if at < 64 {
+                self.word &= u64::MAX << at;
+                break;
+            }
+            self.go_to(self.index + 1);
+            at = 0;
+            if pages == self.pages_max || self.word & 1 == 0 {
+                break;
+            }
+        }
         // No truncation: a run is no longer than `pages_max`, which came from a u32.
-        Some((self.first_page + start as u64, (self.at - start) as u32))
+        Some((self.first_page + start as u64, pages as u32))
     }
 }
 

@@ -76,8 +76,12 @@ fn digest(ram: &Ram, id: BlockId, session: SessionId, threads: usize, stop: &Ato
         let look = Look::new(true, false);
         let Some(block) = ram.block(id) else { return digest };
         let mut first = worker * PAGES_AT_ONCE;
-        while first < pages && !stop.load(Relaxed) {
+        while first < pages {
             for page in first..pages.min(first + PAGES_AT_ONCE) {
+                // For each page: one that nobody touched takes the kernel long, sixteen times so if it has 64 KiB.
+                if stop.load(Relaxed) {
+                    return digest;
+                }
                 if let Some(hash) = look.hash_at(block, page) {
                     digest.page(page, hash);
                 }

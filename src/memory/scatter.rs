@@ -9,11 +9,12 @@ use crate::memory::gather::{IOVECS_MAX, advance};
 use crate::sys::socket::Socket;
 use crate::units::Run;
 
-/// Makes pages zero. False if the block has no such pages.
+/// Makes pages zero. False if the block has no such pages, or may only be read.
 pub fn write_zeros(block: &RamBlock, first: u64, pages: u64) -> bool {
-    let Some(range) = block.range(first, pages) else { return false };
-    // SAFETY: RamBlock::range proved that the range is inside the block, which its Ram keeps mapped for writing; no
-    // reference to guest RAM exists anywhere.
+    let range = if block.is_writable() { block.range(first, pages) } else { None };
+    let Some(range) = range else { return false };
+    // SAFETY: RamBlock::range proved that the range is inside the block, which its Ram keeps mapped, and for
+    // writing, as checked above; no reference to guest RAM exists anywhere.
     unsafe { range.ptr.write_bytes(0, range.len) };
     true
 }
@@ -100,5 +101,18 @@ impl<const HEAD: usize> Scatter<HEAD> {
     /// The header behind the payload; meaningful once [`Scatter::is_complete`].
     pub fn header(&self) -> &[u8; HEAD] {
         &self.head
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::PageSize;
+
+    #[test]
+    fn memory_that_may_only_be_read_is_not_zeroed() {
+        let file = std::fs::File::open("/proc/self/exe").unwrap();
+        let block = RamBlock::file("ro", 0, &file, 4096, PageSize::SIZE_4K, false).unwrap();
+        assert!(!write_zeros(&block, 0, 1));
     }
 }

@@ -238,6 +238,8 @@ impl Driver<'_> {
     fn open_channels(&mut self) -> Result<(), Over> {
         let mut sockets = Vec::new();
         for channel in (0..self.settings.channels).map(ChannelId) {
+            // One after the other, over a long link many of them take longer than the target bears silence.
+            self.heartbeat()?;
             let socket = self.open(Opening::Data { channel, generation: FIRST_GENERATION })?;
             // A fresh socket's buffer takes 64 bytes at once: no need to wait for room.
             let hello = self.hello(HelloRole::Data(channel)).encode();
@@ -333,9 +335,8 @@ impl Driver<'_> {
         Ok(())
     }
 
-    /// Looks after everything that is not pages: frames, ended workers, cancel, time. Waits for any of it if `wait`.
-    pub fn service(&mut self, wait: bool) -> Result<(), Over> {
-        self.send_state()?;
+    /// Sends a Ping when its time has come.
+    fn heartbeat(&mut self) -> Result<(), Over> {
         let now = Instant::now();
         if now >= self.ping_at {
             self.ping_at = now + HEARTBEAT;
@@ -344,6 +345,13 @@ impl Driver<'_> {
             self.act(SourceAction::Send(SourceFrame::Ping { nonce }))?;
             self.measure();
         }
+        Ok(())
+    }
+
+    /// Looks after everything that is not pages: frames, ended workers, cancel, time. Waits for any of it if `wait`.
+    pub fn service(&mut self, wait: bool) -> Result<(), Over> {
+        self.send_state()?;
+        self.heartbeat()?;
         if wait {
             let set = self.bell.sleeper().set();
             set.clear();

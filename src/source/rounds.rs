@@ -3,15 +3,19 @@
 
 use std::time::{Duration, Instant};
 
+use crate::bell::Ringer;
 use crate::crew::{Alarm, Starting};
 use crate::error::Failure;
 use crate::memory::full;
+use crate::poll::PollSleeper;
 use crate::precopy::{Decision, Estimate, decide};
 use crate::scanner::{Chunk, Which, chunks};
 use crate::session::source::{Facts, SourceEvent};
 use crate::source::driver::{Driver, Over, run_pages_max};
 use crate::source::lanes::EPOCH_ITEMS_MAX;
 use crate::source::{Guest, StateWriter};
+use crate::sync::AtomicBool;
+use crate::sync::Ordering::Relaxed;
 use crate::units::{Item, Round, Verify};
 
 /// Runs that are handed to a ring at once: a batch of single 4 KiB pages.
@@ -23,6 +27,17 @@ const SCAN_THREAD: &str = "pf-scan";
 /// What a switchover costs even if nothing is left: pause, Final, Loaded, Commit, Running. Measured at 0.3 ms over
 /// loopback; allowed for generously, as the VMM's own hooks are in it.
 const FIXED_COST: Duration = Duration::from_millis(1);
+
+/// Says, when it is dropped, that `save_state` has returned. Relaxed: nothing hangs on it but the end of a wait, which
+/// the ring ends; the state has a queue of its own.
+struct Done<'a>(&'a AtomicBool, Ringer<PollSleeper>);
+
+impl Drop for Done<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Relaxed);
+        self.1.ring();
+    }
+}
 
 impl Driver<'_> {
     /// Rounds while the guest runs, until it is time to switch over.
@@ -198,18 +213,29 @@ impl Driver<'_> {
         let mut writer = StateWriter::new(self.state.clone(), self.bell.ringer());
         // The driver goes on on a thread of its own, so that the VMM's hook runs on the VMM's.
         let options = self.options.clone();
+        let (saved_all, ringer) = (AtomicBool::new(false), self.bell.ringer());
         let (shipped, saved) = std::thread::scope(|scope| {
             let driver = &mut *self;
+            let saved_all = &saved_all;
+            // Dropped when the hook is done, also by its panic: the thread must not wait for ever.
+            let done = Done(saved_all, ringer);
             let started = crate::sys::thread::with_signals_blocked(|| {
                 std::thread::Builder::new().name(SCAN_THREAD.to_owned()).spawn_scoped(scope, move || {
                     match options.own_hook(&Starting { kind: "scan", id: 0, name: SCAN_THREAD }) {
-                        Ok(()) => driver.ship_paused_round(),
+                        Ok(()) => driver.ship_paused_round().and_then(|()| {
+                            // The hook may take long. State travels, heartbeats go out and a cancel is heard meanwhile.
+                            while !saved_all.load(Relaxed) {
+                                driver.service(true)?;
+                            }
+                            Ok(())
+                        }),
                         Err(e) => driver.fail(Failure::Worker(format!("{SCAN_THREAD} {e}"))),
                     }
                 })
             });
             let saved = guest.save_state(&mut writer).map_err(|e| e.to_string());
             drop(writer);
+            drop(done);
             (started.map(|thread| thread.join()), saved)
         });
         match shipped {

@@ -295,7 +295,7 @@ impl Driver<'_> {
                 Err(why) => self.event(TargetEvent::Failed(why)),
             },
             TargetAction::KeepState(bytes) => {
-                // Tiny pieces are put together: the limit on the state is to be one on the memory that it takes.
+                // Pieces are as small as the source likes: kept one by one they could cost many times their bytes.
                 match self.state.last_mut() {
                     Some(last) if last.len() + bytes.len() <= STATE_CHUNK_BYTES_MAX => last.extend_from_slice(&bytes),
                     _ => self.state.push(bytes),
