@@ -3,6 +3,8 @@
 // UNSAFETY: counts allocations by standing in for the global allocator.
 #![expect(unsafe_code, clippy::unnecessary_safety_comment)]
 
+#[path = "support/peer.rs"]
+mod peer;
 #[path = "support/vmm.rs"]
 mod vmm;
 
@@ -13,6 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use pageferry::crew::{StartHook, Starting};
 use pageferry::units::{BlockId, PageSize};
+use pageferry::wire::control::{SourceFrame, TargetFrame};
 use pageferry::{DirtyBitmap, Source, Target, Verify};
 use vmm::{TestGuest, TestIncoming, Transport, Trip};
 
@@ -172,6 +175,27 @@ fn what_the_controller_allocates_does_not_grow_with_the_number_of_pages() {
     // 30720 pages more. What grows is counted in epochs (16384 runs each) and in heartbeats (5 a second).
     let heartbeats = large.1.sent.total.as_millis() as u64 / 200 + 1;
     assert!(more < 40 + 6 * heartbeats, "{more} allocations more in {heartbeats} heartbeats");
+}
+
+#[test]
+fn a_device_state_in_tiny_pieces_takes_no_more_memory_than_it_has_bytes() {
+    const PIECES: u64 = 100_000;
+    let _alone = alone();
+    let target = Target::builder().listen("127.0.0.1:0").unwrap();
+    let to = target.address().unwrap().to_string();
+    let receiving = std::thread::spawn(move || target.receive(&mut TestIncoming::new()));
+    let mut source = peer::FakeSource::live(&to, 1);
+    let before = BYTES.load(Ordering::Relaxed);
+    for offset in 0..PIECES {
+        source.control.send(&SourceFrame::State { offset, bytes: vec![1] });
+    }
+    source.control.send(&SourceFrame::Ping { nonce: PIECES });
+    // The answer comes when all that was sent before has been taken in.
+    assert!(matches!(source.control.next(), Some(TargetFrame::Pong { nonce: PIECES, .. })));
+    let kept = BYTES.load(Ordering::Relaxed) - before;
+    drop(source);
+    assert_eq!(receiving.join().unwrap().state_bytes, PIECES);
+    assert!(kept < 10 * PIECES as i64, "{kept} bytes for {PIECES} bytes of state");
 }
 
 #[test]

@@ -262,8 +262,13 @@ fn frames_out_of_turn_end_the_migration_and_are_named() {
 
 #[test]
 fn a_mismatch_in_a_block_that_is_not_there_is_no_panic() {
-    for (block, digests) in [(0, 3), (999, 1), (1023, 0)] {
-        fails("DigestMismatch", &format!("disagree on the contents of RAM block {block}"), |listener| {
+    let cases = [
+        (0, 3, "disagree on the contents of RAM block 0"),
+        (999, 1, "names block 999, which does not exist"),
+        (1023, 0, "names block 1023, which does not exist"),
+    ];
+    for (block, digests, says) in cases {
+        fails("DigestMismatch", says, |listener| {
             let (mut target, last) = FakeTarget::until_final(listener);
             let (round, block, chunk_digests) = (last.round, BlockId(block), vec![1; digests]);
             target.control.send(&TargetFrame::DigestMismatch { round, block, chunk_digests });
