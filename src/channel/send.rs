@@ -79,9 +79,10 @@ pub struct SendGear {
 }
 
 /// Bytes that may wait in a TCP socket before they are sent, where the link does not keep up: else megabytes do. Then
-/// they would be out of the cache when their turn comes, and nobody would count them among what is queued.
-/// (`benches/ship.rs`, 2 cores of an EPYC Zen 4, virtual.)
-const UNSENT_BYTES_MAX: u32 = 256 << 10;
+/// they would be out of the cache when their turn comes, and nobody would count them among what is queued. Half of it is
+/// left when the kernel wakes the worker: 30 us of a link of 25 Gbit/s.
+/// (Measured with `benches/ship.rs`, see `perf/README.md`: of 96 to 1024 KiB, this took the least CPU time.)
+const UNSENT_BYTES_MAX: u32 = 192 << 10;
 
 impl SendRole {
     /// A worker that is ready to start.
