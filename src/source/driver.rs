@@ -145,7 +145,7 @@ impl Driver<'_> {
         debug_assert!(self.flags.pause);
         *paused_at = Some(Instant::now());
         self.progress.stage(Stage::Paused);
-        let (alive, paused) = self.beside(|_| Ok(()), || guest.pause());
+        let (alive, paused) = self.beside("pause", |_| Ok(()), || guest.pause());
         if let Err(e) = paused {
             // The guest runs: the hook's contract. There is nothing to resume.
             *paused_at = None;

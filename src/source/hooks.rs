@@ -12,9 +12,6 @@ use crate::sync::AtomicBool;
 use crate::sync::Ordering::Relaxed;
 use crate::sys::thread::with_signals_blocked;
 
-/// The thread that drives the session while a hook runs on the VMM's.
-const THREAD: &str = "pf-scan";
-
 /// Says, when it is dropped, that the hook has returned. Relaxed: nothing hangs on it but the end of a wait, which the
 /// ring ends; what the hook hands over has a queue of its own.
 struct Done<'a>(&'a AtomicBool, Ringer<PollSleeper>);
@@ -28,20 +25,23 @@ impl Drop for Done<'_> {
 
 impl Driver<'_> {
     /// Runs `hook` on this thread, which is the VMM's, and the driver on another: first `work`, then whatever comes until
-    /// the hook has returned. State travels, heartbeats go out and a cancel is heard meanwhile.
+    /// the hook has returned. State travels, heartbeats go out and a cancel is heard meanwhile. The thread is called
+    /// `pf-KIND`.
     pub fn beside<T>(
         &mut self,
+        kind: &'static str,
         work: impl Fn(&mut Self) -> Result<(), Over> + Sync,
         hook: impl FnOnce() -> T,
     ) -> (Result<(), Over>, T) {
+        let name = format!("pf-{kind}");
         let (returned, ringer, options) = (AtomicBool::new(false), self.bell.ringer(), self.options.clone());
         let (worked, value) = thread::scope(|scope| {
-            let (driver, returned, work) = (&mut *self, &returned, &work);
+            let (driver, returned, work, name) = (&mut *self, &returned, &work, name.as_str());
             // Dropped when the hook is done, also by its panic: the thread must not wait for ever.
             let done = Done(returned, ringer);
             let drive = move || {
-                if let Err(e) = options.own_hook(&Starting { kind: "scan", id: 0, name: THREAD }) {
-                    return driver.fail(Failure::Worker(format!("{THREAD} {e}")));
+                if let Err(e) = options.own_hook(&Starting { kind, id: 0, name }) {
+                    return driver.fail(Failure::Worker(format!("{name} {e}")));
                 }
                 work(driver)?;
                 while !returned.load(Relaxed) {
@@ -49,7 +49,7 @@ impl Driver<'_> {
                 }
                 Ok(())
             };
-            let named = thread::Builder::new().name(THREAD.to_owned());
+            let named = thread::Builder::new().name(name.to_owned());
             let started = with_signals_blocked(|| named.spawn_scoped(scope, drive));
             let value = hook();
             drop(done);
@@ -57,7 +57,7 @@ impl Driver<'_> {
         });
         let result = match worked {
             Ok(Ok(result)) => result,
-            Ok(Err(_)) => self.fail(Failure::Worker(format!("{THREAD} panicked"))),
+            Ok(Err(_)) => self.fail(Failure::Worker(format!("{name} panicked"))),
             // No thread to be had: one after the other, then.
             Err(e) => {
                 self.remark(format!("no thread to go on beside a hook, which was waited for: {e}"));

@@ -193,7 +193,7 @@ impl Driver<'_> {
     /// has; then waits until every ring and every hand is empty.
     pub fn ship_the_rest(&mut self, guest: &mut dyn Guest) -> Result<(), Over> {
         let mut writer = StateWriter::new(self.state.clone(), self.bell.ringer());
-        let (shipped, saved) = self.beside(Driver::ship_paused_round, move || guest.save_state(&mut writer));
+        let (shipped, saved) = self.beside("scan", Driver::ship_paused_round, move || guest.save_state(&mut writer));
         shipped?;
         if let Err(e) = saved {
             return self.fail(Failure::Hook { hook: "save_state", reason: e.to_string() });

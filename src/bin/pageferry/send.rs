@@ -90,7 +90,7 @@ fn ship(args: &Args, out: Output) -> Result<Report, String> {
     warn_if_open(&args.to);
     // A file that is cut short while it is mapped shows itself as a bus error.
     let cut = format!("{} was cut short while it was sent, or its disk failed; let it lie still", args.ram.display());
-    on_bus_error_fail(out, COMMAND, cut, None);
+    on_bus_error_fail(out, COMMAND, cut.clone(), None);
     let source = Source::builder(ram)
         .channels(args.channels)
         .cpus(args.cpus.clone().unwrap_or_default().0)
@@ -106,9 +106,14 @@ fn ship(args: &Args, out: Output) -> Result<Report, String> {
     let mut report = Report::of_source(COMMAND, report, process_cpu_time().unwrap_or_default());
     report.note_cpus(args.cpus.as_ref());
     if let Some(error) = &mut report.error {
-        // The receiver's lane met a page that it could not have.
-        if error.contains("receiving pages") && error.contains(&format!("(os error {})", libc::EFAULT)) {
+        let fault = error.contains(&format!("(os error {})", libc::EFAULT));
+        if fault && error.contains("receiving pages") {
+            // The receiver's lane met a page that it could not have.
             error.push_str("; the receiver's disk may be full");
+        } else if fault && error.contains("sending pages") {
+            // The kernel met the missing page before a look at it could raise a bus error.
+            error.push_str("; ");
+            error.push_str(&cut);
         }
     }
     Ok(report)
