@@ -64,7 +64,7 @@ impl Program {
     pub fn wait_for(&mut self, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
         loop {
             let Ok(line) = self.lines.recv_timeout(PATIENCE) else {
-                panic!("it ended, or said nothing for too long, before {what}; so far: {:?}", self.seen)
+                panic!("it ended, or said nothing for too long, before {what}; its last line: {:?}", self.seen.last())
             };
             let line = parse(&line);
             self.seen.push(line.clone());
@@ -81,7 +81,9 @@ impl Program {
 
     /// Waits until pages are on their way.
     pub fn wait_for_pages(&mut self) {
-        self.wait_for("pages were on their way", |line| line["event"] == "progress" && line["stage"] == "precopy");
+        // The stages after this one may come before anybody looks.
+        let stages = ["precopy", "paused", "handover"].map(Value::from);
+        self.wait_for("pages were on their way", |line| line["event"] == "progress" && stages.contains(&line["stage"]));
     }
 
     pub fn signal(&self, name: &str) {

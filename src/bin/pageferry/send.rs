@@ -84,7 +84,7 @@ pub fn run(args: &Args) -> ExitCode {
 
 fn ship(args: &Args, out: Output) -> Result<Report, String> {
     let interrupt = Interrupt::listen();
-    let image = Image::open(&args.ram)?;
+    let mut image = Image::open(&args.ram)?;
     let block = block(&image.file, image.bytes, None, false).map_err(|e| e.to_string())?;
     let ram = Ram::new([block]).map_err(|e| e.to_string())?;
     warn_if_open(&args.to);
@@ -100,11 +100,16 @@ fn ship(args: &Args, out: Output) -> Result<Report, String> {
         .map_err(|e| e.to_string())?;
     interrupt.attach(source.cancel_handle());
     let watch = Watch::start(source.progress(), Side::Source, out);
-    let mut image = image;
     let report = source.migrate(&mut Still::new(), &mut image);
     drop(watch);
     let mut report = Report::of_source(COMMAND, report, process_cpu_time().unwrap_or_default());
     report.note_cpus(args.cpus.as_ref());
+    // What was queued when the receiver could still throw the copy away was read after that.
+    if let (End::Completed, Err(error)) = (report.outcome, image.check_still()) {
+        report.outcome = End::Failed;
+        report.error =
+            Some(format!("{error}: the copy at the receiver may hold some of what was written, and some not"));
+    }
     if let Some(error) = &mut report.error {
         let fault = error.contains(&format!("(os error {})", libc::EFAULT));
         if fault && error.contains("receiving pages") {
@@ -149,6 +154,14 @@ impl Image {
         }
         Ok(Image { path: path.to_owned(), file, bytes, stamp })
     }
+
+    fn check_still(&self) -> Result<(), String> {
+        let now = Stamp::of(&self.file).map_err(|e| sentence("look at", &self.path, &e))?;
+        if now == self.stamp {
+            return Ok(());
+        }
+        Err(format!("{} was written while it was sent; let it lie still", self.path.display()))
+    }
 }
 
 impl Guest for Image {
@@ -164,11 +177,9 @@ impl Guest for Image {
         Ok(())
     }
 
-    /// An image has no device state. By now all of it has been read: the last chance to see that it did not lie still.
+    /// An image has no device state. By now most of it has been read: time to see whether it lay still, while the
+    /// receiver can still throw it away.
     fn save_state(&mut self, _out: &mut StateWriter) -> Result<(), HookError> {
-        if Stamp::of(&self.file)? != self.stamp {
-            return Err(format!("{} was written while it was sent; let it lie still", self.path.display()).into());
-        }
-        Ok(())
+        Ok(self.check_still()?)
     }
 }
