@@ -2,16 +2,13 @@
 #![forbid(unsafe_code)]
 
 pub mod bitmap;
-#[cfg(not(loom))]
 pub mod combined;
 pub mod runs;
-#[cfg(not(loom))]
 pub mod write_protect;
 
 use crate::units::BlockId;
 use std::{fmt, io};
 
-#[cfg(not(loom))]
 use crate::{dirty::bitmap::DirtyBitmap, memory::Ram};
 
 /// Tells which pages of guest RAM were written.
@@ -40,7 +37,6 @@ use crate::{dirty::bitmap::DirtyBitmap, memory::Ram};
 /// source.disarm();
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
-#[cfg(not(loom))]
 pub trait DirtySource: Send {
     /// Begins to track every block of `ram`. From its return on, every write is reported; what was dirty before may be
     /// reported, too. Arming an armed source begins anew.
@@ -151,7 +147,6 @@ impl std::error::Error for DirtyError {
     }
 }
 
-#[cfg(not(loom))]
 impl DirtyBitmap {
     /// A clean bitmap for the blocks of `ram`.
     pub fn for_ram(ram: &Ram) -> Self {
@@ -160,7 +155,6 @@ impl DirtyBitmap {
 }
 
 /// Whoever made the bitmap keeps marking it; arming only checks that it fits. Bits that are set already stay set.
-#[cfg(not(loom))]
 impl DirtySource for DirtyBitmap {
     fn arm(&mut self, ram: &Ram) -> Result<(), DirtyError> {
         let blocks = self.blocks().max(ram.blocks().len());
@@ -188,7 +182,6 @@ impl DirtySource for DirtyBitmap {
     fn disarm(&mut self) {}
 }
 
-#[cfg(not(loom))]
 macro_rules! forward_dirty_source {
     ($($pointer:ty),*) => {$(
         impl<T: DirtySource + ?Sized> DirtySource for $pointer {
@@ -210,5 +203,4 @@ macro_rules! forward_dirty_source {
         }
     )*};
 }
-#[cfg(not(loom))]
 forward_dirty_source!(&mut T, Box<T>);
