@@ -134,7 +134,8 @@ fn a_source_that_asks_for_ever_and_does_not_read_neither_holds_the_target_nor_fi
     cancel.cancel();
     let outcome = receiving.join().unwrap();
     assert!(begun.elapsed() < Duration::from_secs(1), "the cancel was heard after {:?}", begun.elapsed());
-    assert_eq!(outcome, Outcome::Cancelled);
+    // It may have been found to read nothing before the cancel came.
+    assert!(matches!(outcome, Outcome::Cancelled | Outcome::Failed(Failure::Control { .. })), "{outcome}");
     flood.join().unwrap();
 }
 

@@ -88,12 +88,16 @@ impl DirtySource for Combined<'_> {
 
     fn give_back(&mut self, block: BlockId, first_page: u64, words: &[u64]) -> Result<(), DirtyError> {
         // To all: the caller may read any of them afterwards, and one that is disarmed forgets. A page that two report is
-        // shipped once.
-        let mut result = if self.sources.is_empty() { Err(DirtyError::NotArmed) } else { Ok(()) };
-        for source in &mut self.sources {
-            result = result.and(source.give_back(block, first_page, words));
+        // shipped once. One that takes them is enough for none to be lost.
+        let (mut taken, mut first_error) = (false, DirtyError::NotArmed);
+        for (tried, source) in self.sources.iter_mut().enumerate() {
+            match source.give_back(block, first_page, words) {
+                Ok(()) => taken = true,
+                Err(e) if tried == 0 => first_error = e,
+                Err(_) => {}
+            }
         }
-        result
+        if taken { Ok(()) } else { Err(first_error) }
     }
 
     fn disarm(&mut self) {

@@ -28,11 +28,10 @@ pub struct Control<Out, In> {
     wire_bytes: u64,
 }
 
-/// Bytes read from the socket at once.
-const READ_BYTES: usize = 64 << 10;
-/// Bytes received in one call at the most: a peer that talks faster than we listen must not keep us from everything
-/// else, a cancel and the time limits above all.
-const RECEIVE_BYTES_MAX: usize = 16 * READ_BYTES;
+/// Bytes received at once. No more, however much is there: a peer that talks faster than we listen must not keep us from
+/// everything else, a cancel and the time limits above all; and tiny frames take several times their bytes in memory
+/// until they are dealt with.
+const RECEIVE_BYTES_MAX: usize = 64 << 10;
 /// Bytes that may wait for a peer to read them: a few times the device state that a source lets wait.
 const OUTBOX_BYTES_MAX: usize = 16 << 20;
 
@@ -46,7 +45,7 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
         let (encoder, decoder) = (FrameEncoder::new(), FrameDecoder::new());
         let (outbox, sent, heard, wire_bytes) = (Vec::new(), 0, Instant::now(), 0);
         let (hello, hello_got) = ([0; HELLO_BYTES], 0);
-        let inbox = vec![0; READ_BYTES].into_boxed_slice();
+        let inbox = vec![0; RECEIVE_BYTES_MAX].into_boxed_slice();
         Ok(Control { socket, encoder, decoder, hello, hello_got, outbox, sent, inbox, heard, wire_bytes })
     }
 
@@ -146,23 +145,21 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
     /// The end of the stream, what recv(2) says, or what the peer's bytes are not. Frames that were complete before it
     /// are given first, through `frames`.
     pub fn receive(&mut self, frames: &mut Vec<In>) -> Result<(), ControlError> {
-        for _ in 0..RECEIVE_BYTES_MAX / READ_BYTES {
-            match self.socket.recv(&mut self.inbox) {
-                Ok(0) => {
-                    self.decoder.finish()?;
-                    return Err(ControlError::Closed);
-                }
-                Ok(n) => {
-                    self.heard = Instant::now();
-                    self.wire_bytes += n as u64;
-                    let mut input = &self.inbox[..n];
-                    while let Some(frame) = self.decoder.pull(&mut input)? {
-                        frames.push(frame);
-                    }
-                }
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                Err(e) => return Err(ControlError::Io(e)),
+        match self.socket.recv(&mut self.inbox) {
+            Ok(0) => {
+                self.decoder.finish()?;
+                return Err(ControlError::Closed);
             }
+            Ok(n) => {
+                self.heard = Instant::now();
+                self.wire_bytes += n as u64;
+                let mut input = &self.inbox[..n];
+                while let Some(frame) = self.decoder.pull(&mut input)? {
+                    frames.push(frame);
+                }
+            }
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            Err(e) => return Err(ControlError::Io(e)),
         }
         // What is left makes the next wait return at once.
         Ok(())
