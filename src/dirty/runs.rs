@@ -75,7 +75,13 @@ impl Iterator for Runs<'_> {
                 self.word &= u64::MAX << at;
                 break;
             }
-            self.go_to(self.index + 1);
+            // Words that are all ones, one comparison each. Only runs that are longer than a word come this way.
+            let mut index = self.index + 1;
+            while pages + 64 <= self.pages_max && self.words.get(index) == Some(&u64::MAX) {
+                pages += 64;
+                index += 1;
+            }
+            self.go_to(index);
             at = 0;
             if pages == self.pages_max || self.word & 1 == 0 {
                 break;
