@@ -3,6 +3,9 @@
 // Unsafe because both read through raw pointers; the buffers here are the tests' own.
 #![expect(unsafe_code)]
 
+#[path = "support/mod.rs"]
+mod support;
+
 use pageferry::memory::hash::{BLOCK_BYTES, PAGE_BYTES_MAX, PageHash, ZERO_HASH};
 use pageferry::memory::zero::is_zero;
 use proptest::prelude::*;
@@ -78,7 +81,7 @@ fn the_way_that_is_detected_is_one_of_those_available() {
     assert_eq!(names.first(), Some(&"words"));
     assert_eq!(names.last(), Some(&PageHash::detect().name()));
     if !names.contains(&"avx2") {
-        eprintln!("SKIPPED hash (avx2): this CPU has no AVX2, or a checker runs the test");
+        support::skip("hash (avx2)", "this CPU has no AVX2, or a checker runs the test");
     }
 }
 
@@ -186,7 +189,7 @@ fn a_length_that_no_page_has_is_refused() {
 #[test]
 fn not_a_byte_past_the_page_is_read() {
     if cfg!(miri) {
-        eprintln!("SKIPPED not_a_byte_past_the_page_is_read: Miri knows no mprotect");
+        support::skip("not_a_byte_past_the_page_is_read", "Miri knows no mprotect");
         return;
     }
     // A page that ends where the mapping ends: the next byte would be a SIGSEGV.

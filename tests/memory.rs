@@ -5,6 +5,9 @@
 #![expect(clippy::unnecessary_safety_comment, reason = "takes the UNSAFETY line of a crate root for one")]
 #![cfg(not(loom))]
 
+#[path = "support/mod.rs"]
+mod support;
+
 use pageferry::memory::{
     BLOCKS_MAX, Backing, Initial, MadeZero, MemoryError, Presence, PresenceMap, Ram, RamBlock, RawRange,
 };
@@ -207,7 +210,10 @@ fn what_cannot_be_punched_is_overwritten() {
     fill(&locked, 3, 1);
     // SAFETY: the range is in the block.
     if unsafe { libc::mlock(all.ptr.cast(), all.len) } != 0 {
-        return eprintln!("SKIPPED what_cannot_be_punched_is_overwritten: mlock: {}", std::io::Error::last_os_error());
+        return support::skip(
+            "what_cannot_be_punched_is_overwritten",
+            &format!("mlock: {}", std::io::Error::last_os_error()),
+        );
     }
     assert_eq!(locked.make_zero().unwrap(), MadeZero { punched: false, pages_overwritten: 1 });
 }

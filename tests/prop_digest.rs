@@ -1,6 +1,9 @@
 //! The digest table against a plain map of what was sent last: whatever is recorded, in whatever order.
 #![cfg(not(loom))]
 
+#[path = "support/mod.rs"]
+mod support;
+
 use pageferry::digest::{BlockShape, CHUNK_BYTES, DigestTable, FullDigest, ROUND_MAX};
 use pageferry::memory::hash::{PageHash, ZERO_HASH};
 use pageferry::units::{BlockId, PageSize, Round, SessionId};
@@ -313,7 +316,7 @@ fn a_table_too_large_is_an_error_and_no_abort() {
 #[test]
 fn pages_of_the_table_that_were_never_touched_take_no_memory() {
     if cfg!(debug_assertions) {
-        eprintln!("SKIPPED pages_of_the_table_that_were_never_touched_take_no_memory: not optimized, it touches all");
+        support::skip("pages_of_the_table_that_were_never_touched_take_no_memory", "not optimized, it touches all");
         return;
     }
     let resident_bytes = || {

@@ -5,6 +5,9 @@
 #![expect(clippy::unnecessary_safety_comment, reason = "takes the UNSAFETY line of a crate root for one")]
 #![cfg(not(loom))]
 
+#[path = "support/mod.rs"]
+mod support;
+
 use pageferry::dirty::runs::count;
 use pageferry::dirty::write_protect::WriteProtect;
 use pageferry::dirty::{DirtyError, DirtySource};
@@ -20,7 +23,7 @@ fn tracking(test: &str) -> Option<WriteProtect> {
     match WriteProtect::new() {
         Ok(tracking) => Some(tracking),
         Err(e @ DirtyError::Unsupported { .. }) => {
-            eprintln!("SKIPPED {test}: {e}");
+            support::skip(test, &format!("{e}"));
             None
         }
         Err(e) => panic!("{e}"),
@@ -204,7 +207,7 @@ fn a_file_on_disk_that_is_paged_out_keeps_its_dirty_pages() {
     file.sync_all().unwrap();
     // Clean now, so the kernel may drop both the entries and the pages.
     if let Err(e) = advise(&ram, 0, 512, libc::MADV_PAGEOUT) {
-        eprintln!("SKIPPED {test}: paging out: {e}");
+        support::skip(test, &format!("paging out: {e}"));
         return;
     }
     let dirty = harvest(&mut tracking, &ram);
@@ -219,7 +222,7 @@ fn swapped_pages_keep_their_state() {
     let test = "swapped_pages_keep_their_state";
     let Some(mut tracking) = tracking(test) else { return };
     if std::fs::read_to_string("/proc/swaps").unwrap_or_default().lines().count() < 2 {
-        eprintln!("SKIPPED {test}: no swap");
+        support::skip(test, "no swap");
         return;
     }
     let ram = anonymous(4 * MIB);
@@ -243,7 +246,7 @@ fn transparent_huge_pages_are_tracked_by_small_pages() {
     let ram = Ram::new([block]).unwrap();
     (0..ram.pages() / 2).step_by(512).for_each(|page| write(&ram, page, 1));
     if existing(&ram) != ram.pages() / 2 {
-        eprintln!("SKIPPED transparent_huge_pages_are_tracked_by_small_pages: the kernel gave no huge pages");
+        support::skip("transparent_huge_pages_are_tracked_by_small_pages", "the kernel gave no huge pages");
         return;
     }
     tracking.arm(&ram).unwrap();
@@ -288,13 +291,13 @@ fn hugetlb_pages_are_tracked_whole_whatever_the_chunk() {
     let Some(mut tracking) = tracking(test) else { return };
     let _guard = match HugePages::more(16) {
         Ok(guard) => guard,
-        Err(e) => return eprintln!("SKIPPED {test}: cannot reserve huge pages: {e}"),
+        Err(e) => return support::skip(test, &format!("cannot reserve huge pages: {e}")),
     };
     for make in [RamBlock::anonymous, RamBlock::memfd] {
         let block = match make("ram", 0, 16 * MIB, PageSize::SIZE_4K, Backing::HugeTlb(2 * MIB)) {
             // A wrong claim on purpose: what the kernel does must not depend on it.
             Ok(block) => block.with_backing_page_bytes(4096),
-            Err(e) => return eprintln!("SKIPPED {test}: {e}"),
+            Err(e) => return support::skip(test, &format!("{e}")),
         };
         let ram = Ram::new([block]).unwrap();
         (0..5 * 512).step_by(512).for_each(|page| write(&ram, page, 1));
