@@ -86,10 +86,10 @@ impl Scanner {
         failed
     }
 
-    /// The runs of the chunk that was harvested last, none longer than `pages_max`.
-    pub fn runs(&self, chunk: Chunk, pages_max: u32) -> impl Iterator<Item = Run> + '_ {
+    /// The runs of the chunk that was harvested last, as long as they are: whoever batches them cuts them.
+    pub fn runs(&self, chunk: Chunk) -> impl Iterator<Item = Run> + '_ {
         let words = chunk.pages.div_ceil(64) as usize;
-        Runs::new(&self.words[..words], chunk.first, pages_max).map(move |(first, pages)| Run {
+        Runs::new(&self.words[..words], chunk.first, CHUNK_PAGES as u32).map(move |(first, pages)| Run {
             block: chunk.block,
             first,
             pages,
@@ -166,7 +166,7 @@ mod tests {
         let mut still = Still::new();
         still.arm(&ram).unwrap();
         assert!(scanner.harvest(&ram, &mut still, chunk, Which::All).is_none());
-        assert_eq!(scanner.runs(chunk, 128).count(), 0);
+        assert_eq!(scanner.runs(chunk).count(), 0);
         assert_eq!(scanner.untouched_bytes(), 128 * 4096);
     }
 
@@ -193,8 +193,8 @@ mod tests {
         let mut scanner = Scanner::new(&ram);
         let chunk = chunks(&ram).next().unwrap();
         assert!(scanner.harvest(&ram, &mut Broken, chunk, Which::Dirty).is_some());
-        let runs: Vec<_> = scanner.runs(chunk, 64).map(|r| (r.first, r.pages)).collect();
-        assert_eq!(runs, [(0, 64), (64, 36)]);
+        let runs: Vec<_> = scanner.runs(chunk).map(|r| (r.first, r.pages)).collect();
+        assert_eq!(runs, [(0, 100)]);
     }
 
     #[test]

@@ -82,6 +82,24 @@ impl Run {
     pub fn end(&self) -> u64 {
         self.first + u64::from(self.pages)
     }
+
+    /// The run in pieces of no more than this many pages each; 0 counts as 1.
+    ///
+    /// ```
+    /// use pageferry::units::{BlockId, Run};
+    ///
+    /// let run = Run { block: BlockId(0), first: 7, pages: 5 };
+    /// let pieces: Vec<_> = run.pieces(2).map(|piece| (piece.first, piece.pages)).collect();
+    /// assert_eq!(pieces, [(7, 2), (9, 2), (11, 1)]);
+    /// ```
+    pub fn pieces(self, pages_max: u32) -> impl Iterator<Item = Run> {
+        let pages_max = pages_max.max(1);
+        (0..self.pages).step_by(pages_max as usize).map(move |offset| Run {
+            first: self.first + u64::from(offset),
+            pages: pages_max.min(self.pages - offset),
+            ..self
+        })
+    }
 }
 
 /// What travels through a ring and stands in a journal: a run, or a mark between runs.

@@ -75,8 +75,15 @@ impl Iterator for Runs<'_> {
                 self.word &= u64::MAX << at;
                 break;
             }
-            // Words that are all ones, one comparison each. Only runs that are longer than a word come this way.
+            // Words that are all ones, eight AND-ed at a time, then one by one. Only runs longer than a word come this way.
             let mut index = self.index + 1;
+            while let Some(eight) = self.words[index.min(self.words.len())..].first_chunk::<8>() {
+                if pages + 512 > self.pages_max || eight.iter().fold(u64::MAX, |all, word| all & word) != u64::MAX {
+                    break;
+                }
+                pages += 512;
+                index += 8;
+            }
             while pages + 64 <= self.pages_max && self.words.get(index) == Some(&u64::MAX) {
                 pages += 64;
                 index += 1;

@@ -138,7 +138,7 @@ impl Driver<'_> {
         }
         let mut bytes = 0;
         let mut result = Ok(());
-        for run in scanner.runs(chunk, pages_max) {
+        for run in scanner.runs(chunk).flat_map(|run| run.pieces(pages_max)) {
             batch.push(Item::Run(run));
             bytes += u64::from(run.pages) * page_bytes;
             if batch.len() == PUSH_RUNS_MAX || bytes >= self.settings.batch_bytes as u64 {

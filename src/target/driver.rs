@@ -53,6 +53,7 @@ struct Driver<'a> {
     outcome: Option<Outcome>,
     begun: Option<Instant>,
     final_at: Option<Instant>,
+    loaded_at: Option<Instant>,
     rounds: u32,
     remarks: Vec<String>,
 }
@@ -84,6 +85,7 @@ pub(super) fn receive(target: Target, incoming: &mut dyn Incoming) -> TargetRepo
         outcome: None,
         begun: None,
         final_at: None,
+        loaded_at: None,
         rounds: 0,
         remarks: Vec::new(),
     };
@@ -132,8 +134,11 @@ impl Driver<'_> {
     fn deadline(&self) -> Option<(Instant, Instant)> {
         let timeouts = &self.settings.timeouts;
         let heard = self.control.as_ref()?.heard();
-        let (since, limit) = match self.begun {
-            Some(begun) if self.channels == 0 => (begun, timeouts.hello),
+        let (since, limit) = match (self.begun, self.loaded_at) {
+            (Some(begun), None) if self.channels == 0 => (begun, timeouts.hello),
+            // An honest source answers Loaded at once. Pings that come instead show that no Commit is under way: frames
+            // arrive in order.
+            (_, Some(loaded)) => (loaded, timeouts.silence),
             _ => (heard, timeouts.silence),
         };
         Some((since, since + limit))
@@ -330,6 +335,7 @@ impl Driver<'_> {
             TargetAction::LoadState => {
                 let loaded = self.incoming.load_state(&mut Pieces { pieces: &self.state, at: 0 });
                 self.excuse_silence();
+                self.loaded_at = Some(Instant::now());
                 self.event(TargetEvent::StateLoaded(loaded.map_err(|e| e.to_string())))
             }
             TargetAction::Run => {

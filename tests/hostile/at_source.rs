@@ -120,7 +120,7 @@ fn a_target_that_falls_silent_is_given_up_at_every_step() {
     fails("after Ready", "in vain for ChannelJoined", |listener| {
         silence(&mut FakeTarget::connected(listener));
     });
-    fails_with("in round 0", "nothing moved for", MANY_PAGES, |listener| {
+    fails_with("in round 0", "nothing moved for|a sign of life", MANY_PAGES, |listener| {
         silence(&mut FakeTarget::live(listener));
     });
     fails("after Final", "Loaded (the target's load_state)", |listener| {

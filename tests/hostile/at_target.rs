@@ -68,6 +68,14 @@ fn a_source_that_pings_and_never_says_setup_is_given_up() {
 }
 
 #[test]
+fn a_source_that_pings_and_never_says_commit_is_given_up() {
+    fails("Pings instead of Commit", "Commit", |to| {
+        let mut source = FakeSource::loaded(to);
+        while source.control.send(&SourceFrame::Ping { nonce: 1 }) && source.control.next().is_some() {}
+    });
+}
+
+#[test]
 fn a_source_that_leaves_is_named_at_every_step() {
     fails("after Hello", "the control connection failed while waiting for the source: the peer closed it", |to| {
         FakeSource::greet(to);
