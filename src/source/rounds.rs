@@ -90,6 +90,7 @@ impl Driver<'_> {
     }
 
     fn dirty_bytes(&mut self) -> Result<u64, Over> {
+        // Sources count pages of all blocks together: where sizes differ, the estimate is too high rather than too low.
         let page_bytes = self.ram.blocks().iter().map(|b| b.page_size().bytes()).max().unwrap_or(0);
         match self.dirty.begin_round() {
             Ok(pages) => Ok(pages * page_bytes),
@@ -103,8 +104,10 @@ impl Driver<'_> {
 
     /// Updates what others see, now and then.
     pub fn measure(&self) {
-        let scanner = self.scanner.as_ref();
-        self.progress.set(|c| &c.untouched_bytes, scanner.map_or(0, |s| s.untouched_bytes()));
+        // While a chunk is pushed the scanner is elsewhere: what was seen last stays.
+        if let Some(scanner) = &self.scanner {
+            self.progress.set(|c| &c.untouched_bytes, scanner.untouched_bytes());
+        }
         self.progress.set(|c| &c.rounds, u64::from(self.session.round().0));
     }
 
