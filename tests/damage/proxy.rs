@@ -58,8 +58,9 @@ impl Proxy {
 
     /// Call when the source has closed its connections: everything under way is passed on first.
     pub fn end(self) -> Seen {
-        // A connection that says nothing is the sign to stop accepting.
-        drop(TcpStream::connect(&self.address).unwrap());
+        // A connection that says nothing is the sign to stop accepting. A source that fails early may have left one of its
+        // own like that: then nobody listens any more.
+        drop(TcpStream::connect(&self.address));
         let pumps = self.accepting.join().unwrap();
         pumps.into_iter().for_each(|pump| pump.join().unwrap());
         std::mem::take(&mut self.seen.lock().unwrap())
