@@ -2,6 +2,7 @@
 //! The source's worker: pops runs, looks at their pages, and sends them with one sendmsg a batch.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::barrier::Barrier;
 use crate::bell::{Ringer, Wake};
@@ -111,9 +112,13 @@ impl SendRole {
             if cx.bell().aborted() {
                 return Err(ChannelError::Aborted);
             }
+            let begun = Instant::now();
             let end = self.fill()?;
             if !self.batch.table.is_empty() {
                 self.ship_batch()?;
+                // Only the time with something to send: what the link carries shows in nothing else.
+                let cells = self.progress.cells(self.channel.0.into());
+                add(&cells.busy_ns, begun.elapsed().as_nanos() as u64);
             }
             match end {
                 Filled::UpTo(mark) => self.ship_mark(mark)?,

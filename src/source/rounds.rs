@@ -69,13 +69,17 @@ impl Driver<'_> {
         }
     }
 
-    fn sample(&self) -> (u64, Instant) {
-        (self.progress.channels().wire_bytes, Instant::now())
+    /// Bytes sent, and the time the channels were busy with it, all together. A link that is idle says nothing of its
+    /// rate: a guest that dirties little would seem to have a slow one.
+    fn sample(&self) -> (u64, u64) {
+        let counts = self.progress.channels();
+        (counts.wire_bytes, counts.busy_ns)
     }
 
-    fn take_sample(&mut self, since: &mut (u64, Instant)) {
+    fn take_sample(&mut self, since: &mut (u64, u64)) {
         let now = self.sample();
-        self.rate.add(now.0 - since.0, now.1 - since.1);
+        let busy = Duration::from_nanos(now.1.saturating_sub(since.1) / u64::from(self.settings.channels.max(1)));
+        self.rate.add(now.0.saturating_sub(since.0), busy);
         *since = now;
     }
 

@@ -3,7 +3,9 @@
 #![expect(unsafe_code)]
 
 use std::ffi::CString;
+use std::fs::OpenOptions;
 use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::ptr;
 use std::sync::OnceLock;
 
@@ -22,7 +24,14 @@ pub struct LastWords {
     pub code: u8,
 }
 
-static WORDS: OnceLock<LastWords> = OnceLock::new();
+static WORDS: OnceLock<(LastWords, Outlets)> = OnceLock::new();
+
+/// Descriptors made beforehand: standard output under another number, and one that swallows what is written to it.
+#[derive(Debug)]
+struct Outlets {
+    stdout: OwnedFd,
+    nowhere: OwnedFd,
+}
 
 /// Ends the process with these words, and not by a signal, when memory that maps a file cannot be had: the disk of a
 /// sparse file is full, or the file was cut short.
@@ -32,7 +41,10 @@ static WORDS: OnceLock<LastWords> = OnceLock::new();
 /// # Errors
 /// Words were set before, or what sigaction(2) says.
 pub fn on_bus_error(words: LastWords) -> io::Result<()> {
-    WORDS.set(words).map_err(|_| io::Error::from(io::ErrorKind::AlreadyExists))?;
+    let stdout = io::stdout().as_fd().try_clone_to_owned()?;
+    let nowhere = OwnedFd::from(OpenOptions::new().write(true).open("/dev/null")?);
+    let told = WORDS.set((words, Outlets { stdout, nowhere }));
+    told.map_err(|_| io::Error::from(io::ErrorKind::AlreadyExists))?;
     let handler: extern "C" fn(libc::c_int) = speak;
     // SAFETY: an all-zero sigaction is a valid one: no flags, an empty mask, and the handler set below.
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
@@ -44,13 +56,16 @@ pub fn on_bus_error(words: LastWords) -> io::Result<()> {
 /// Makes system calls only, all of them async-signal-safe; reading a `OnceLock` that is set is one atomic load.
 extern "C" fn speak(_signal: libc::c_int) {
     let mut code = 1;
-    if let Some(words) = WORDS.get() {
+    if let Some((words, outlets)) = WORDS.get() {
         code = words.code.into();
         if let Some(path) = &words.remove {
             // SAFETY: a C string that lives for ever.
             unsafe { libc::unlink(path.as_ptr()) };
         }
-        for (fd, text) in [(libc::STDERR_FILENO, &words.stderr), (libc::STDOUT_FILENO, &words.stdout)] {
+        // They are to be the last: what another thread prints from here on goes nowhere.
+        // SAFETY: both descriptors are open: the one is ours, and standard output is there or is made here.
+        unsafe { libc::dup2(outlets.nowhere.as_raw_fd(), libc::STDOUT_FILENO) };
+        for (fd, text) in [(libc::STDERR_FILENO, &words.stderr), (outlets.stdout.as_raw_fd(), &words.stdout)] {
             // SAFETY: the bytes live for ever. Nothing is left to do if they cannot be written.
             unsafe { libc::write(fd, text.as_ptr().cast(), text.len()) };
         }
