@@ -51,6 +51,17 @@ pub trait Guest {
     /// Becomes the reason of the outcome: the guest is still the source's, and stands still.
     fn resume(&mut self) -> Result<(), HookError>;
 
+    /// Slows the guest down: it is to run `100 - percent` of the time, on every vCPU; 0 lets it run freely. Called with
+    /// more and more while the guest outruns the link, and with 0 before the migration ends, however it ends. Never
+    /// called unless a builder's `throttle_max` allows it.
+    ///
+    /// # Errors
+    /// The guest is not slowed down any further; the migration goes on without.
+    fn throttle(&mut self, percent: u8) -> Result<(), HookError> {
+        let _ = percent;
+        Err("this VMM cannot slow its guest down".into())
+    }
+
     /// Writes the device state, of any size. It travels as it is written, and RAM travels meanwhile; guest RAM that it
     /// writes is harvested once more when it returns.
     ///
