@@ -118,10 +118,14 @@ with_a_kernel! {
     pub use cancel::CancelHandle;
     pub use config::{Pin, Timeouts};
     pub use dirty::bitmap::DirtyBitmap;
+    #[cfg(feature = "vm-memory")]
+    pub use dirty::vm_memory::RegionBitmaps;
     pub use dirty::write_protect::WriteProtect;
     pub use dirty::{DirtyError, DirtySource};
     pub use error::{Failure, HookError, Outcome};
     pub use gate::CancelAnswer;
+    #[cfg(feature = "vm-memory")]
+    pub use memory::vm_memory::GuestRam;
     pub use memory::{Ram, RamBlock};
     pub use progress::Progress;
     pub use source::{Guest, Source, SourceReport, StateWriter};
