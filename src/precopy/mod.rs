@@ -4,9 +4,9 @@
 
 mod rate;
 
-use std::fmt;
 use std::time::Duration;
 
+pub use crate::error::Why;
 pub use rate::Rate;
 
 /// What happens when a limit is reached, or the guest does not converge.
@@ -129,27 +129,6 @@ pub enum Decision {
     SwitchOver,
     /// Leave the guest here.
     GiveUp(Why),
-}
-
-/// Why the rounds came to an end although the rest does not fit.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Why {
-    /// [`Limits::rounds_max`] is reached.
-    Rounds,
-    /// [`Limits::precopy_time_max`] is reached.
-    Time,
-    /// Rounds no longer shrink, and the guest is slowed down as far as it may be, or as is of any use.
-    Stalled,
-}
-
-impl fmt::Display for Why {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Why::Rounds => "the limit on rounds is reached",
-            Why::Time => "the time limit for the rounds is reached",
-            Why::Stalled => "rounds no longer shrink",
-        })
-    }
 }
 
 /// What [`Precopy::decide`] says.
