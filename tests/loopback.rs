@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use pageferry::dirty::combined::{Combined, Still};
 use pageferry::memory::{Backing, Initial};
+use pageferry::precopy::AtLimit;
 use pageferry::units::{BlockId, PageSize};
 use pageferry::{
     DirtyBitmap, DirtyError, DirtySource, Failure, Outcome, Ram, RamBlock, Source, Target, Verify, WriteProtect,
@@ -256,8 +257,12 @@ fn pages_that_turn_from_data_to_zero_and_back_end_as_they_are() {
             }
         };
         let mut dirty = Script { bitmap: guest.dirty.clone(), rounds: 0, between: Box::new(between) };
-        // So small a limit that only a clean bitmap allows to switch over: every step is a round of its own.
-        let source = Source::builder(ram.clone()).verify(Verify::Full).downtime_limit(Duration::from_millis(1));
+        // A limit that nothing keeps, for six rounds: every step is a round of its own.
+        let source = Source::builder(ram.clone())
+            .verify(Verify::Full)
+            .downtime_limit(Duration::ZERO)
+            .rounds_max(6)
+            .at_limit(AtLimit::SwitchOver);
         let (source, target) = Transport::Fds.connect(source, Target::builder(), channels);
         let trip = vmm::travel(source, &mut dirty, &mut guest, target, TestIncoming::new());
         assert_arrived(&guest, &trip);
