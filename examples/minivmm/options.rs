@@ -1,5 +1,8 @@
-//! What a guest is made of, as options.
+//! What a guest is made of, and how it is to travel, as options.
 #![forbid(unsafe_code)]
+
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
 
 use crate::guest::{Config, MIB, VCPUS_MAX};
 
@@ -36,6 +39,82 @@ impl Machine {
             dirty_ring,
         };
         config.check().map(|()| config)
+    }
+}
+
+/// How a guest is to travel.
+#[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
+pub struct Shipping {
+    /// Data channels, 1 to 255: each is a connection, and a thread on both sides
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..))]
+    pub channels: u8,
+    /// What proves that everything arrived, beside the guest's own check
+    #[arg(long, value_name = "HOW", default_value = "wire")]
+    pub verify: VerifyArg,
+    /// Milliseconds that the guest may stand still: it is paused when the rest would fit into them
+    #[arg(long, value_name = "MS", default_value_t = 300)]
+    pub downtime_limit: u64,
+    /// Percent of its time that a guest that outruns the link may be held back; 0 for never
+    #[arg(long, value_name = "PERCENT", default_value_t = 0, value_parser = clap::value_parser!(u8).range(..=99))]
+    pub throttle_max: u8,
+    /// MiB a second that may be sent while the guest runs; 0 for no limit
+    #[arg(long, value_name = "MIB_S", default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=1 << 40))]
+    pub bandwidth_max: u64,
+    /// Rounds before the guest is paused
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub max_rounds: u32,
+    /// Seconds that rounds may go on before the guest is paused [default: no limit]
+    #[arg(long, value_name = "S")]
+    pub timeout: Option<u64>,
+    /// What happens at these two limits, and with a guest that outruns the link for good
+    #[arg(long, value_name = "WHAT", default_value = "give-up")]
+    pub at_limit: AtLimitArg,
+    /// What happens when the hand-over takes longer than the downtime limit
+    #[arg(long, value_name = "WHAT", default_value = "accept")]
+    pub on_overrun: OverrunArg,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum, Serialize, Deserialize)]
+pub enum VerifyArg {
+    /// Nothing but what guards each message
+    Off,
+    /// Digests of what was sent and of what landed
+    Wire,
+    /// Digests of all of RAM on both sides
+    Full,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum, Serialize, Deserialize)]
+pub enum AtLimitArg {
+    /// The migration fails, and the guest runs on
+    GiveUp,
+    /// The guest is paused all the same, for as long as the rest takes
+    SwitchOver,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum, Serialize, Deserialize)]
+pub enum OverrunArg {
+    /// It goes on
+    Accept,
+    /// The guest runs on at the source for now, and it is tried again, three times
+    Retry,
+}
+
+/// How vCPUs' writes are noticed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Tracking {
+    /// KVM's dirty log: a bitmap for each memory slot
+    Log,
+    /// KVM's dirty rings: a list of pages for each vCPU
+    Ring,
+}
+
+impl Tracking {
+    pub fn word(self) -> &'static str {
+        match self {
+            Tracking::Log => "log",
+            Tracking::Ring => "ring",
+        }
     }
 }
 
