@@ -118,6 +118,8 @@ with_a_kernel! {
     pub use cancel::CancelHandle;
     pub use config::{Pin, Timeouts};
     pub use dirty::bitmap::DirtyBitmap;
+    #[cfg(feature = "kvm")]
+    pub use dirty::kvm::{KvmDirtyLog, KvmSlot};
     #[cfg(feature = "vm-memory")]
     pub use dirty::vm_memory::RegionBitmaps;
     pub use dirty::write_protect::WriteProtect;

@@ -92,7 +92,7 @@ impl Vmm {
             Order::Receive => self.receive(),
             Order::Send { to, how, trial } => self.send(&to, &how, trial),
             Order::Watch { ticks } => self.watch(ticks),
-            Order::Check => self.check(),
+            Order::Check { anew } => self.check(anew),
             Order::Cancel => Err("that is not for here".to_owned()),
         }
     }
@@ -150,7 +150,9 @@ impl Vmm {
         self.cancel.set(Some(cancel.clone()));
         if trial.cancel_while_paused {
             let cancel = cancel.clone();
-            home.vm.once_paused(move || drop(cancel.cancel()));
+            home.vm.once_paused(move || {
+                cancel.cancel();
+            });
         }
         let progress = source.progress();
         let report = thread::scope(|scope| {
@@ -180,10 +182,10 @@ impl Vmm {
         Ok(Said::Sent(Box::new(departure)))
     }
 
-    fn check(&mut self) -> Result<Said, String> {
+    fn check(&mut self, anew: bool) -> Result<Said, String> {
         let vm = &self.home()?.vm;
         let begun = Instant::now();
-        let checked = vm.check(PATIENCE);
+        let checked = if anew { vm.check(PATIENCE) } else { vm.checked(PATIENCE) };
         let state = vm.device().state();
         let word = |found: Result<(), String>| found.err().unwrap_or_else(|| "ok".to_owned());
         Ok(Said::Checked(CheckedPart {

@@ -257,7 +257,8 @@ fn look(at: &Process, attempt: &mut Attempt) -> Result<(), String> {
         attempt.downtime_outside_ms = Some(ms(gap.max(before.longest_gap_ns).max(now.longest_gap_ns)));
     }
     let checked = |said| if let Said::Checked(part) = said { Some(part) } else { None };
-    let check: CheckedPart = at.ask(&Order::Check, checked)?;
+    let anew = attempt.source.outcome != End::Completed;
+    let check: CheckedPart = at.ask(&Order::Check { anew }, checked)?;
     attempt.check = Some(check);
     Ok(())
 }

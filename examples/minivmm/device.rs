@@ -87,6 +87,7 @@ impl Device {
             }
             return true;
         }
+        let inner = &mut *inner;
         let Some(check) = inner.state.checks[vcpu].as_mut() else { return false };
         match at {
             port::BAD_ADDRESS => check.bad = Some(BadPage { address: value, ..BadPage::default() }),
@@ -95,6 +96,8 @@ impl Device {
             port::CHECKED => {
                 check.good_pages = value.into();
                 check.over = true;
+                // The time that it took is no gap.
+                inner.ticks.last_ns = now_ns();
                 self.changed.notify_all();
             }
             _ => return false,
@@ -113,10 +116,14 @@ impl Device {
         }
     }
 
-    /// Has every vCPU check its pages, and waits for all. What is missing after `patience` is not over.
-    pub fn check(&self, patience: Duration) -> Vec<Check> {
+    /// Has every vCPU check its pages after its next tick.
+    pub fn ask_for_check(&self) {
+        self.lock().state.checks.fill(Some(Check::default()));
+    }
+
+    /// Waits until all have. What is missing after `patience` is not over.
+    pub fn await_check(&self, patience: Duration) -> Vec<Check> {
         let mut inner = self.lock();
-        inner.state.checks.fill(Some(Check::default()));
         let is_over = |check: &Option<Check>| check.is_some_and(|check| check.over);
         let pending = |inner: &mut Inner| !inner.state.checks.iter().all(is_over);
         inner = self.wait(inner, patience, pending);

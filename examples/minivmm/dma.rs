@@ -35,13 +35,15 @@ struct Inner {
     next: u64,
     running: bool,
     ended: bool,
-    error: Option<GuestMemoryError>,
+    /// It was loaded, and has not looked yet whether its writes arrived: it does before it writes over them.
+    unchecked: bool,
+    error: Option<String>,
 }
 
 impl Dma {
     /// An engine at rest, which wrote each of its pages once.
     pub fn new(config: &Config, memory: Arc<Memory>) -> io::Result<Dma> {
-        let inner = Inner { next: config.device_pages(), running: false, ended: false, error: None };
+        let inner = Inner { next: config.device_pages(), running: false, ended: false, unchecked: false, error: None };
         let engine =
             Arc::new(Engine { config: config.clone(), memory, inner: Mutex::new(inner), changed: Condvar::new() });
         let thread = thread::Builder::new().name("dma".to_owned()).spawn({
@@ -73,28 +75,17 @@ impl Dma {
     }
 
     pub fn load(&self, next: u64) {
-        self.engine.lock().next = next;
+        let mut inner = self.engine.lock();
+        (inner.next, inner.unchecked) = (next, true);
     }
 
-    /// Compares every page that it writes with the last write to it: how many are good, or what is wrong.
-    pub fn check(&self) -> Result<u64, String> {
+    /// Compares every page that it writes with the last write to it.
+    pub fn check(&self) -> Result<(), String> {
         let inner = self.engine.lock();
-        if let Some(e) = &inner.error {
-            return Err(format!("the device could not write guest RAM: {e}"));
+        match &inner.error {
+            Some(why) => Err(why.clone()),
+            None => self.engine.check(inner.next),
         }
-        let pages = self.engine.config.device_pages();
-        for number in inner.next - pages..inner.next {
-            let (address, expected) = self.engine.record(number);
-            for at in [address, last_record(address)] {
-                let mut found = [0; RECORD];
-                self.engine.memory.read_slice(&mut found, at).map_err(|e| e.to_string())?;
-                if found != expected {
-                    let found = u64::from_le_bytes(found[..8].try_into().unwrap_or_default());
-                    return Err(format!("the device's write {number} to {:#x} is not there, but {found}", at.0));
-                }
-            }
-        }
-        Ok(pages)
     }
 }
 
@@ -120,7 +111,9 @@ impl Engine {
         let mut inner = self.lock();
         while !inner.ended {
             if inner.running && inner.error.is_none() {
-                inner.error = self.write(&mut inner).err();
+                let checked = if inner.unchecked { self.check(inner.next) } else { Ok(()) };
+                inner.unchecked = false;
+                inner.error = checked.and_then(|()| self.write(&mut inner).map_err(|e| e.to_string())).err();
                 inner = self.changed.wait_timeout(inner, REST).unwrap_or_else(PoisonError::into_inner).0;
             } else {
                 inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
@@ -138,6 +131,21 @@ impl Engine {
         let (address, record) = self.record(number);
         self.memory.write_slice(&record, address)?;
         self.memory.write_slice(&record, last_record(address))
+    }
+
+    fn check(&self, next: u64) -> Result<(), String> {
+        for number in next - self.config.device_pages()..next {
+            let (address, expected) = self.record(number);
+            for at in [address, last_record(address)] {
+                let mut found = [0; RECORD];
+                self.memory.read_slice(&mut found, at).map_err(|e| e.to_string())?;
+                if found != expected {
+                    let found = u64::from_le_bytes(found[..8].try_into().unwrap_or_default());
+                    return Err(format!("its write {number} to {:#x} is not there, but {found}", at.0));
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Where the write of this number goes, and what it is.

@@ -1,17 +1,22 @@
 //! Everything that this VMM has to do with pageferry: what RAM is, who knows what is dirty, and the hooks of both sides.
-#![forbid(unsafe_code)]
+
+// UNSAFETY: pageferry is told which memory slots the VM has.
+#![expect(unsafe_code)]
 
 use std::io::Read;
 use std::sync::Arc;
 use std::time::Duration;
 
+use kvm_bindings::kvm_userspace_memory_region as Slot;
 use pageferry::dirty::combined::Combined;
 use pageferry::memory::Initial;
 use pageferry::memory::vm_memory::Mapping;
 use pageferry::precopy::{AtLimit, Overrun};
 use pageferry::wire::control::Setup;
 pub use pageferry::{CancelHandle, Outcome, Progress, Source, SourceReport, Target, TargetReport, Verify};
-use pageferry::{DirtySource, Guest, GuestRam, HookError, Incoming, Ram, RegionBitmaps, StateWriter, WriteProtect};
+use pageferry::{
+    DirtySource, Guest, GuestRam, HookError, Incoming, KvmDirtyLog, KvmSlot, Ram, RegionBitmaps, StateWriter,
+};
 
 use crate::guest::Config;
 use crate::options::{AtLimitArg, OverrunArg, Shipping, VerifyArg};
@@ -26,7 +31,9 @@ pub struct Home {
 /// A VM with fresh memory, and its dirty sources: KVM for what vCPUs write, vm-memory's bitmaps for the device.
 pub fn new_home(config: &Config) -> Result<Home, HookError> {
     let vm = Vm::new(config, |_| Ok(()))?;
-    let vcpus = WriteProtect::new()?;
+    // SAFETY: `Vm` gave KVM exactly these slots, and changes none of them for as long as it lives.
+    let slot = |s: &Slot| unsafe { KvmSlot::new(s.slot, s.flags, s.guest_phys_addr, s.memory_size, s.userspace_addr) };
+    let vcpus = KvmDirtyLog::new(vm.fd(), vm.slots().iter().map(slot))?;
     let devices = RegionBitmaps::new(Arc::clone(vm.memory()));
     Ok(Home { dirty: Box::new(Combined::new(vec![Box::new(vcpus), Box::new(devices)])), vm })
 }

@@ -23,8 +23,9 @@ pub enum Order {
     Cancel,
     /// Wait for some ticks of the guest: [`Said::Running`].
     Watch { ticks: u64 },
-    /// Have the guest and the device check all RAM: [`Said::Checked`].
-    Check,
+    /// Have the guest and the device check all RAM, or wait for the check that a guest begins with that has arrived:
+    /// [`Said::Checked`].
+    Check { anew: bool },
 }
 
 /// What is to go wrong.

@@ -5,6 +5,7 @@
 #![expect(unsafe_code)]
 
 use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -91,8 +92,10 @@ impl Vm {
         &self.config
     }
 
-    pub fn fd(&self) -> &VmFd {
-        &self.fd
+    /// The VM's file descriptor.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the descriptor is open for as long as `self.fd` is there.
+        unsafe { BorrowedFd::borrow_raw(self.fd.as_raw_fd()) }
     }
 
     pub fn vcpus(&self) -> &Vcpus {
@@ -143,7 +146,8 @@ impl Vm {
         serde_json::to_writer(out, &state).map_err(|e| format!("cannot write the state: {e}"))
     }
 
-    /// Becomes what was saved.
+    /// Becomes what was saved. The first thing that it does when it runs is to check all RAM, before it writes over what
+    /// may not have arrived.
     pub fn load(&self, input: impl Read) -> Result<(), String> {
         let state: VmState = serde_json::from_reader(input).map_err(|e| format!("that is no state: {e}"))?;
         if state.vcpus.len() as u64 != self.config.vcpus {
@@ -151,13 +155,20 @@ impl Vm {
         }
         self.vcpus.fds().zip(&state.vcpus).try_for_each(|(fd, state)| state::load(&fd, state))?;
         self.device.load(state.device)?;
+        self.device.ask_for_check();
         self.dma.load(state.dma_next);
         Ok(())
     }
 
-    /// Has all RAM looked at by those who know what it must hold, while the guest runs.
+    /// Has all RAM looked at, while the guest runs, by those who know what it must hold.
     pub fn check(&self, patience: Duration) -> Checked {
-        let checks = self.device.check(patience);
+        self.device.ask_for_check();
+        self.checked(patience)
+    }
+
+    /// Waits for the check that the guest was asked for, and looks at the rest.
+    pub fn checked(&self, patience: Duration) -> Checked {
+        let checks = self.device.await_check(patience);
         let guest_pages = checks.iter().map(|check| check.good_pages).sum();
         let swept = self.config.swept_pages();
         let bad = checks.iter().find_map(|check| check.bad);

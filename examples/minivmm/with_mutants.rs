@@ -44,7 +44,7 @@ impl DirtySource for DropWord {
 
     fn harvest(&mut self, block: BlockId, first_page: u64, words: &mut [u64]) -> Result<(), DirtyError> {
         self.inner.harvest(block, first_page, words)?;
-        if let Some(word) = words.iter_mut().find(|word| **word != 0).filter(|_| self.armed) {
+        if let Some(word) = words.iter_mut().rfind(|word| **word != 0).filter(|_| self.armed) {
             *word = 0;
             self.armed = false;
         }

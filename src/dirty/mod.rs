@@ -3,6 +3,8 @@
 
 pub mod bitmap;
 pub mod combined;
+#[cfg(feature = "kvm")]
+pub mod kvm;
 pub mod runs;
 #[cfg(feature = "vm-memory")]
 pub mod vm_memory;
@@ -114,6 +116,36 @@ pub enum DirtyError {
         /// What the kernel answered.
         source: io::Error,
     },
+    /// No memory slot of the VM shows these pages, so nobody would report writes to them.
+    Uncovered {
+        /// The block.
+        block: BlockId,
+        /// Its first such page.
+        first_page: u64,
+    },
+    /// The block's tracking page is not the page that the source tracks by.
+    PageSize {
+        /// The block.
+        block: BlockId,
+        /// Bytes of its tracking page.
+        page_bytes: u64,
+        /// Bytes of the host's page.
+        host_page_bytes: u64,
+    },
+    /// KVM, or the VMM on its behalf, could not do something with a memory slot.
+    Slot {
+        /// The slot, with its address space in the upper half.
+        slot: u32,
+        /// What was tried.
+        what: &'static str,
+        /// What the kernel answered.
+        source: io::Error,
+    },
+    /// KVM could not reset the dirty rings.
+    Rings {
+        /// What the kernel answered.
+        source: io::Error,
+    },
     /// The kernel could not say what is dirty.
     Scan {
         /// The block.
@@ -140,6 +172,14 @@ impl fmt::Display for DirtyError {
                 write!(f, "the memory of block {block} has no dirty bitmap; the VMM has to create it with one")
             }
             DirtyError::Arm { block, source } => write!(f, "cannot track writes to block {block}: {source}"),
+            DirtyError::Uncovered { block, first_page } => {
+                write!(f, "no memory slot shows block {block} from page {first_page} on: writes there would be lost")
+            }
+            DirtyError::PageSize { block, page_bytes, host_page_bytes } => {
+                write!(f, "block {block} is tracked by pages of {page_bytes} bytes, the host by {host_page_bytes}")
+            }
+            DirtyError::Slot { slot, what, source } => write!(f, "cannot {what} of memory slot {slot:#x}: {source}"),
+            DirtyError::Rings { source } => write!(f, "cannot reset the dirty rings: {source}"),
             DirtyError::Scan { block, first_page, source } => {
                 write!(f, "cannot scan block {block} from page {first_page} on for writes: {source}")
             }
@@ -152,11 +192,15 @@ impl std::error::Error for DirtyError {
         match self {
             DirtyError::Unsupported { source, .. }
             | DirtyError::Arm { source, .. }
+            | DirtyError::Slot { source, .. }
+            | DirtyError::Rings { source }
             | DirtyError::Scan { source, .. } => Some(source),
             DirtyError::NotArmed
             | DirtyError::OutOfRange { .. }
             | DirtyError::NoBitmap { .. }
-            | DirtyError::OtherShape { .. } => None,
+            | DirtyError::OtherShape { .. }
+            | DirtyError::Uncovered { .. }
+            | DirtyError::PageSize { .. } => None,
         }
     }
 }

@@ -3,6 +3,8 @@
 pub mod event;
 #[cfg(feature = "cli")]
 pub mod fault;
+#[cfg(feature = "kvm")]
+pub mod kvm;
 pub mod memory;
 pub mod pagemap;
 pub mod random;
