@@ -20,11 +20,16 @@
     .globl minivmm_guest_end
 
 // Writes the unit at `at`, whose first page is to hold what is in eax.
+//
+// The nop is for KVM's dirty rings. A KVM that emulates (as it does where it runs without help of the hardware) puts an
+// entry into the ring for every store, looks only after 130 instructions whether the ring is full, and keeps 64 entries
+// in reserve: a program with more stores than every other instruction makes it write over entries that nobody has read.
 .macro write_unit at
     .irp page, 0, 1, 2, 3, 4, 5, 6, 7
     mov     [\at + \page * 4096], eax
     mov     [\at + \page * 4096 + 4092], eax
     add     eax, 4096
+    nop
     .endr
 .endm
 

@@ -36,7 +36,7 @@ pub fn run(args: &Args) -> ExitCode {
 fn try_run(args: &Args) -> Result<(), String> {
     let config = args.machine.config(false)?;
     let begun = Instant::now();
-    let mut vm = Vm::new(&config, |_| Ok(()))?;
+    let (mut vm, ()) = Vm::new(&config, |_| Ok(()))?;
     vm.fill()?;
     println!("guest: {} of RAM, filled in {} ms", human(config.ram_bytes), begun.elapsed().as_millis());
     vm.throttle(args.throttle);

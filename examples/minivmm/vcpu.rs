@@ -19,7 +19,7 @@ use crate::device::Device;
 use crate::guest::port;
 
 /// What gets the entries out of dirty rings, when a vCPU cannot go on because its own is full.
-pub type RingRelief = Arc<dyn Fn() + Send + Sync>;
+pub type RingRelief = Arc<dyn Fn() -> io::Result<()> + Send + Sync>;
 
 /// What the threads share.
 struct Shared {
@@ -158,7 +158,7 @@ impl Shared {
                     data.copy_from_slice(&answer.to_le_bytes()[..data.len()]);
                 }
                 Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => match self.relief.get() {
-                    Some(relieve) => relieve(),
+                    Some(relieve) => relieve().map_err(|e| format!("its dirty ring cannot be emptied: {e}"))?,
                     None => return Err("its dirty ring is full, and nobody empties it".to_owned()),
                 },
                 Ok(exit) => return Err(format!("the guest came out with {exit:?}")),

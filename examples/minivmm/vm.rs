@@ -4,7 +4,7 @@
 // UNSAFETY: KVM is told where guest RAM lies in this process.
 #![expect(unsafe_code)]
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -46,15 +46,15 @@ pub struct Checked {
 }
 
 impl Vm {
-    /// A VM with fresh memory. `prepare` runs before there are vCPUs.
-    pub fn new(config: &Config, prepare: impl FnOnce(&VmFd) -> Result<(), String>) -> Result<Vm, String> {
+    /// A VM with fresh memory. `prepare` runs before there are memory slots and vCPUs, for what KVM must know before.
+    pub fn new<P>(config: &Config, prepare: impl FnOnce(BorrowedFd<'_>) -> io::Result<P>) -> Result<(Vm, P), String> {
         config.check()?;
         let kvm = Kvm::new().map_err(|e| format!("no /dev/kvm: {e}"))?;
         let fd = kvm.create_vm().map_err(|e| format!("KVM_CREATE_VM: {e}"))?;
         // Processors that cannot run code without paging by themselves need room for help: in the gap below 4 GiB.
         fd.set_identity_map_address(LOW_MAX).map_err(|e| format!("KVM_SET_IDENTITY_MAP_ADDR: {e}"))?;
         fd.set_tss_address(LOW_MAX as usize + 0x1000).map_err(|e| format!("KVM_SET_TSS_ADDR: {e}"))?;
-        prepare(&fd)?;
+        let prepared = prepare(borrow(&fd)).map_err(|e| format!("the VM cannot be prepared: {e}"))?;
 
         let memory = GuestMemoryMmap::<AtomicBitmap>::from_ranges(&config.ranges());
         let memory = Arc::new(memory.map_err(|e| format!("no memory for the guest: {e}"))?);
@@ -80,7 +80,8 @@ impl Vm {
         let no_thread = |e| format!("no threads for the VM: {e}");
         let dma = Dma::new(config, Arc::clone(&memory)).map_err(no_thread)?;
         let vcpus = Vcpus::start(vcpus, Arc::clone(&device), period).map_err(no_thread)?;
-        Ok(Vm { vcpus, dma, device, config: config.clone(), fd, slots, memory, msrs, on_pause: None })
+        let vm = Vm { vcpus, dma, device, config: config.clone(), fd, slots, memory, msrs, on_pause: None };
+        Ok((vm, prepared))
     }
 
     /// Gives RAM its first contents. Only the machine that a guest begins on does this.
@@ -94,8 +95,7 @@ impl Vm {
 
     /// The VM's file descriptor.
     pub fn fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: the descriptor is open for as long as `self.fd` is there.
-        unsafe { BorrowedFd::borrow_raw(self.fd.as_raw_fd()) }
+        borrow(&self.fd)
     }
 
     pub fn vcpus(&self) -> &Vcpus {
@@ -195,6 +195,11 @@ impl Vm {
             (lost, doubled) => Err(format!("{lost} ticks were lost, and {doubled} came twice")),
         }
     }
+}
+
+fn borrow(fd: &VmFd) -> BorrowedFd<'_> {
+    // SAFETY: the descriptor is open for as long as `fd` is there.
+    unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) }
 }
 
 fn slot_of(region: &impl GuestMemoryRegion, slot: u32) -> kvm_userspace_memory_region {
