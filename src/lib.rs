@@ -89,6 +89,10 @@ pub mod ring;
 pub mod dirty {
     pub mod bitmap;
     pub mod runs;
+    /// Of KVM's sources, what is not KVM.
+    pub mod kvm {
+        pub mod turn;
+    }
 }
 
 /// Builds modules, and what is re-exported from them, only where loom is not looking: they make system calls.
@@ -119,7 +123,8 @@ with_a_kernel! {
     pub use config::{Pin, Timeouts};
     pub use dirty::bitmap::DirtyBitmap;
     #[cfg(feature = "kvm")]
-    pub use dirty::kvm::{KvmDirtyLog, KvmSlot};
+    #[cfg(feature = "kvm")]
+    pub use dirty::kvm::{KvmDirtyLog, KvmDirtyRing, KvmSlot};
     #[cfg(feature = "vm-memory")]
     pub use dirty::vm_memory::RegionBitmaps;
     pub use dirty::write_protect::WriteProtect;

@@ -170,3 +170,17 @@ pub fn acquire(site: &'static str) -> Ordering {
 pub fn release(site: &'static str) -> Ordering {
     if weakened(site) { Ordering::Relaxed } else { Ordering::Release }
 }
+
+/// `Ordering::Acquire` of a word that the kernel writes. It has a name like the others, and no mutant: loom runs no
+/// kernel, so there is nothing that could fail.
+#[inline(always)]
+pub const fn acquire_from_kernel(_site: &'static str) -> Ordering {
+    Ordering::Acquire
+}
+
+/// `Ordering::Release` of a word that the kernel reads. It has a name like the others, and no mutant: loom runs no
+/// kernel, so there is nothing that could fail.
+#[inline(always)]
+pub const fn release_to_kernel(_site: &'static str) -> Ordering {
+    Ordering::Release
+}

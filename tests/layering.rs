@@ -19,7 +19,8 @@ use std::path::{Path, PathBuf};
 const LAYERS: &[(u8, &[&str])] = &[
     (0, &["units"]),
     (0, &["error"]),
-    (0, &["sync", "sys"]),
+    (0, &["sync"]),
+    (0, &["sys"]),
     (1, &["ring", "bell", "gate", "digest", "wire", "dirty/runs", "precopy", "progress"]),
     (1, &["barrier", "journal", "memory"]),
     (1, &["dirty/mod", "dirty/bitmap"]),

@@ -141,9 +141,9 @@ pub enum DirtyError {
         /// What the kernel answered.
         source: io::Error,
     },
-    /// KVM could not reset the dirty rings.
+    /// KVM could not reset the dirty rings, or has missed writes.
     Rings {
-        /// What the kernel answered.
+        /// What the kernel answered, or what was seen.
         source: io::Error,
     },
     /// The kernel could not say what is dirty.
@@ -179,7 +179,7 @@ impl fmt::Display for DirtyError {
                 write!(f, "block {block} is tracked by pages of {page_bytes} bytes, the host by {host_page_bytes}")
             }
             DirtyError::Slot { slot, what, source } => write!(f, "cannot {what} of memory slot {slot:#x}: {source}"),
-            DirtyError::Rings { source } => write!(f, "cannot reset the dirty rings: {source}"),
+            DirtyError::Rings { source } => write!(f, "cannot tell from the dirty rings what was written: {source}"),
             DirtyError::Scan { block, first_page, source } => {
                 write!(f, "cannot scan block {block} from page {first_page} on for writes: {source}")
             }

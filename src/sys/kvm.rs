@@ -1,12 +1,15 @@
-//! KVM's dirty log: the ioctls on a VM.
+//! KVM's dirty log and dirty ring: the ioctls on a VM, and the ring of one vCPU.
 
-// UNSAFETY: ioctls that take addresses. kvm-ioctls cannot clear a log, and its types would be in our interface.
+// UNSAFETY: ioctls that take addresses, and a mapping that the kernel writes. kvm-ioctls has neither the clearing of a
+// log nor a ring that several threads may drain, and its types would be in our interface.
 #![expect(unsafe_code)]
 
-use super::memory::host_page_bytes;
-use super::cvt_retry;
+use super::memory::{advise, host_page_bytes};
+use super::{cvt, cvt_retry};
+use crate::sync::{AtomicU32, AtomicU64, Ordering, acquire_from_kernel, release_to_kernel};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::ptr::NonNull;
 
 /// Writes to the slot are logged.
 pub(crate) const MEM_LOG_DIRTY_PAGES: u32 = 1 << 0;
@@ -17,6 +20,20 @@ pub(crate) const CAP_MANUAL_DIRTY_LOG_PROTECT2: u32 = 168;
 pub(crate) const MANUAL_PROTECT_ENABLE: u64 = 1 << 0;
 /// A slot whose logging begins has every bit set, and is protected as these are cleared.
 pub(crate) const INITIALLY_SET: u64 = 1 << 1;
+
+/// The dirty ring, where plain loads and stores have the order that is needed: x86.
+pub(crate) const CAP_DIRTY_LOG_RING: u32 = 192;
+/// The dirty ring, for user space that loads with acquire and stores with release.
+pub(crate) const CAP_DIRTY_LOG_RING_ACQ_REL: u32 = 223;
+/// Beside the ring a log for writes that no vCPU made.
+pub(crate) const CAP_DIRTY_LOG_RING_WITH_BITMAP: u32 = 225;
+
+/// Bytes of an entry of the ring: flags, slot, offset.
+pub(crate) const RING_ENTRY_BYTES: u64 = 16;
+/// Where in the file of a vCPU the ring is, in pages.
+const DIRTY_LOG_PAGE_OFFSET: u64 = 64;
+const GFN_DIRTY: u32 = 1 << 0;
+const GFN_RESET: u32 = 1 << 1;
 
 #[repr(C)]
 struct UserspaceMemoryRegion {
@@ -61,6 +78,7 @@ const KVM_GET_DIRTY_LOG: libc::c_ulong = request(IOW, 0x42, size_of::<DirtyLog>(
 const KVM_SET_USER_MEMORY_REGION: libc::c_ulong = request(IOW, 0x46, size_of::<UserspaceMemoryRegion>());
 const KVM_ENABLE_CAP: libc::c_ulong = request(IOW, 0xA3, size_of::<EnableCap>());
 const KVM_CLEAR_DIRTY_LOG: libc::c_ulong = request(IOWR, 0xC0, size_of::<ClearDirtyLog>());
+const KVM_RESET_DIRTY_RINGS: libc::c_ulong = request(IO, 0xC7, 0);
 
 /// A memory slot of a VM, as the VMM described it to KVM_SET_USER_MEMORY_REGION.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -176,6 +194,95 @@ pub(crate) fn clear_dirty_log(
     cvt_retry(|| i64::from(unsafe { libc::ioctl(vm.as_raw_fd(), KVM_CLEAR_DIRTY_LOG as _, &clear) })).map(drop)
 }
 
+/// ioctl(KVM_RESET_DIRTY_RINGS): protects the pages of all entries that were taken, on the rings of all vCPUs, and
+/// says how many they were. A pending signal makes it return early without a word, from Linux 6.16 on, and maybe without
+/// protecting pages that it has counted: call it with signals blocked.
+pub(crate) fn reset_dirty_rings(vm: BorrowedFd<'_>) -> io::Result<u64> {
+    // SAFETY: this request has no argument.
+    cvt_retry(|| i64::from(unsafe { libc::ioctl(vm.as_raw_fd(), KVM_RESET_DIRTY_RINGS as _, 0) }))
+}
+
+/// The dirty ring of one vCPU, mapped.
+#[derive(Debug)]
+pub(crate) struct VcpuRing {
+    entries: NonNull<u8>,
+    /// A power of two.
+    count: u32,
+    /// Where the next entry to take is. Whoever takes writes it, one at a time; Relaxed, as whoever is next has been
+    /// given the turn by whoever was before.
+    next: AtomicU32,
+}
+
+// SAFETY: the mapping belongs to no thread, and all that is done with it goes through atomics.
+unsafe impl Send for VcpuRing {}
+// SAFETY: as above.
+unsafe impl Sync for VcpuRing {}
+
+impl VcpuRing {
+    /// mmap(2) of a vCPU's ring. `count` is what the ring was enabled with on its VM, a power of two. EFAULT: it has no
+    /// ring, or a smaller one.
+    pub(crate) fn map(vcpu: BorrowedFd<'_>, count: u32) -> io::Result<VcpuRing> {
+        assert!(count.is_power_of_two());
+        let bytes = count as usize * RING_ENTRY_BYTES as usize;
+        let offset = (DIRTY_LOG_PAGE_OFFSET * host_page_bytes()) as libc::off_t;
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let at = std::ptr::null_mut();
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let got = unsafe { libc::mmap(at, bytes, protection, libc::MAP_SHARED, vcpu.as_raw_fd(), offset) };
+        if got == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let entries = NonNull::new(got.cast()).ok_or(io::ErrorKind::AddrNotAvailable)?;
+        let ring = VcpuRing { entries, count, next: AtomicU32::new(0) };
+        // KVM maps whatever it is asked to, and sends a SIGBUS at the first touch of what is not there. Populating says
+        // so instead, from Linux 5.14 on.
+        // SAFETY: the range is the mapping just made; populating changes no content.
+        match unsafe { advise(ring.entries.as_ptr(), bytes, libc::MADV_POPULATE_READ) } {
+            Err(e) if e.raw_os_error() != Some(libc::EINVAL) => Err(e),
+            _ => Ok(ring),
+        }
+    }
+
+    /// How many entries the ring has.
+    pub(crate) fn count(&self) -> u32 {
+        self.count
+    }
+
+    /// Takes the oldest entry that was not taken: its slot, and the page within it. For one thread at a time. The page
+    /// stays writable, without another entry, until [`reset_dirty_rings`] has returned.
+    pub(crate) fn pop(&self) -> Option<(u32, u64)> {
+        let next = self.next.load(Ordering::Relaxed);
+        let index = (next & (self.count - 1)) as usize;
+        // SAFETY: the index is below `count`, so the entry lies in the mapping.
+        let entry = unsafe { self.entries.add(index * RING_ENTRY_BYTES as usize) };
+        // SAFETY: the mapping is of whole pages and entries are of 16 bytes, so the three fields are aligned; it lives
+        // as long as `self`; the kernel's accesses are atomic, too.
+        let (flags, slot, offset) = unsafe {
+            let entry = entry.as_ptr();
+            let flags = AtomicU32::from_ptr(entry.cast());
+            (flags, AtomicU32::from_ptr(entry.add(4).cast()), AtomicU64::from_ptr(entry.add(8).cast()))
+        };
+        // Acquire: shows slot and offset; pairs with the kernel's release of the flag in kvm_dirty_ring_push.
+        if flags.load(acquire_from_kernel("kvm-ring/entry")) & GFN_DIRTY == 0 {
+            return None;
+        }
+        let taken = (slot.load(Ordering::Relaxed), offset.load(Ordering::Relaxed));
+        // Release: slot and offset were read before the kernel may write them anew; pairs with the kernel's acquire of
+        // the flag in kvm_dirty_ring_reset.
+        flags.store(GFN_RESET, release_to_kernel("kvm-ring/taken"));
+        self.next.store(next.wrapping_add(1), Ordering::Relaxed);
+        Some(taken)
+    }
+}
+
+impl Drop for VcpuRing {
+    fn drop(&mut self) {
+        let bytes = self.count as usize * RING_ENTRY_BYTES as usize;
+        // SAFETY: the mapping that `map` made, and nothing points into it any more.
+        let _ = cvt(i64::from(unsafe { libc::munmap(self.entries.as_ptr().cast(), bytes) }));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -188,6 +295,7 @@ mod tests {
         assert_eq!(KVM_SET_USER_MEMORY_REGION, 0x4020_AE46);
         assert_eq!(KVM_ENABLE_CAP, 0x4068_AEA3);
         assert_eq!(KVM_CLEAR_DIRTY_LOG, 0xC018_AEC0);
+        assert_eq!(KVM_RESET_DIRTY_RINGS, 0xAEC7);
     }
 
     #[test]
@@ -195,7 +303,9 @@ mod tests {
         use std::os::fd::AsFd;
         let file = std::fs::File::open("/dev/null").unwrap();
         let refused = |done: io::Result<u64>| done.unwrap_err().raw_os_error() == Some(libc::ENOTTY);
-        assert!(refused(check_extension(file.as_fd(), CAP_MANUAL_DIRTY_LOG_PROTECT2)));
-        assert!(refused(enable_cap(file.as_fd(), CAP_MANUAL_DIRTY_LOG_PROTECT2, 4096).map(|()| 0)));
+        assert!(refused(check_extension(file.as_fd(), CAP_DIRTY_LOG_RING)));
+        assert!(refused(reset_dirty_rings(file.as_fd())));
+        assert!(refused(enable_cap(file.as_fd(), CAP_DIRTY_LOG_RING, 4096).map(|()| 0)));
+        assert!(VcpuRing::map(file.as_fd(), 256).is_err());
     }
 }

@@ -9,7 +9,8 @@ use pageferry::dirty::kvm::KvmSlot;
 use pageferry::memory::{Backing, RamBlock};
 use pageferry::units::PageSize;
 
-// EBX points to what the vCPU is to do: a count, a value, and so many addresses to write the value to.
+// EBX points to what the vCPU is to do: a count, a value, and so many addresses to write the value to. Whenever the
+// count of what is left has none of the bits of EDX it tells us through a port, which makes it leave KVM_RUN.
 std::arch::global_asm!(
     ".pushsection .rodata",
     ".code32",
@@ -23,6 +24,9 @@ std::arch::global_asm!(
     "    mov [edi], eax",
     "    add esi, 4",
     "    dec ecx",
+    "    test ecx, edx",
+    "    jnz 2b",
+    "    out 0x10, al",
     "    jmp 2b",
     "3:  hlt",
     "pageferry_test_guest_end:",
@@ -143,8 +147,24 @@ impl Vcpu {
     }
 
     /// Has the guest write `value` to each of these guest addresses, in order. `full` is called each time the vCPU
-    /// comes back because its dirty ring is full.
+    /// comes back because its dirty ring is full. The vCPU leaves KVM_RUN after every 16 writes: where KVM emulates the
+    /// guest it looks only then whether the ring is full.
     pub fn write(&mut self, addresses: impl IntoIterator<Item = u64>, value: u32, mut full: impl FnMut()) {
+        self.write_in_bursts(16, addresses, value, || {
+            full();
+            true
+        });
+    }
+
+    /// As [`write`](Self::write), leaving KVM_RUN after each `burst` writes, a power of two. Ends early, without the
+    /// rest being written, when `full` says false.
+    pub fn write_in_bursts(
+        &mut self,
+        burst: u32,
+        addresses: impl IntoIterator<Item = u64>,
+        value: u32,
+        mut full: impl FnMut() -> bool,
+    ) {
         let mut count = 0;
         for address in addresses {
             assert!(count < WRITES_MAX, "more than a list takes");
@@ -158,12 +178,14 @@ impl Vcpu {
             self.list.add(1).write_volatile(value);
         }
         let mut regs = self.fd.get_regs().unwrap();
-        (regs.rip, regs.rbx, regs.rflags) = (0, self.list_address, 2);
+        (regs.rip, regs.rbx, regs.rdx, regs.rflags) = (0, self.list_address, u64::from(burst - 1), 2);
         self.fd.set_regs(&regs).unwrap();
         loop {
             match self.fd.run() {
                 Ok(VcpuExit::Hlt) => return,
-                Ok(VcpuExit::Unsupported(EXIT_DIRTY_RING_FULL)) => full(),
+                Ok(VcpuExit::IoOut(..)) => {}
+                Ok(VcpuExit::Unsupported(EXIT_DIRTY_RING_FULL)) if full() => {}
+                Ok(VcpuExit::Unsupported(EXIT_DIRTY_RING_FULL)) => return,
                 Ok(other) => panic!("the guest ended with {other:?}"),
                 Err(e) if e.errno() == libc::EINTR => {}
                 Err(e) => panic!("KVM_RUN: {e}"),

@@ -1,8 +1,9 @@
 //! What the calls into KVM cost: how many, how long, the longest, the largest. Counted always, and told one by one.
 #![forbid(unsafe_code)]
 
-use crate::sync::{Arc, AtomicU64, DynArc, Ordering::Relaxed};
+use crate::sync::{Arc, AtomicU64, Ordering::Relaxed};
 use std::fmt;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 /// Which call it was.
@@ -114,6 +115,10 @@ impl CostMeter {
     pub(super) fn disarmed(&self, since: Instant) {
         self.counts.disarm_ns.store(as_ns(since.elapsed()), Relaxed);
     }
+
+    pub(super) fn ignored(&self, entries: u64) {
+        self.counts.entries_ignored.fetch_add(entries, Relaxed);
+    }
 }
 
 impl CallCounts {
@@ -142,16 +147,21 @@ fn as_ns(time: Duration) -> u64 {
 }
 
 /// Who is told of each call: on the thread that made it, which may be a vCPU's.
-pub(super) type OnCall = DynArc<dyn Fn(&KvmCall) + Send + Sync>;
+type OnCall = Box<dyn Fn(&KvmCall) + Send + Sync>;
 
 /// Counts calls and tells of them.
-#[derive(Clone, Default)]
+#[derive(Default)]
 pub(super) struct Recorder {
     pub(super) meter: CostMeter,
-    pub(super) on_call: Option<OnCall>,
+    on_call: OnceLock<OnCall>,
 }
 
 impl Recorder {
+    /// Tells `on_call` of each call from now on, unless somebody is told already.
+    pub(super) fn tell(&self, on_call: impl Fn(&KvmCall) + Send + Sync + 'static) {
+        let _ = self.on_call.set(Box::new(on_call));
+    }
+
     /// Makes a call. `pages` is what it is about, given what it returned.
     pub(super) fn call<T>(
         &self,
@@ -170,7 +180,7 @@ impl Recorder {
             KvmCallKind::Reset => &self.meter.counts.reset,
         };
         counts.add(&call);
-        if let Some(on_call) = &self.on_call {
+        if let Some(on_call) = self.on_call.get() {
             on_call(&call);
         }
         made
@@ -179,7 +189,7 @@ impl Recorder {
 
 impl fmt::Debug for Recorder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let tells = self.on_call.is_some();
+        let tells = self.on_call.get().is_some();
         f.debug_struct("Recorder").field("costs", &self.meter.read()).field("tells", &tells).finish()
     }
 }

@@ -3,7 +3,7 @@
 
 use super::costs::{CostMeter, KvmCall, KvmCallKind, KvmCosts, Recorder};
 use super::slots::{SlotMap, or_bits};
-use super::toggle::{Toggle, check_slots, map, pages_of};
+use super::toggle::{Toggle, check_slots, map, pages_of, used};
 use crate::dirty::runs::{count, set_range};
 use crate::dirty::{DirtyError, DirtySource};
 use crate::memory::Ram;
@@ -113,10 +113,10 @@ impl KvmDirtyLog {
         self
     }
 
-    /// Tells of every call into KVM, after it, on the thread that made it.
+    /// Tells of every call into KVM, after it, on the thread that made it. The first one that is set stays.
     #[must_use]
-    pub fn on_call(mut self, on_call: impl Fn(&KvmCall) + Send + Sync + 'static) -> Self {
-        self.recorder.on_call = Some(crate::sync::DynArc::new(on_call));
+    pub fn on_call(self, on_call: impl Fn(&KvmCall) + Send + Sync + 'static) -> Self {
+        self.recorder.tell(on_call);
         self
     }
 
@@ -228,11 +228,6 @@ impl Armed {
             _ => Err(out_of_range),
         }
     }
-}
-
-/// The slots that show a part of the RAM that `map` was made for.
-fn used<'a>(slots: &'a [KvmSlot], map: &'a SlotMap) -> impl Iterator<Item = &'a KvmSlot> + Clone {
-    slots.iter().enumerate().filter(|(index, _)| !map.of_slot(*index).is_empty()).map(|(_, slot)| slot)
 }
 
 impl DirtySource for KvmDirtyLog {

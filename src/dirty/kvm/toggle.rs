@@ -95,3 +95,8 @@ pub(super) fn map(slots: &[KvmSlot], ram: &Ram) -> Result<SlotMap, DirtyError> {
         DirtyError::Uncovered { block: BlockId(block as u16), first_page: page }
     })
 }
+
+/// The slots that show a part of the RAM that `map` was made for.
+pub(super) fn used<'a>(slots: &'a [KvmSlot], map: &'a SlotMap) -> impl Iterator<Item = &'a KvmSlot> + Clone {
+    slots.iter().enumerate().filter(|(index, _)| !map.of_slot(*index).is_empty()).map(|(_, slot)| slot)
+}
