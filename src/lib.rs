@@ -123,7 +123,6 @@ with_a_kernel! {
     pub use config::{Pin, Timeouts};
     pub use dirty::bitmap::DirtyBitmap;
     #[cfg(feature = "kvm")]
-    #[cfg(feature = "kvm")]
     pub use dirty::kvm::{KvmDirtyLog, KvmDirtyRing, KvmSlot};
     #[cfg(feature = "vm-memory")]
     pub use dirty::vm_memory::RegionBitmaps;

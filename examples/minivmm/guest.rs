@@ -3,6 +3,8 @@
 // UNSAFETY: the guest's program is bytes between two symbols of an assembled section.
 #![expect(unsafe_code)]
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -31,9 +33,11 @@ pub const UNIT_BYTES: u64 = UNIT_PAGES * PAGE;
 /// is not mistaken for its neighbour of another pass.
 const PASS_MIX: u32 = 0x1e37_79b1;
 /// A power of two.
-const TICKS_PER_COLD_UNIT: u32 = 16;
-/// Units between two ticks of a vCPU that need not wait: about 150 us where each instruction costs 0.5 us.
+const TICKS_PER_COLD_UNIT: u32 = 32;
+/// Units between two ticks, at most: about 100 us where each instruction costs 0.4 us.
 const UNITS_A_TICK: u64 = 8;
+/// The same for a guest that is tracked by dirty rings. See guest.s for why not more.
+const UNITS_A_TICK_RING: u64 = 3;
 
 /// Ports: four bytes wide, all of them.
 pub mod port {
@@ -41,7 +45,7 @@ pub mod port {
     pub const TICK: u16 = 0x20;
     /// IN: 0 go on, 1 check all pages.
     pub const COMMAND: u16 = 0x21;
-    /// IN: comes back with the next period of the timer.
+    /// IN: comes back when the vCPU may go on, by the clock.
     pub const WAIT: u16 = 0x22;
     /// OUT: the address of the first bad page, what it holds, what it should hold.
     pub const BAD_ADDRESS: u16 = 0x23;
@@ -55,6 +59,7 @@ core::arch::global_asm!(
     include_str!("guest.s"),
     UNIT_PAGES = const UNIT_PAGES,
     UNIT_BYTES = const UNIT_BYTES,
+    UNITS_A_TICK_RING = const UNITS_A_TICK_RING,
     PASS_MIX = const PASS_MIX,
     TICKS_PER_COLD_UNIT = const TICKS_PER_COLD_UNIT,
     HOT_START = const 4 * Parameter::HotStart as u8,
@@ -90,7 +95,7 @@ enum Parameter {
     ColdEnd,
     /// Whether the cold set is written to.
     ColdSweep,
-    /// Whether to wait for the timer after each tick.
+    /// Whether to ask the clock after each tick.
     Wait,
 }
 const PARAMETERS: usize = 8;
@@ -164,21 +169,24 @@ impl Config {
         (0..self.vcpus).map(|vcpu| self.part(vcpu)).map(|part| (part.end - part.start) / PAGE).sum()
     }
 
-    /// The timer's period in nanoseconds, 1 ms or a little more, and the units that each vCPU writes in it.
+    /// The units that each vCPU writes before a tick, and the nanoseconds from tick to tick.
     fn pace(&self) -> (u64, u64) {
         const MS: u64 = 1_000_000;
-        if self.dirty_rate == 0 {
-            return (MS, UNITS_A_TICK);
+        let units_max = if self.dirty_ring { UNITS_A_TICK_RING } else { UNITS_A_TICK };
+        match (self.hot_bytes, self.dirty_rate) {
+            (0, _) => (0, MS),
+            (_, 0) => (units_max, 0),
+            (_, rate) => {
+                let a_ms = rate / 1000 / self.vcpus / UNIT_BYTES;
+                let units = a_ms.clamp(1, units_max);
+                (units, (u128::from(units * UNIT_BYTES * self.vcpus) * 1_000_000_000 / u128::from(rate)) as u64)
+            }
         }
-        let units_of = |ns: u64| (u128::from(self.dirty_rate) * u128::from(ns) / 1_000_000_000) as u64;
-        let units = units_of(MS).div_ceil(self.vcpus * UNIT_BYTES).max(1);
-        let ns = u128::from(units * UNIT_BYTES * self.vcpus) * 1_000_000_000 / u128::from(self.dirty_rate);
-        (ns as u64, units)
     }
 
-    /// The timer's period in nanoseconds.
-    pub fn period_ns(&self) -> u64 {
-        self.pace().0
+    /// The time from tick to tick of a vCPU; zero for as short as it can be.
+    pub fn tick_time(&self) -> Duration {
+        Duration::from_nanos(self.pace().1)
     }
 
     fn part_bytes(&self) -> u64 {
@@ -194,16 +202,15 @@ impl Config {
 
     fn parameters(&self, vcpu: u64) -> [u32; PARAMETERS] {
         let part = self.part(vcpu);
-        let idle = self.hot_bytes == 0;
         let mut words = [0; PARAMETERS];
         let mut set = |parameter: Parameter, value: u64| words[parameter as usize] = value as u32;
         set(Parameter::HotStart, part.start);
         set(Parameter::HotEnd, part.hot_end);
-        set(Parameter::HotUnits, if idle { 0 } else { self.pace().1 });
+        set(Parameter::HotUnits, self.pace().0);
         set(Parameter::ColdStart, part.hot_end);
         set(Parameter::ColdEnd, part.end);
-        set(Parameter::ColdSweep, u64::from(!idle));
-        set(Parameter::Wait, u64::from(idle || self.dirty_rate > 0));
+        set(Parameter::ColdSweep, u64::from(self.hot_bytes > 0));
+        set(Parameter::Wait, u64::from(!self.tick_time().is_zero()));
         words
     }
 

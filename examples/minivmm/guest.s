@@ -12,7 +12,9 @@
 //   fs   what the VMM tells this vCPU (guest.rs: Parameters)
 //
 // The position moves in units of {UNIT_PAGES} pages: where each instruction is emulated, an unrolled unit is what makes
-// a sweep fast.
+// a sweep fast. With dirty rings there are never more than {UNITS_A_TICK_RING} units between two accesses to a port: a
+// KVM that emulates (as it does where no hardware helps it) puts an entry into the vCPU's ring for every store, and looks
+// only when the guest comes out whether the ring is full; it keeps 64 entries in reserve.
 
     .pushsection .rodata.minivmm_guest, "a"
     .code32
@@ -20,16 +22,11 @@
     .globl minivmm_guest_end
 
 // Writes the unit at `at`, whose first page is to hold what is in eax.
-//
-// The nop is for KVM's dirty rings. A KVM that emulates (as it does where it runs without help of the hardware) puts an
-// entry into the ring for every store, looks only after 130 instructions whether the ring is full, and keeps 64 entries
-// in reserve: a program with more stores than every other instruction makes it write over entries that nobody has read.
 .macro write_unit at
     .irp page, 0, 1, 2, 3, 4, 5, 6, 7
     mov     [\at + \page * 4096], eax
     mov     [\at + \page * 4096 + 4092], eax
     add     eax, 4096
-    nop
     .endr
 .endm
 
@@ -49,7 +46,10 @@ next_tick:
 2:  dec     ecx
     jnz     6b
 
-3:  test    edx, {TICKS_PER_COLD_UNIT} - 1  // the cold set: one unit now and then
+3:  mov     eax, edx
+    out     {PORT_TICK}, eax
+    inc     edx
+    test    edx, {TICKS_PER_COLD_UNIT} - 1  // the cold set: one unit now and then
     jnz     4f
     cmp     dword ptr fs:[{COLD_SWEEP}], 0
     je      4f
@@ -61,15 +61,12 @@ next_tick:
     mov     esi, fs:[{COLD_START}]
     add     ebp, {PASS_MIX}
 
-4:  mov     eax, edx
-    out     {PORT_TICK}, eax
-    inc     edx
-    in      eax, {PORT_COMMAND}
+4:  in      eax, {PORT_COMMAND}
     test    eax, eax
     jnz     check
 5:  cmp     dword ptr fs:[{WAIT}], 0
     je      next_tick
-    in      eax, {PORT_WAIT}                // comes back with the next period
+    in      eax, {PORT_WAIT}                // comes back when it may go on
     jmp     next_tick
 
 // Compares every page with what it must hold, and tells how many it looked at, or the first that is bad.

@@ -21,11 +21,14 @@ use crate::guest::port;
 /// What gets the entries out of dirty rings, when a vCPU cannot go on because its own is full.
 pub type RingRelief = Arc<dyn Fn() -> io::Result<()> + Send + Sync>;
 
+/// What a vCPU is ahead of the clock before it waits: a sleep costs more than a tick.
+const WAIT_MIN: Duration = Duration::from_micros(500);
+
 /// What the threads share.
 struct Shared {
     control: Control,
     device: Arc<Device>,
-    period: Duration,
+    tick_time: Duration,
     relief: OnceLock<RingRelief>,
     vcpus: Vec<Vcpu>,
     /// Set once, before the first vCPU may be let in.
@@ -47,7 +50,7 @@ pub struct Vcpus {
 
 impl Vcpus {
     /// Starts their threads, which stay outside.
-    pub fn start(fds: Vec<VcpuFd>, device: Arc<Device>, period: Duration) -> io::Result<Vcpus> {
+    pub fn start(fds: Vec<VcpuFd>, device: Arc<Device>, tick_time: Duration) -> io::Result<Vcpus> {
         register_signal_handler(SIGRTMIN(), interrupt).map_err(|e| io::Error::from_raw_os_error(e.errno()))?;
         let of = |mut fd: VcpuFd| {
             let immediate_exit = ImmediateExit(&raw mut fd.get_kvm_run().immediate_exit);
@@ -55,7 +58,7 @@ impl Vcpus {
         };
         let vcpus: Vec<_> = fds.into_iter().map(of).collect();
         let (control, relief, threads) = (Control::new(), OnceLock::new(), Mutex::default());
-        let shared = Arc::new(Shared { control, device, period, relief, vcpus, threads });
+        let shared = Arc::new(Shared { control, device, tick_time, relief, vcpus, threads });
         // From here on a failure drops this, which ends the threads that there are.
         let mut all = Vcpus { shared: Arc::clone(&shared), throttle: None };
         for id in 0..shared.vcpus.len() {
@@ -135,7 +138,7 @@ impl Shared {
     /// called *again*. A vCPU that left in between would be saved in front of its OUT, and write it a second time at the
     /// target. With `immediate_exit` set, the next KVM_RUN finishes the access, runs nothing, and says EINTR.
     fn run_guest(&self, id: usize, fd: &mut VcpuFd) -> Result<(), String> {
-        let mut next_period = Instant::now();
+        let mut next_tick = Instant::now();
         loop {
             match fd.run() {
                 Ok(VcpuExit::IoOut(at, data)) => {
@@ -148,9 +151,12 @@ impl Shared {
                     let answer = match at {
                         port::COMMAND => self.device.command(id),
                         port::WAIT => {
-                            // A guest that comes late does not catch up.
-                            next_period = (next_period + self.period).max(Instant::now());
-                            self.control.wait_inside(next_period);
+                            // A guest that comes late makes up for little of it; short waits are saved up.
+                            let now = Instant::now();
+                            next_tick = (next_tick + self.tick_time).max(now - WAIT_MIN.min(self.tick_time));
+                            if next_tick > now + WAIT_MIN {
+                                self.control.wait_inside(next_tick);
+                            }
                             0
                         }
                         _ => return Err(format!("IN of {} bytes from port {at:#x}", data.len())),

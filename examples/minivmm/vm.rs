@@ -76,10 +76,9 @@ impl Vm {
         }
         let msrs = state::msrs_of(&kvm, &vcpus[0])?;
         let device = Arc::new(Device::new(config.vcpus));
-        let period = Duration::from_nanos(config.period_ns());
         let no_thread = |e| format!("no threads for the VM: {e}");
         let dma = Dma::new(config, Arc::clone(&memory)).map_err(no_thread)?;
-        let vcpus = Vcpus::start(vcpus, Arc::clone(&device), period).map_err(no_thread)?;
+        let vcpus = Vcpus::start(vcpus, Arc::clone(&device), config.tick_time()).map_err(no_thread)?;
         let vm = Vm { vcpus, dma, device, config: config.clone(), fd, slots, memory, msrs, on_pause: None };
         Ok((vm, prepared))
     }

@@ -44,7 +44,9 @@ impl DirtySource for DropWord {
 
     fn harvest(&mut self, block: BlockId, first_page: u64, words: &mut [u64]) -> Result<(), DirtyError> {
         self.inner.harvest(block, first_page, words)?;
-        if let Some(word) = words.iter_mut().rfind(|word| **word != 0).filter(|_| self.armed) {
+        // Not in the first block, where the device writes: it is the guest that is to find this one.
+        let may = self.armed && block != BlockId(0);
+        if let Some(word) = words.iter_mut().rfind(|word| **word != 0).filter(|_| may) {
             *word = 0;
             self.armed = false;
         }
