@@ -7,7 +7,7 @@ mod support;
 
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{LazyLock, Mutex, PoisonError};
 
 use serde_json::Value;
 
@@ -29,11 +29,9 @@ fn demo(test: &str, options: &[&str]) -> Option<Ended> {
         return None;
     }
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let program = program();
-    let mut command = Command::new(&program);
+    let mut command = Command::new(PROGRAM.as_path());
     command.arg("demo").arg("--json").args(options).stdin(Stdio::null());
-    let output =
-        command.output().unwrap_or_else(|e| panic!("{program:?}: {e}; `cargo build --example minivmm` makes it"));
+    let output = command.output().unwrap_or_else(|e| panic!("{}: {e}", PROGRAM.display()));
     let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     if let Some(why) = stderr.lines().find(|line| line.contains("this kernel's KVM has no dirty ring")) {
         support::skip(test, why);
@@ -45,11 +43,22 @@ fn demo(test: &str, options: &[&str]) -> Option<Ended> {
     Some(Ended { code: output.status.code(), report })
 }
 
-/// Cargo puts examples beside the folder of tests.
-fn program() -> PathBuf {
+/// The example, built as this test was. By itself cargo builds it only for a `cargo test` that names no targets, and one
+/// that is there may be an old one.
+static PROGRAM: LazyLock<PathBuf> = LazyLock::new(|| {
+    // target/PROFILE/deps/minivmm-HASH; examples have a folder beside that of tests.
     let test = std::env::current_exe().unwrap();
-    test.ancestors().nth(2).unwrap().join("examples/minivmm")
-}
+    let folder = test.ancestors().nth(2).unwrap();
+    let profile = match folder.file_name().and_then(|name| name.to_str()).unwrap() {
+        "debug" => "dev",
+        name => name,
+    };
+    let mut build = Command::new(env!("CARGO"));
+    build.args(["build", "--quiet", "--locked", "--example", "minivmm", "--profile", profile]).arg("--target-dir");
+    let built = build.arg(folder.parent().unwrap()).current_dir(env!("CARGO_MANIFEST_DIR")).status().unwrap();
+    assert!(built.success(), "the example does not build");
+    folder.join("examples/minivmm")
+});
 
 impl Ended {
     /// Every migration completed, and guest and device found all in order.
