@@ -126,7 +126,7 @@ impl Vmm {
         self.cancel.set(Some(target.cancel_handle()));
         let addr = target.address().map(|address| address.to_string()).unwrap_or_default();
         say(&Said::Listening { addr });
-        let mut berth = Berth::default();
+        let mut berth = Berth(None);
         let report = target.receive(&mut berth);
         self.cancel.set(None);
         if report.outcome == Outcome::Completed {

@@ -74,9 +74,14 @@ impl Dma {
         self.engine.lock().next
     }
 
-    pub fn load(&self, next: u64) {
+    /// Becomes what it was at the source.
+    pub fn load(&self, next: u64) -> Result<(), String> {
+        if next < self.engine.config.device_pages() {
+            return Err(format!("the device cannot have made {next} writes: not each of its pages is written"));
+        }
         let mut inner = self.engine.lock();
         (inner.next, inner.unchecked) = (next, true);
+        Ok(())
     }
 
     /// Compares every page that it writes with the last write to it.

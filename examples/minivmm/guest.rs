@@ -14,6 +14,8 @@ pub type Memory = GuestMemoryMmap<AtomicBitmap>;
 
 pub const PAGE: u64 = 4096;
 pub const MIB: u64 = 1 << 20;
+const RAM_MIN: u64 = 4 * MIB;
+const RAM_MAX: u64 = 1 << 40;
 /// RAM above this lies above 4 GiB: the 16 MiB below are where a PC has its devices.
 pub const LOW_MAX: u64 = FOUR_GIB - 16 * MIB;
 pub const FOUR_GIB: u64 = 1 << 32;
@@ -126,8 +128,8 @@ struct Part {
 impl Config {
     /// Says what is wrong with it.
     pub fn check(&self) -> Result<(), String> {
-        if self.ram_bytes % MIB != 0 || self.ram_bytes < 4 * MIB {
-            return Err("RAM has to be whole MiB, and at least 4".to_owned());
+        if self.ram_bytes % MIB != 0 || !(RAM_MIN..=RAM_MAX).contains(&self.ram_bytes) {
+            return Err("RAM has to be whole MiB, from 4 MiB to 1 TiB".to_owned());
         }
         if !(1..=VCPUS_MAX).contains(&self.vcpus) {
             return Err(format!("{} vCPUs are not possible; 1 to {VCPUS_MAX} are", self.vcpus));

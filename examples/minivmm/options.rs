@@ -4,6 +4,8 @@
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+use crate::ferry::Verify;
+use crate::ferry::precopy::{AtLimit, Overrun};
 use crate::guest::{Config, MIB, VCPUS_MAX};
 
 #[derive(clap::Args, Clone, Debug)]
@@ -98,6 +100,34 @@ pub enum OverrunArg {
     Accept,
     /// The guest runs on at the source for now, and it is tried again, three times
     Retry,
+}
+
+impl From<VerifyArg> for Verify {
+    fn from(how: VerifyArg) -> Verify {
+        match how {
+            VerifyArg::Off => Verify::Off,
+            VerifyArg::Wire => Verify::Wire,
+            VerifyArg::Full => Verify::Full,
+        }
+    }
+}
+
+impl From<AtLimitArg> for AtLimit {
+    fn from(what: AtLimitArg) -> AtLimit {
+        match what {
+            AtLimitArg::GiveUp => AtLimit::GiveUp,
+            AtLimitArg::SwitchOver => AtLimit::SwitchOver,
+        }
+    }
+}
+
+impl From<OverrunArg> for Overrun {
+    fn from(what: OverrunArg) -> Overrun {
+        match what {
+            OverrunArg::Accept => Overrun::Accept,
+            OverrunArg::Retry => Overrun::Retry { tries: 3 },
+        }
+    }
 }
 
 /// How vCPUs' writes are noticed.

@@ -56,7 +56,7 @@ fn try_run(args: &Args) -> Result<(), String> {
     vm.throttle(0);
 
     let begun = Instant::now();
-    vm.pause();
+    vm.pause()?;
     let paused = Instant::now();
     let mut state = Vec::new();
     vm.save(&mut state)?;

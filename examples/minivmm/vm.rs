@@ -118,13 +118,17 @@ impl Vm {
         self.vcpus.resume();
     }
 
-    /// When this returns nobody writes guest RAM.
-    pub fn pause(&mut self) {
+    /// When this returns nobody writes guest RAM. A guest that has broken down is not paused: it is nothing to send.
+    pub fn pause(&mut self) -> Result<(), String> {
+        if let Some(why) = self.vcpus.broken() {
+            return Err(format!("the guest is gone: {why}"));
+        }
         self.vcpus.pause();
         self.dma.set_running(false);
         if let Some(hook) = self.on_pause.take() {
             hook();
         }
+        Ok(())
     }
 
     /// Has something done the next time that it has been paused: for tests, to which no other moment is like this one.
@@ -155,8 +159,7 @@ impl Vm {
         self.vcpus.fds().zip(&state.vcpus).try_for_each(|(fd, state)| state::load(&fd, state))?;
         self.device.load(state.device)?;
         self.device.ask_for_check();
-        self.dma.load(state.dma_next);
-        Ok(())
+        self.dma.load(state.dma_next)
     }
 
     /// Has all RAM looked at, while the guest runs, by those who know what it must hold.
