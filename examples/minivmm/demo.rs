@@ -209,6 +209,9 @@ impl Demo<'_> {
                     numbers.downtime_ms
                 );
             }
+            (End::Completed, ..) => {
+                line += &format!("{ms:.0} ms, {rounds} rounds, {sent} sent; no word from the guest")
+            }
             _ => line += &format!("{} after {ms:.0} ms", source.error.as_deref().unwrap_or("failed")),
         }
         if numbers.throttle > 0 {

@@ -67,13 +67,15 @@ struct Inner {
     ticks: Ticks,
     /// How many ticks somebody waits for.
     awaited: u64,
+    /// The guest is gone: nobody need wait for it.
+    gone: bool,
 }
 
 impl Device {
     pub fn new(vcpus: u64) -> Device {
         let vcpus = vcpus as usize;
         let state = DeviceState { last: vec![0; vcpus], ticks_lost: 0, ticks_doubled: 0, checks: vec![None; vcpus] };
-        let inner = Inner { state, ticks: Ticks::default(), awaited: u64::MAX };
+        let inner = Inner { state, ticks: Ticks::default(), awaited: u64::MAX, gone: false };
         Device { inner: Mutex::new(inner), changed: Condvar::new() }
     }
 
@@ -140,6 +142,12 @@ impl Device {
         inner.ticks.count >= awaited
     }
 
+    /// The guest is gone: whoever waits for it waits no longer.
+    pub fn give_up(&self) {
+        self.lock().gone = true;
+        self.changed.notify_all();
+    }
+
     /// Forgets the longest gap, so that the next one found is of the time from now on.
     pub fn mark(&self) {
         self.lock().ticks.longest_gap_ns = 0;
@@ -167,8 +175,9 @@ impl Device {
         &self,
         inner: MutexGuard<'a, Inner>,
         patience: Duration,
-        pending: impl FnMut(&mut Inner) -> bool,
+        mut pending: impl FnMut(&mut Inner) -> bool,
     ) -> MutexGuard<'a, Inner> {
+        let pending = |inner: &mut Inner| !inner.gone && pending(inner);
         let waited = self.changed.wait_timeout_while(inner, patience, pending);
         waited.unwrap_or_else(PoisonError::into_inner).0
     }

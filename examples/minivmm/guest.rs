@@ -16,8 +16,9 @@ pub const PAGE: u64 = 4096;
 pub const MIB: u64 = 1 << 20;
 const RAM_MIN: u64 = 4 * MIB;
 const RAM_MAX: u64 = 1 << 40;
-/// RAM above this lies above 4 GiB: the 16 MiB below are where a PC has its devices.
-pub const LOW_MAX: u64 = FOUR_GIB - 16 * MIB;
+/// RAM above this lies above 4 GiB: the 32 MiB below are where a PC has its devices. KVM gives the page of the local APIC
+/// there to no guest as RAM.
+pub const LOW_MAX: u64 = FOUR_GIB - 32 * MIB;
 pub const FOUR_GIB: u64 = 1 << 32;
 
 /// What tells a vCPU what to do begins at 0.

@@ -125,6 +125,7 @@ impl Shared {
             let mut fd = vcpu.fd.lock().unwrap_or_else(PoisonError::into_inner);
             if let Err(why) = self.run_guest(id, &mut fd) {
                 self.control.break_down(format!("vCPU {id}: {why}"));
+                self.device.give_up();
             }
             drop(fd);
             self.control.left();
@@ -134,9 +135,11 @@ impl Shared {
     /// Runs the guest until it is kicked out.
     ///
     /// The only way out is KVM_RUN's EINTR, and that is no matter of taste. A port access that came out as an exit is not
-    /// over: the kernel finishes it (moves a value read into its register, steps over the instruction) when KVM_RUN is
-    /// called *again*. A vCPU that left in between would be saved in front of its OUT, and write it a second time at the
-    /// target. With `immediate_exit` set, the next KVM_RUN finishes the access, runs nothing, and says EINTR.
+    /// over: the kernel finishes it (moves what was read into its register, steps over the instruction) when KVM_RUN is
+    /// called *again*. A vCPU that left in between would be saved in front of its IN or OUT, and do it a second time at
+    /// the target: a packet sent twice, a character read and lost. (Where KVM emulates the guest it has stepped over an
+    /// OUT already, so that only INs show it.) With `immediate_exit` set, the next KVM_RUN finishes the access, runs
+    /// nothing, and says EINTR.
     fn run_guest(&self, id: usize, fd: &mut VcpuFd) -> Result<(), String> {
         let mut next_tick = Instant::now();
         loop {
