@@ -1,5 +1,6 @@
 //! The small VMM of `examples/minivmm`: its guest migrates between processes under real KVM, and checks itself.
-#![cfg(all(not(loom), feature = "cli", feature = "kvm", feature = "vm-memory"))]
+//! The guest's program is for x86-64.
+#![cfg(all(not(loom), target_arch = "x86_64", feature = "cli", feature = "kvm", feature = "vm-memory"))]
 #![forbid(unsafe_code)]
 
 #[path = "support/mod.rs"]
