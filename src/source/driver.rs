@@ -523,6 +523,7 @@ impl Driver<'_> {
             downtime,
             overruns: self.overruns,
             interrupted: self.interrupted,
+            deferred_bytes: self.scanner.as_ref().map_or(0, Scanner::deferred_bytes_max),
             throttling: self.policy.summary(),
             send_syscalls: counts.syscalls,
             cpus: self.sum.cpus,

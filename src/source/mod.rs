@@ -108,6 +108,8 @@ pub struct SourceReport {
     pub overruns: u32,
     /// How long the guest stood still for these, all together; not part of the downtime.
     pub interrupted: Duration,
+    /// The most bytes that were kept back at once for the end, because they were dirty in every round.
+    pub deferred_bytes: u64,
     /// How the guest was slowed down, and what that brought.
     pub throttling: Throttled,
     /// System calls of the send workers.

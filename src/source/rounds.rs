@@ -74,7 +74,7 @@ impl Driver<'_> {
             bytes_left: now.left_bytes(),
             rate: now.rate,
             dirty_rate: now.dirty_rate,
-            throttle: self.throttle,
+            throttle: self.policy.summary().highest,
             fixed_cost: now.fixed_cost,
         })?;
         Ok(Decision::GiveUp(why))
