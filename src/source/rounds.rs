@@ -133,7 +133,7 @@ impl Driver<'_> {
     pub fn ship_round(&mut self, which: Which, defer_bytes: u64, batch_bytes: u64) -> Result<(), Over> {
         let ram = self.ram.clone();
         let mut batch = Vec::with_capacity(PUSH_RUNS_MAX);
-        let mut harvest_time = Duration::ZERO;
+        let (mut harvest_time, pushed_before) = (Duration::ZERO, self.pushed_bytes);
         if let Some(scanner) = &mut self.scanner {
             scanner.begin_round(defer_bytes);
         }
@@ -143,7 +143,7 @@ impl Driver<'_> {
             self.service(false)?;
         }
         if which == Which::Dirty {
-            self.gauge.round_harvested(harvest_time);
+            self.gauge.round_harvested(self.pushed_bytes - pushed_before, harvest_time);
         }
         // The mark is an item of the journal like any other.
         self.epoch_items += 1;
