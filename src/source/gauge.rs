@@ -50,6 +50,16 @@ impl Gauge {
         self.pinged = Some((nonce, Instant::now()));
     }
 
+    /// Forgets the Pings so far: their answers waited for the target's hooks.
+    pub fn forget_pings(&mut self) {
+        (self.pinged, self.round_trip) = (None, Duration::ZERO);
+    }
+
+    /// Whether the answer to a Ping is still to come.
+    pub fn awaits_pong(&self) -> bool {
+        self.pinged.is_some()
+    }
+
     pub fn pong_came(&mut self, nonce: u64) {
         let Some((asked, at)) = self.pinged else { return };
         if asked != nonce {

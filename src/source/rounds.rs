@@ -62,9 +62,23 @@ impl Driver<'_> {
                 }
                 Decision::AnotherRound if now.rounds >= ROUNDS_LAST => return self.give_up(&now, Why::Rounds),
                 Decision::GiveUp(why) => return self.give_up(&now, why),
-                decision => return Ok(decision),
+                Decision::AnotherRound => return self.another_round(&now),
+                Decision::SwitchOver => return Ok(Decision::SwitchOver),
             }
         }
+    }
+
+    /// Where what a hand-over costs beside the bytes stands in the way more than they do, that is measured again first:
+    /// else rounds of next to nothing would follow each other as fast as they can be counted.
+    fn another_round(&mut self, now: &Estimate) -> Result<Decision, Over> {
+        let expected = now.downtime().unwrap_or(Duration::MAX);
+        if now.fixed_cost * 2 > expected {
+            self.ask_now()?;
+            while self.gauge.awaits_pong() {
+                self.service(true)?;
+            }
+        }
+        Ok(Decision::AnotherRound)
     }
 
     fn give_up(&mut self, now: &Estimate, why: Why) -> Result<Decision, Over> {
