@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crate::crew::Alarm;
 use crate::error::Failure;
 use crate::memory::full;
-use crate::precopy::{Decision, Estimate, decide};
+use crate::precopy::{Decision, Estimate, Precopy};
 use crate::scanner::{Chunk, Which, chunks};
 use crate::session::source::{Facts, SourceEvent};
 use crate::source::driver::{Driver, Over, run_pages_max};
@@ -25,22 +25,26 @@ impl Driver<'_> {
     /// Rounds while the guest runs, until it is time to switch over.
     pub fn precopy(&mut self) -> Result<(), Over> {
         let mut which = Which::All;
-        let mut begun = Instant::now();
+        let started = Instant::now();
+        let mut begun = started;
+        // The throttle is not passed on: `Limits::throttle_max` is 0.
+        let mut policy = Precopy::new(self.settings.limits);
         loop {
             let mut sample = self.sample();
             self.ship_round(which)?;
             which = Which::Dirty;
             self.take_sample(&mut sample);
             let mut dirty_bytes = self.dirty_bytes()?;
+            let dirty_rate = (dirty_bytes as f64 / begun.elapsed().as_secs_f64().max(1e-3)) as u64;
             loop {
-                let now = self.estimate(dirty_bytes);
-                self.show(&now, begun.elapsed());
-                match decide(&self.settings.limits, &now) {
+                let now = Estimate { elapsed: started.elapsed(), dirty_rate, ..self.estimate(dirty_bytes) };
+                self.show(&now);
+                match policy.decide(&now).decision {
                     Decision::SwitchOver => return Ok(()),
                     // An entry of the digest table has 16 bits for the round; the paused rounds need some of them.
                     Decision::AnotherRound if now.rounds < Round::MAX.0 - 4 => break,
-                    Decision::AnotherRound | Decision::NotConverging => {
-                        let bytes_left = now.queued_bytes + dirty_bytes;
+                    Decision::AnotherRound | Decision::GiveUp(_) => {
+                        let bytes_left = now.left_bytes();
                         let Estimate { rounds, rate, .. } = now;
                         return self.fail(Failure::NotConverging { rounds, bytes_left, rate });
                     }
@@ -48,8 +52,8 @@ impl Driver<'_> {
                         self.service(true)?;
                         self.take_sample(&mut sample);
                         // Counted anew only when the answer could matter: a count can cost a scan of all page tables.
-                        let now = self.estimate(dirty_bytes);
-                        if decide(&self.settings.limits, &now) != Decision::Wait {
+                        let now = Estimate { elapsed: started.elapsed(), ..self.estimate(dirty_bytes) };
+                        if policy.clone().decide(&now).decision != Decision::Wait {
                             dirty_bytes = self.dirty_bytes()?;
                         }
                     }
@@ -66,6 +70,7 @@ impl Driver<'_> {
             dirty_bytes,
             rate: self.rate.bytes_per_second(),
             fixed_cost: FIXED_COST,
+            ..Estimate::default()
         }
     }
 
@@ -83,12 +88,10 @@ impl Driver<'_> {
         *since = now;
     }
 
-    fn show(&self, now: &Estimate, time: Duration) {
-        let left = now.queued_bytes + now.dirty_bytes;
+    fn show(&self, now: &Estimate) {
         self.progress.set(|c| &c.rate, now.rate);
-        self.progress.set(|c| &c.bytes_left, left);
-        let dirty_rate = (now.dirty_bytes as f64 / time.as_secs_f64().max(1e-6)) as u64;
-        self.progress.set(|c| &c.dirty_rate, dirty_rate);
+        self.progress.set(|c| &c.bytes_left, now.left_bytes());
+        self.progress.set(|c| &c.dirty_rate, now.dirty_rate);
         let expected = now.downtime().map_or(u64::MAX, |d| d.as_micros() as u64);
         self.progress.set(|c| &c.expected_downtime_us, expected);
     }
