@@ -134,7 +134,8 @@ impl Driver<'_> {
             queued_bytes: self.lanes.as_ref().map_or(0, |lanes| lanes.queued_bytes()),
             in_flight_bytes: self.in_flight_bytes(),
             dirty_bytes,
-            deferred_bytes: self.scanner.as_ref().map_or(0, |scanner| scanner.deferred_bytes()),
+            // What was dirty in each round so far is taken to be dirty again, and is counted once.
+            deferred_bytes: self.scanner.as_ref().map_or(0, |s| s.deferred_bytes()).saturating_sub(dirty_bytes),
             rate: self.gauge.rate(),
             dirty_rate: self.dirty_rate,
             fixed_cost: self.gauge.fixed_cost(),
