@@ -204,6 +204,20 @@ fn at_the_limit_of_time_or_rounds_the_guest_stays_or_goes_as_asked() {
     }
 }
 
+#[test]
+fn a_guest_that_is_to_be_left_alone_when_time_is_up_does_not_wait_for_the_round() {
+    let mut guest = guest_of(8192);
+    let builder = quick(&guest).bandwidth_max(1 << 20).precopy_time_max(ms(100));
+    let (source, target) = Transport::Unix.connect(builder, Target::builder(), 2);
+    let mut dirty = guest.dirty.clone();
+    let trip = vmm::travel(source, &mut dirty, &mut guest, target, TestIncoming::new());
+    assert_stayed(&guest, &trip);
+    let Outcome::Failed(Failure::NotConverging { why: Why::Time, rounds: 0, .. }) = trip.sent.outcome else {
+        panic!("{}", trip.sent.outcome)
+    };
+    assert!(trip.sent.payload_bytes < 16 << 20, "round 0 went on for {} bytes", trip.sent.payload_bytes);
+}
+
 /// Where an attempt takes too long.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Slow {

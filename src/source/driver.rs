@@ -49,7 +49,7 @@ pub(super) struct Driver<'a> {
     pub lanes: Option<Lanes>,
     pub digests: Option<Arc<DigestTable>>,
     pub dirty: &'a mut dyn DirtySource,
-    armed: bool,
+    pub armed: bool,
     pub armed_at: Instant,
     pub scanner: Option<Scanner>,
     outcome: Option<Outcome>,
@@ -168,7 +168,10 @@ impl Driver<'_> {
             self.precopy(guest, which)?;
             match self.hand_over(guest, paused_at)? {
                 Attempt::Committed => break,
-                Attempt::Withdrawn => which = Which::Dirty,
+                Attempt::Withdrawn => {
+                    which = Which::Dirty;
+                    self.dirty_bytes()?;
+                }
             }
         }
         loop {
@@ -408,7 +411,8 @@ impl Driver<'_> {
             let generation: Generation = FIRST_GENERATION;
             self.event(SourceEvent::ChannelFailed { channel, generation, reason })?;
         }
-        self.check_time()
+        self.check_time()?;
+        self.check_precopy_time()
     }
 
     fn receive(&mut self) -> Result<(), Over> {

@@ -81,7 +81,8 @@ impl Gauge {
     }
 
     pub fn round_harvested(&mut self, bytes: u64, took: Duration) {
-        self.harvest.add(bytes, took);
+        // What a harvest takes that finds nothing is in the fixed cost.
+        self.harvest.add(bytes, took.saturating_sub(self.count));
     }
 
     /// Bytes a second that can be harvested and sent, the one beside the other; 0 while it is unknown.

@@ -71,7 +71,9 @@ impl Driver<'_> {
 
     /// Whether so long a pause is to be broken off. Asked of the policy only where the limit is exceeded: it counts.
     fn overran(&mut self, took: Duration) -> bool {
-        took > self.settings.limits.downtime_limit && self.policy.overran(took)
+        let limits = &self.settings.limits;
+        let round_left = self.session.round().0 < limits.rounds_max;
+        took > limits.downtime_limit && round_left && self.policy.overran(took)
     }
 
     /// Lets the guest run on, and waits until the target has answered what it was sent.

@@ -28,7 +28,7 @@ use crate::net::{Address, Connector, Endpoint};
 use crate::poll::PollSleeper;
 use crate::precopy::{AtLimit, Limits, Overrun, Throttled};
 use crate::progress::Progress;
-use crate::units::Verify;
+use crate::units::{Round, Verify};
 
 pub use state::StateWriter;
 
@@ -151,6 +151,9 @@ const BATCH_BYTES: usize = 1 << 20;
 const QUEUE_BYTES: u64 = 8 << 20;
 /// Bytes after which an epoch is closed: bounds what is sent again when a channel dies, and how late a journal is freed.
 const EPOCH_BYTES: u64 = 128 << 20;
+/// Rounds while the guest runs, at the most: an entry of the digest table has 16 bits for the round, and paused rounds
+/// need some of them.
+const ROUNDS_MAX: u32 = Round::MAX.0 - 4;
 /// Channels, at the most: a channel's number is one byte, and 255 is kept free.
 const CHANNELS_MAX: usize = 255;
 
@@ -203,13 +206,15 @@ impl SourceBuilder {
         self
     }
 
-    /// Rounds after which a guest that outruns the link is given up on; 64 unless told otherwise.
+    /// Rounds, up to 65,531, after which [`at_limit`](Self::at_limit) says what happens to a guest that outruns the link;
+    /// 64 unless told otherwise.
     pub fn rounds_max(mut self, rounds: u32) -> Self {
-        self.settings.limits.rounds_max = rounds;
+        self.settings.limits.rounds_max = rounds.min(ROUNDS_MAX);
         self
     }
 
-    /// The longest that rounds may go on before the guest is paused; no limit unless told otherwise.
+    /// The longest that rounds may go on before the guest is paused; no limit unless told otherwise. A round in progress
+    /// ends first where the guest is to be switched over then.
     pub fn precopy_time_max(mut self, time: Duration) -> Self {
         self.settings.limits.precopy_time_max = Some(time.min(YEAR));
         self
