@@ -12,9 +12,7 @@ use pageferry::dirty::combined::{Combined, Still};
 use pageferry::memory::{Backing, Initial};
 use pageferry::precopy::AtLimit;
 use pageferry::units::{BlockId, PageSize};
-use pageferry::{
-    DirtyBitmap, DirtyError, DirtySource, Failure, Outcome, Ram, RamBlock, Source, Target, Verify, WriteProtect,
-};
+use pageferry::{DirtyBitmap, DirtyError, Failure, Outcome, Ram, RamBlock, Source, Target, Verify, WriteProtect};
 use vmm::{Script, TestGuest, TestIncoming, Transport, Trip, assert_arrived, assert_stayed};
 
 const CHANNELS: [u8; 4] = [1, 2, 3, 8];

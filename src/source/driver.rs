@@ -288,6 +288,7 @@ impl Driver<'_> {
         self.armed = true;
         let armed = self.dirty.arm(&self.ram);
         self.armed_at = Instant::now();
+        self.gauge.forget_pings();
         self.excuse_silence();
         match armed {
             Ok(()) => Ok(()),
@@ -364,6 +365,15 @@ impl Driver<'_> {
             self.gauge.ping_sent(nonce);
             self.act(SourceAction::Send(SourceFrame::Ping { nonce }))?;
             self.measure();
+        }
+        Ok(())
+    }
+
+    /// Asks the target how far it is, unless it has been asked.
+    pub fn ask_now(&mut self) -> Result<(), Over> {
+        if !self.gauge.awaits_pong() {
+            self.ping_at = Instant::now();
+            self.heartbeat()?;
         }
         Ok(())
     }

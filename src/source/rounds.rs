@@ -62,9 +62,23 @@ impl Driver<'_> {
                 }
                 Decision::AnotherRound if now.rounds >= ROUNDS_LAST => return self.give_up(&now, Why::Rounds),
                 Decision::GiveUp(why) => return self.give_up(&now, why),
-                decision => return Ok(decision),
+                Decision::AnotherRound => return self.another_round(&now),
+                Decision::SwitchOver => return Ok(Decision::SwitchOver),
             }
         }
+    }
+
+    /// Where what a hand-over costs beside the bytes stands in the way more than they do, that is measured again first:
+    /// else rounds of next to nothing would follow each other as fast as they can be counted.
+    fn another_round(&mut self, now: &Estimate) -> Result<Decision, Over> {
+        let expected = now.downtime().unwrap_or(Duration::MAX);
+        if now.fixed_cost * 2 > expected {
+            self.ask_now()?;
+            while self.gauge.awaits_pong() {
+                self.service(true)?;
+            }
+        }
+        Ok(Decision::AnotherRound)
     }
 
     fn give_up(&mut self, now: &Estimate, why: Why) -> Result<Decision, Over> {
@@ -133,7 +147,7 @@ impl Driver<'_> {
     pub fn ship_round(&mut self, which: Which, defer_bytes: u64, batch_bytes: u64) -> Result<(), Over> {
         let ram = self.ram.clone();
         let mut batch = Vec::with_capacity(PUSH_RUNS_MAX);
-        let mut harvest_time = Duration::ZERO;
+        let (mut harvest_time, pushed_before) = (Duration::ZERO, self.pushed_bytes);
         if let Some(scanner) = &mut self.scanner {
             scanner.begin_round(defer_bytes);
         }
@@ -143,7 +157,7 @@ impl Driver<'_> {
             self.service(false)?;
         }
         if which == Which::Dirty {
-            self.gauge.round_harvested(harvest_time);
+            self.gauge.round_harvested(self.pushed_bytes - pushed_before, harvest_time);
         }
         // The mark is an item of the journal like any other.
         self.epoch_items += 1;

@@ -7,6 +7,7 @@ use std::time::Duration;
 use pageferry::{Outcome, SourceReport, TargetReport, Verify};
 use serde::{Deserialize, Serialize};
 
+use crate::limits::Convergence;
 use crate::sizes::{Cpus, human};
 
 /// How it ended.
@@ -74,6 +75,9 @@ pub struct Report {
     pub recv_syscalls: Option<u64>,
     pub cpus: Vec<Option<usize>>,
     pub remarks: Vec<String>,
+    /// What it took to let the rounds of a guest that keeps writing end.
+    #[serde(flatten)]
+    pub convergence: Option<Convergence>,
     #[serde(flatten)]
     pub demo: Option<DemoPart>,
     /// A file that was written.
@@ -161,6 +165,7 @@ impl Report {
             recv_syscalls: None,
             cpus: Vec::new(),
             remarks: Vec::new(),
+            convergence: None,
             demo: None,
             file: None,
         }
@@ -169,7 +174,9 @@ impl Report {
     /// Of a source.
     pub fn of_source(command: &'static str, report: SourceReport, cpu: Duration) -> Report {
         let error = error_of(&report.outcome);
+        let convergence = Some(Convergence::from(&report));
         Report {
+            convergence,
             verify: verify_word(report.verify),
             verified: report.verified,
             ram_bytes: report.ram_bytes,
@@ -275,6 +282,9 @@ impl fmt::Display for Report {
         writeln!(f, " over {} {channels}, {} {rounds}", self.channels, self.rounds)?;
         if let Some(demo) = &self.demo {
             demo.fmt_downtime(f, self)?;
+        }
+        if let Some(convergence) = &self.convergence {
+            convergence.fmt(f)?;
         }
         let calls = match (self.send_syscalls, self.recv_syscalls) {
             (Some(sends), Some(receives)) => format!("; {sends} system calls to send, {receives} to receive"),
