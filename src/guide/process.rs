@@ -90,7 +90,7 @@
 //! [`state_bytes_max`](crate::target::TargetBuilder::state_bytes_max).
 //!
 //! A guest of 64 GiB in pages of 4 KiB, 4 channels, [`Verify::Wire`](crate::Verify): by the formula 152.0 MB at the source
-//! and 138.9 MB at the target; measured as the most that was allocated at one time, 151,971,822 and 138,955,662 bytes.
+//! and 138.9 MB at the target; measured, as the most that was allocated at one time, 151.97 and 138.96 MB.
 //! Threads have std's stacks on top, 2 MiB of address space each, unless `Spawn` makes them otherwise.
 //!
 //! Nothing is locked, no limit on locked memory applies, and no memory is pinned. A VMM that calls
