@@ -111,6 +111,8 @@ impl Precopy {
     /// and a guest that is busy for that long is no reason to give up.
     const FRUITLESS_MAX: u32 = 4;
     const FRUITLESS_TIME_MIN: Duration = Duration::from_secs(1);
+    /// So little on its way is not waited for.
+    const DRAINED_BYTES: u64 = 256 << 10;
     /// A throttle that makes vCPUs run and stand in turn acts over some of these turns.
     const STEP_TIME_MIN: Duration = Duration::from_millis(20);
 
@@ -139,7 +141,8 @@ impl Precopy {
     /// Decides what comes next. To be asked when a round has been pushed, and again and again while it answers
     /// [`Decision::Wait`]; only a change of [`Estimate::rounds`] counts as another round.
     ///
-    /// 1. Everything that is left fits into the downtime limit: switch over.
+    /// 1. Everything that is left fits into the downtime limit: switch over; but first let run down what is on its way, if
+    ///    that is most of it and the guest dirties less meanwhile. That costs the guest nothing.
     /// 2. It would, or nothing is left, but for what is on its way already: wait. Either that lands or more becomes dirty;
     ///    a link on which nothing moves is noticed elsewhere.
     /// 3. Otherwise another round, unless there were enough of them, or enough time has passed.
@@ -154,10 +157,11 @@ impl Precopy {
         self.account(now);
         let on_its_way = now.queued_bytes > 0 || now.in_flight_bytes > 0;
         let nothing_new = now.unharvested_bytes() == 0;
+        let time_is_up = self.limits.precopy_time_max.is_some_and(|limit| now.elapsed >= limit);
         let decision = if self.fits(now, now.left_bytes()) {
             self.forced = None;
-            Decision::SwitchOver
-        } else if self.limits.precopy_time_max.is_some_and(|limit| now.elapsed >= limit) {
+            if Self::draining_helps(now) && !time_is_up { Decision::Wait } else { Decision::SwitchOver }
+        } else if time_is_up {
             self.end(Why::Time)
         } else if on_its_way && (now.rate == 0 || nothing_new || self.fits(now, now.unharvested_bytes())) {
             Decision::Wait
@@ -226,6 +230,12 @@ impl Precopy {
     /// Whether so many bytes can be shipped within the downtime limit.
     fn fits(&self, now: &Estimate, bytes: u64) -> bool {
         now.downtime_for(bytes, self.caution_percent).is_some_and(|expected| expected <= self.limits.downtime_limit)
+    }
+
+    /// Whether the guest would stand still mostly for bytes that move just as well while it runs.
+    fn draining_helps(now: &Estimate) -> bool {
+        let on_its_way = now.queued_bytes.saturating_add(now.in_flight_bytes);
+        on_its_way > now.unharvested_bytes().max(Self::DRAINED_BYTES) && now.dirty_rate < now.rate / 2
     }
 
     fn end(&mut self, why: Why) -> Decision {

@@ -43,6 +43,18 @@ fn what_is_on_its_way_runs_down_before_another_round_is_begun_for_little() {
 }
 
 #[test]
+fn what_is_on_its_way_runs_down_before_the_pause_unless_the_guest_dirties_more_meanwhile() {
+    let fits = Estimate { queued_bytes: 8 * MIB, in_flight_bytes: 8 * MIB, dirty_bytes: MIB, rate: GIB, ..Estimate::default() };
+    assert_eq!(decide(Limits::default(), fits), Decision::Wait);
+    let busy = Estimate { dirty_rate: GIB / 2, ..fits };
+    assert_eq!(decide(Limits::default(), busy), Decision::SwitchOver);
+    let mostly_dirty = Estimate { dirty_bytes: 17 * MIB, ..fits };
+    assert_eq!(decide(Limits::default(), mostly_dirty), Decision::SwitchOver);
+    let late = Limits { precopy_time_max: Some(Duration::ZERO), ..Limits::default() };
+    assert_eq!(decide(late, fits), Decision::SwitchOver, "it fits, and time is up");
+}
+
+#[test]
 fn a_tenth_of_the_time_to_ship_stays_to_spare() {
     let now = Estimate { dirty_bytes: 100 * MIB, rate: 1000 * MIB, fixed_cost: ms(5), ..Estimate::default() };
     assert_eq!(now.downtime(), Some(ms(105)));

@@ -23,7 +23,7 @@ use crate::source::gauge::Gauge;
 use crate::source::hand_over::Attempt;
 use crate::source::lanes::Lanes;
 use crate::source::pace::Pace;
-use crate::source::{Guest, Settings, Source, SourceReport};
+use crate::source::{DowntimeParts, Guest, Settings, Source, SourceReport};
 use crate::sys::random::random_16;
 use crate::units::{BlockId, ChannelId, Generation, SessionId, Verify};
 use crate::wire::control::{BlockInfo, LanePong, Setup, SourceFrame, TargetFrame};
@@ -73,6 +73,7 @@ pub(super) struct Driver<'a> {
     pub pace: Option<Pace>,
     /// When the next wait ends at the latest, beside the next heartbeat.
     pub wake_at: Option<Instant>,
+    pub parts: DowntimeParts,
     pub overruns: u32,
     pub interrupted: Duration,
     pings: u64,
@@ -131,6 +132,7 @@ pub(super) fn migrate(source: Source, dirty: &mut dyn DirtySource, guest: &mut d
         dirty_rate: 0,
         pace: None,
         wake_at: None,
+        parts: DowntimeParts::default(),
         overruns: 0,
         interrupted: Duration::ZERO,
         pings: 0,
@@ -508,6 +510,11 @@ impl Driver<'_> {
             self.ended_at = Instant::now();
         }
         let downtime = paused_at.map_or(Duration::ZERO, |at| self.ended_at.saturating_duration_since(at));
+        let DowntimeParts { pause, ship, load, .. } = self.parts;
+        self.parts.run = match outcome {
+            Outcome::Completed => downtime.saturating_sub(pause + ship + load),
+            _ => Duration::ZERO,
+        };
         if let Some(control) = self.control.take() {
             self.sum.control_bytes = control.farewell(self.bell.sleeper().set(), LAST_WORDS);
         }
@@ -535,6 +542,7 @@ impl Driver<'_> {
             channels: self.settings.channels,
             total: begun.elapsed(),
             downtime,
+            downtime_parts: self.parts,
             overruns: self.overruns,
             interrupted: self.interrupted,
             deferred_bytes: self.scanner.as_ref().map_or(0, Scanner::deferred_bytes_max),

@@ -104,6 +104,8 @@ pub struct SourceReport {
     /// From the call of [`Guest::pause`] until the target said that the guest runs, or until it was resumed here; zero
     /// if it was never paused.
     pub downtime: Duration,
+    /// What it was made of; zero where it was never paused, and up to the end where it was resumed here.
+    pub downtime_parts: DowntimeParts,
     /// Attempts to hand over that were withdrawn because they took longer than the downtime limit.
     pub overruns: u32,
     /// How long the guest stood still for these, all together; not part of the downtime.
@@ -119,6 +121,19 @@ pub struct SourceReport {
     /// A failure that did not decide the outcome: a hook that failed while cleaning up, a harvest that counted as all
     /// dirty.
     pub remarks: Vec<String>,
+}
+
+/// What a downtime was made of, in the order of time.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct DowntimeParts {
+    /// In [`Guest::pause`].
+    pub pause: Duration,
+    /// Until the rest of RAM, and the state, had left this side: harvests, [`Guest::save_state`], and what was queued.
+    pub ship: Duration,
+    /// Until the target said that all of it has landed, that the digests agree, and that its VMM has loaded the state.
+    pub load: Duration,
+    /// From Commit until the target said that the guest runs.
+    pub run: Duration,
 }
 
 /// Everything that can be set about a source.
