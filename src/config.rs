@@ -54,7 +54,6 @@ impl Default for Timeouts {
 impl Timeouts {
     /// None longer than a year, so that a deadline is always a time that the clock can show.
     pub(crate) fn bounded(self) -> Timeouts {
-        const YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
         let Timeouts { connect, hello, silence, hook, stall } = self;
         Timeouts {
             connect: connect.min(YEAR),
@@ -65,6 +64,9 @@ impl Timeouts {
         }
     }
 }
+
+/// Longer than anybody waits, and short enough to be added to any time that the clock can show.
+pub(crate) const YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// How often the source sends a Ping.
 pub const HEARTBEAT: Duration = Duration::from_millis(200);

@@ -1,6 +1,7 @@
 #![forbid(unsafe_code)]
 //! Why a migration ended as it did: one enum, plain data, each variant with what a person needs to act.
 
+use std::time::Duration;
 use std::{error, fmt, io};
 
 use crate::units::{BlockId, ChannelId, Generation};
@@ -33,6 +34,27 @@ impl fmt::Display for OsReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // io::Error already appends "(os error N)" where there is a number.
         f.write_str(&self.text)
+    }
+}
+
+/// Why the rounds came to an end although the rest does not fit.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Why {
+    /// The limit on rounds is reached.
+    Rounds,
+    /// The limit on their time is reached.
+    Time,
+    /// Rounds no longer shrink, and the guest is slowed down as far as it may be, or as is of any use.
+    Stalled,
+}
+
+impl fmt::Display for Why {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Why::Rounds => "the limit on rounds is reached",
+            Why::Time => "the time limit for the rounds is reached",
+            Why::Stalled => "rounds no longer shrink",
+        })
     }
 }
 
@@ -116,12 +138,20 @@ pub enum Failure {
     },
     /// The guest dirties memory faster than the link carries it.
     NotConverging {
+        /// Which limit was met.
+        why: Why,
         /// Rounds done.
         rounds: u32,
         /// Bytes left after the last of them.
         bytes_left: u64,
         /// Measured bytes per second of the link.
         rate: u64,
+        /// Bytes per second that the guest dirtied in the last round.
+        dirty_rate: u64,
+        /// By how many percent it was slowed down, at the most.
+        throttle: u8,
+        /// What a hand-over costs beside the bytes, as measured.
+        fixed_cost: Duration,
     },
     /// The target's `run` hook failed: no vCPU ran there, and none will.
     RunFailed(String),
@@ -162,13 +192,22 @@ impl fmt::Display for Failure {
                     None => Ok(()),
                 }
             }
-            Failure::NotConverging { rounds, bytes_left, rate } => write!(
-                f,
-                "the guest dirties memory faster than it can be shipped: after {rounds} rounds {} MiB were left at {} MiB/s; \
-                 allow a longer downtime, or slow the guest down",
-                bytes_left >> 20,
-                rate >> 20
-            ),
+            Failure::NotConverging { why, rounds, bytes_left, rate, dirty_rate, throttle, fixed_cost } => {
+                let mib = |bytes: &u64| bytes >> 20;
+                write!(
+                    f,
+                    "the guest dirties memory faster than it can be shipped: after {rounds} rounds {} MiB were left, the link \
+                     carries {} MiB/s and the guest dirties {} MiB/s",
+                    mib(bytes_left),
+                    mib(rate),
+                    mib(dirty_rate)
+                )?;
+                if *throttle > 0 {
+                    write!(f, ", throttled by up to {throttle} %")?;
+                }
+                let fixed_ms = fixed_cost.as_secs_f64() * 1e3;
+                write!(f, ", and a hand-over takes {fixed_ms:.1} ms beside that ({why}); allow a longer downtime, more bandwidth, or more throttling")
+            }
             Failure::RunFailed(reason) => write!(f, "the target could not start the guest, which did not run there: {reason}"),
             Failure::Discarded(reason) => write!(f, "the target discarded the guest: {reason}"),
         }

@@ -76,6 +76,7 @@ pub(crate) struct Cells {
     pub(crate) dirty_rate: AtomicU64,
     pub(crate) bytes_left: AtomicU64,
     pub(crate) expected_downtime_us: AtomicU64,
+    pub(crate) throttle: AtomicU64,
     pub(crate) stage: AtomicU64,
 }
 
@@ -124,6 +125,8 @@ pub struct Snapshot {
     pub bytes_left: u64,
     /// How long the guest would stand still if it were paused now.
     pub expected_downtime: Duration,
+    /// By how many percent the guest is slowed down.
+    pub throttle: u8,
 }
 
 impl Progress {
@@ -147,6 +150,7 @@ impl Progress {
             dirty_rate: read(&cells.dirty_rate),
             bytes_left: read(&cells.bytes_left),
             expected_downtime: Duration::from_micros(read(&cells.expected_downtime_us)),
+            throttle: read(&cells.throttle) as u8,
         }
     }
 

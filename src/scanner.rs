@@ -1,9 +1,10 @@
 #![forbid(unsafe_code)]
-//! Walks guest RAM a chunk at a time: harvests dirty bits, leaves out what was never touched, remembers what it took.
+//! Walks guest RAM a chunk at a time: harvests dirty bits, leaves out what was never touched, keeps back what is dirty
+//! again and again, remembers what it took.
 
 use crate::dirty::runs::{Runs, count};
 use crate::dirty::{DirtyError, DirtySource};
-use crate::memory::Ram;
+use crate::memory::{Ram, RamBlock};
 use crate::memory::presence::PresenceMap;
 use crate::units::{BlockId, Run};
 
@@ -40,23 +41,68 @@ pub struct Scanner {
     words: Vec<u64>,
     /// Everything taken from the dirty source since it was armed: it is given back if the migration fails.
     taken: Vec<Vec<u64>>,
+    /// What the last rounds found, for each block.
+    past: Vec<Past>,
+    /// How many bytes this round may still keep back, and how many all of them do.
+    defer_left: u64,
+    deferred_bytes: u64,
+    deferred_bytes_max: u64,
     untouched_bytes: u64,
+}
+
+/// What the last rounds found dirty in one block. A page that is dirty in three rounds in a row would be sent in each of
+/// them, and once more at the end: it is kept back for the end instead, if there is time for it then.
+#[derive(Debug)]
+struct Past {
+    /// Dirty in the last round.
+    once: Vec<u64>,
+    /// Dirty in each of the last two rounds.
+    twice: Vec<u64>,
+    /// Taken from the dirty source, and not handed out.
+    deferred: Vec<u64>,
+    page_bytes: u64,
 }
 
 impl Scanner {
     /// A scanner with everything allocated that it will need.
     pub fn new(ram: &Ram) -> Scanner {
+        let bits = |block: &RamBlock| vec![0; block.pages().div_ceil(64) as usize];
+        let past = |block: &RamBlock| Past {
+            once: bits(block),
+            twice: bits(block),
+            deferred: bits(block),
+            page_bytes: block.page_size().bytes(),
+        };
         Scanner {
             presence: PresenceMap::new(ram),
             words: vec![0; CHUNK_WORDS],
-            taken: ram.blocks().iter().map(|b| vec![0; b.pages().div_ceil(64) as usize]).collect(),
+            taken: ram.blocks().iter().map(bits).collect(),
+            past: ram.blocks().iter().map(past).collect(),
+            defer_left: 0,
+            deferred_bytes: 0,
+            deferred_bytes_max: 0,
             untouched_bytes: 0,
         }
+    }
+
+    /// A round begins that may keep back so many bytes for the end; 0 hands out everything.
+    pub fn begin_round(&mut self, defer_bytes: u64) {
+        self.defer_left = defer_bytes;
+    }
+
+    /// Bytes of pages that were harvested and kept back.
+    pub fn deferred_bytes(&self) -> u64 {
+        self.deferred_bytes
     }
 
     /// Bytes that were left out because nobody ever touched them.
     pub fn untouched_bytes(&self) -> u64 {
         self.untouched_bytes
+    }
+
+    /// The most that it was.
+    pub fn deferred_bytes_max(&self) -> u64 {
+        self.deferred_bytes_max
     }
 
     /// Harvests a chunk. After this its bits are clear at the source, and **only then** may its pages be read: a write
@@ -82,6 +128,14 @@ impl Scanner {
             let _ = self.presence.keep_present(chunk.block, chunk.first, words);
             let bytes = ram.block(chunk.block).map_or(0, |b| b.page_size().bytes());
             self.untouched_bytes += (chunk.pages - count(words)) * bytes;
+        } else {
+            self.past[usize::from(chunk.block.0)].defer(
+                (chunk.first / 64) as usize,
+                words,
+                &mut self.defer_left,
+                &mut self.deferred_bytes,
+            );
+            self.deferred_bytes_max = self.deferred_bytes_max.max(self.deferred_bytes);
         }
         failed
     }
@@ -110,6 +164,31 @@ impl Scanner {
             }
         }
         result
+    }
+}
+
+impl Past {
+    /// Takes the pages out of `words` that are kept back, and adds those that no longer are.
+    fn defer(&mut self, at: usize, words: &mut [u64], left: &mut u64, deferred_bytes: &mut u64) {
+        let Past { once, twice, deferred, page_bytes } = self;
+        let past = once[at..].iter_mut().zip(&mut twice[at..]).zip(&mut deferred[at..]);
+        for (word, ((once, twice), deferred)) in words.iter_mut().zip(past) {
+            let fresh = *word;
+            if fresh | *once | *deferred == 0 {
+                continue; // and then nothing was dirty twice
+            }
+            let mut keep = fresh & *twice;
+            while u64::from(keep.count_ones()) * *page_bytes > *left {
+                keep &= keep - 1;
+            }
+            let (kept, had) = (u64::from(keep.count_ones()), u64::from(deferred.count_ones()));
+            *left -= kept * *page_bytes;
+            *deferred_bytes = *deferred_bytes + kept * *page_bytes - had * *page_bytes;
+            *word = (fresh | *deferred) & !keep;
+            *deferred = keep;
+            *twice = fresh & *once;
+            *once = fresh;
+        }
     }
 }
 
@@ -195,6 +274,52 @@ mod tests {
         assert!(scanner.harvest(&ram, &mut Broken, chunk, Which::Dirty).is_some());
         let runs: Vec<_> = scanner.runs(chunk).map(|r| (r.first, r.pages)).collect();
         assert_eq!(runs, [(0, 100)]);
+    }
+
+    /// What a round hands out of the first 64 pages, when these are dirty and so many bytes may be kept back.
+    fn round(scanner: &mut Scanner, ram: &Ram, dirty: u64, defer_bytes: u64) -> u64 {
+        let mut bitmap = DirtyBitmap::for_ram(ram);
+        bitmap.give_back(BlockId(0), 0, &[dirty]).unwrap();
+        scanner.begin_round(defer_bytes);
+        let chunk = chunks(ram).next().unwrap();
+        scanner.harvest(ram, &mut bitmap, chunk, Which::Dirty);
+        scanner.runs(chunk).flat_map(|run| run.first..run.first + u64::from(run.pages)).map(|page| 1 << page).sum()
+    }
+
+    #[test]
+    fn a_page_that_is_dirty_in_three_rounds_waits_for_the_end() {
+        let ram = ram(64);
+        let mut scanner = Scanner::new(&ram);
+        let mut next = |dirty, budget| round(&mut scanner, &ram, dirty, budget);
+        assert_eq!(next(0b0111, u64::MAX), 0b0111);
+        assert_eq!(next(0b1011, u64::MAX), 0b1011);
+        assert_eq!(next(0b0011, u64::MAX), 0, "both were dirty three times");
+        assert_eq!(next(0b0001, u64::MAX), 0b0010, "one is no longer dirty, and goes");
+        assert_eq!(next(0b1000, 0), 0b1001, "at the end everything goes");
+        assert_eq!(scanner.deferred_bytes(), 0);
+    }
+
+    #[test]
+    fn no_more_is_kept_back_than_the_end_has_time_for() {
+        let ram = ram(64);
+        let mut scanner = Scanner::new(&ram);
+        for _ in 0..2 {
+            round(&mut scanner, &ram, 0b1111, 2 * 4096 + 4095);
+        }
+        let sent = round(&mut scanner, &ram, 0b1111, 2 * 4096 + 4095);
+        assert_eq!((sent.count_ones(), scanner.deferred_bytes()), (2, 2 * 4096));
+    }
+
+    #[test]
+    fn what_is_kept_back_is_given_back_with_all_the_rest() {
+        let ram = ram(64);
+        let mut scanner = Scanner::new(&ram);
+        for _ in 0..3 {
+            round(&mut scanner, &ram, 0b11, u64::MAX);
+        }
+        let mut bitmap = DirtyBitmap::for_ram(&ram);
+        scanner.give_back(&mut bitmap).unwrap();
+        assert_eq!(bitmap.count(), 2);
     }
 
     #[test]

@@ -252,7 +252,7 @@ extern "C" fn kicked(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_vo
 #[test]
 fn a_signal_in_the_middle_of_a_reset_loses_no_page() {
     register_signal_handler(SIGRTMIN(), kicked).unwrap();
-    ships_everything_under_load("a_signal_in_the_middle_of_a_reset_loses_no_page", 60, true);
+    ships_everything_under_load("a_signal_in_the_middle_of_a_reset_loses_no_page", 15, true);
 }
 
 #[test]

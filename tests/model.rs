@@ -35,6 +35,7 @@ const LEAST: Bounds = Bounds {
     channels: 1,
     writes: 0,
     save_writes: 0,
+    overruns: 0,
     live_rounds: 1,
     epochs: 0,
     ring_slots: 2,
@@ -99,6 +100,17 @@ fn several_faults_in_the_hand_over_end_in_the_truth() {
     let faults = if cfg!(debug_assertions) { 2 } else { 3 };
     explore("hand-over", Bounds { save_writes: 1, faults, kinds: ALL_FAULTS, ..LEAST });
     explore("hand-over of 2 channels", Bounds { channels: 2, faults, kinds: ALL_FAULTS, ..LEAST });
+}
+
+#[test]
+fn an_attempt_that_took_too_long_is_withdrawn_and_nothing_is_lost() {
+    let again = Bounds { overruns: 1, writes: 1, ..LEAST };
+    explore("a second attempt", Bounds { save_writes: 1, ..again.clone() });
+    explore("a second attempt, 2 channels", Bounds { channels: 2, wire_slots: 2, ..again.clone() });
+    if !cfg!(debug_assertions) {
+        explore("a third attempt", Bounds { overruns: 2, writes: 2, ..again.clone() });
+        explore("a fault around a second attempt", Bounds { faults: 1, kinds: ALL_FAULTS, ..again });
+    }
 }
 
 /// What breaks when a rule is broken. The environment variable `PAGEFERRY_MODEL_PATHS` shows the way to it, step by step.
@@ -176,6 +188,11 @@ fn a_commit_past_the_gate_breaks_a_cancel_that_was_accepted() {
 #[test]
 fn a_running_said_before_it_is_true_completes_falsely() {
     notices(Mutant::RunningBeforeRun, oracle::COMPLETED_IS_TRUE, LEAST);
+}
+
+#[test]
+fn rounds_before_the_answer_to_a_withdrawn_final_land_under_load_state() {
+    notices(Mutant::RoundsBeforeTheAnswer, oracle::LOADS_IN_PEACE, Bounds { overruns: 1, writes: 1, ..LEAST });
 }
 
 #[test]

@@ -178,6 +178,28 @@ fn what_the_controller_allocates_does_not_grow_with_the_number_of_pages() {
 }
 
 #[test]
+#[cfg(feature = "vm-memory")]
+fn a_harvest_of_the_vmms_own_bitmaps_allocates_nothing() {
+    use pageferry::{DirtySource, GuestRam, RegionBitmaps};
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, bitmap::AtomicBitmap};
+    let _alone = alone();
+    let memory = Arc::new(GuestMemoryMmap::<AtomicBitmap>::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap());
+    let ram = GuestRam::new(memory.clone()).ram().unwrap();
+    let mut dirty = RegionBitmaps::new(memory.clone());
+    dirty.arm(&ram).unwrap();
+    (0..256).step_by(2).for_each(|page| memory.write_obj(1u8, GuestAddress(page << 12)).unwrap());
+    let before = OWN.get();
+    dirty.begin_round().unwrap();
+    let looked = OWN.get();
+    assert!(looked > before, "the counter counts: a look at all words allocates");
+    let mut words = [0; 4];
+    dirty.harvest(BlockId(0), 0, &mut words).unwrap();
+    dirty.give_back(BlockId(0), 0, &words).unwrap();
+    assert_eq!(OWN.get(), looked);
+    assert_eq!(words, [0x5555_5555_5555_5555; 4]);
+}
+
+#[test]
 fn a_device_state_in_tiny_pieces_takes_no_more_memory_than_it_has_bytes() {
     const PIECES: u64 = 100_000;
     let _alone = alone();

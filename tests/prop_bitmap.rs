@@ -263,3 +263,51 @@ fn still_memory_reports_what_was_given_back_and_nothing_else() {
     still.disarm();
     assert!(matches!(still.give_back(BlockId(0), 0, &[1]), Err(DirtyError::NotArmed)));
 }
+
+/// Blocks of these guest addresses and pages; each is named by its place.
+fn ram_at(blocks: &[(u64, u64)]) -> Ram {
+    let block = |(i, &(at, pages)): (usize, &(u64, u64))| {
+        RamBlock::anonymous(&i.to_string(), at, pages * 4096, PageSize::SIZE_4K, Backing::Base).unwrap()
+    };
+    Ram::new(blocks.iter().enumerate().map(block)).unwrap()
+}
+
+#[test]
+fn a_guest_address_is_found_in_its_block_and_nowhere_else() {
+    let ram = ram_at(&[(1 << 20, 2), (0, 1), ((1 << 20) + 8192, 1), (u64::MAX - 8191, 1)]);
+    let places = [
+        (0, Some((1, 0))),
+        (4095, Some((1, 4095))),
+        (4096, None),
+        ((1 << 20) - 1, None),
+        ((1 << 20) + 8191, Some((0, 8191))),
+        ((1 << 20) + 8192, Some((2, 0))),
+        ((1 << 20) + 12288, None),
+        (u64::MAX - 8191, Some((3, 0))),
+        (u64::MAX - 4096, Some((3, 4095))),
+        (u64::MAX, None),
+    ];
+    for (address, place) in places {
+        assert_eq!(ram.locate(address), place.map(|(block, offset)| (BlockId(block), offset)), "{address:#x}");
+    }
+}
+
+#[test]
+fn bytes_at_a_guest_address_are_marked_in_every_block_that_has_some_of_them() {
+    // Two adjacent blocks, a gap, and two blocks that overlap in the guest's address space.
+    let ram = ram_at(&[(4096, 2), (12288, 3), (1 << 20, 2), ((1 << 20) + 4096, 2)]);
+    let marked = |address: u64, bytes: u64| {
+        let dirty = DirtyBitmap::for_ram(&ram);
+        dirty.mark_guest_bytes(&ram, address, bytes);
+        let pages = ram.iter().flat_map(|(id, block)| (0..block.pages()).map(move |page| (id.0, page)));
+        pages.filter(|&(block, page)| dirty.is_marked(BlockId(block), page)).collect::<Vec<_>>()
+    };
+    assert_eq!(marked(4096, 0), []);
+    assert_eq!(marked(0, 4096), []);
+    assert_eq!(marked(0, 4097), [(0, 0)]);
+    assert_eq!(marked(12287, 2), [(0, 1), (1, 0)]);
+    assert_eq!(marked(24575, 4096), [(1, 2)]);
+    assert_eq!(marked((1 << 20) + 8191, 1), [(2, 1), (3, 0)]);
+    assert_eq!(marked(0, u64::MAX).len(), 9);
+    assert_eq!(marked(u64::MAX, u64::MAX), []);
+}

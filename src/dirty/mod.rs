@@ -6,6 +6,8 @@ pub mod combined;
 #[cfg(feature = "kvm")]
 pub mod kvm;
 pub mod runs;
+#[cfg(feature = "vm-memory")]
+pub mod vm_memory;
 pub mod write_protect;
 
 use crate::units::BlockId;
@@ -16,8 +18,9 @@ use crate::{dirty::bitmap::DirtyBitmap, memory::Ram};
 /// Tells which pages of guest RAM were written.
 ///
 /// The order that makes a migration right: [`arm`](DirtySource::arm), then round 0 ships every page; from then on each
-/// round harvests a range **and only then** reads its pages. A write is reported by a harvest that comes after it;
-/// it may be reported more than once, and pages may be reported that nobody wrote, but none is ever left out.
+/// round begins, harvests a range **and only then** reads its pages. A write is reported in the first round that begins
+/// after it, or sooner. It may be reported more than once, and pages may be reported that nobody wrote, but none is ever
+/// left out.
 ///
 /// Content that vanishes without a write (a balloon that discards pages) is not reported: tell the migration of it.
 ///
@@ -48,7 +51,7 @@ pub trait DirtySource: Send {
     fn arm(&mut self, ram: &Ram) -> Result<(), DirtyError>;
 
     /// Begins a round: how many pages are dirty now. Clears nothing. Sources that learn of writes in bulk (a kernel
-    /// log) fetch here. The number feeds the decision when to switch over; it may be too high.
+    /// log) fetch here, and may leave a write that comes later to the next round. The number feeds the decision when to switch over; it may be too high.
     ///
     /// # Errors
     /// The number is not known; nothing is lost.
@@ -95,6 +98,11 @@ pub enum DirtyError {
         first_page: u64,
         /// The number of words asked for.
         words: usize,
+    },
+    /// The memory of this block has no dirty bitmap.
+    NoBitmap {
+        /// The block.
+        block: BlockId,
     },
     /// The bitmap was made for other blocks than those it is to track.
     OtherShape {
@@ -160,6 +168,9 @@ impl fmt::Display for DirtyError {
             DirtyError::OtherShape { block } => {
                 write!(f, "the dirty bitmap was made for other memory: block {block} differs")
             }
+            DirtyError::NoBitmap { block } => {
+                write!(f, "the memory of block {block} has no dirty bitmap; the VMM has to create it with one")
+            }
             DirtyError::Arm { block, source } => write!(f, "cannot track writes to block {block}: {source}"),
             DirtyError::Uncovered { block, first_page } => {
                 write!(f, "no memory slot shows block {block} from page {first_page} on: writes there would be lost")
@@ -186,6 +197,7 @@ impl std::error::Error for DirtyError {
             | DirtyError::Scan { source, .. } => Some(source),
             DirtyError::NotArmed
             | DirtyError::OutOfRange { .. }
+            | DirtyError::NoBitmap { .. }
             | DirtyError::OtherShape { .. }
             | DirtyError::Uncovered { .. }
             | DirtyError::PageSize { .. } => None,
@@ -197,6 +209,19 @@ impl DirtyBitmap {
     /// A clean bitmap for the blocks of `ram`.
     pub fn for_ram(ram: &Ram) -> Self {
         DirtyBitmap::with_page_sizes(ram.blocks().iter().map(|block| (block.pages(), block.page_size())))
+    }
+
+    /// Marks every page that `bytes` bytes at a guest address touch, after they were written, in whichever blocks of
+    /// `ram` they are. For those who know no block: a look at each block, which costs where there are many.
+    pub fn mark_guest_bytes(&self, ram: &Ram, guest_address: u64, bytes: u64) {
+        let end = guest_address.saturating_add(bytes);
+        for (id, block) in ram.iter() {
+            let first = guest_address.max(block.guest_address());
+            let last = end.min(block.guest_address() + block.bytes());
+            if first < last {
+                self.mark_bytes(id, first - block.guest_address(), last - first);
+            }
+        }
     }
 }
 

@@ -9,6 +9,8 @@ pub mod initial;
 pub mod owned;
 pub mod presence;
 pub mod scatter;
+#[cfg(feature = "vm-memory")]
+pub mod vm_memory;
 pub mod words;
 pub mod zero;
 
@@ -39,6 +41,7 @@ pub const NAME_BYTES_MAX: usize = 255;
 /// let ram = Ram::new([low, high])?;
 /// assert_eq!(ram.bytes(), 4 << 20);
 /// assert_eq!(ram.block(BlockId(1)).unwrap().name(), "high");
+/// assert_eq!(ram.locate((4 << 30) + 5), Some((BlockId(1), 5)));
 /// # Ok::<(), pageferry::memory::MemoryError>(())
 /// ```
 #[derive(Clone, Debug)]
@@ -112,6 +115,13 @@ impl Ram {
     #[inline]
     pub fn block(&self, id: BlockId) -> Option<&RamBlock> {
         self.inner.blocks.get(usize::from(id.0))
+    }
+
+    /// The block that a guest address lies in, and how many bytes into it. Of blocks that overlap in the guest's address
+    /// space, which nothing here forbids, the first.
+    pub fn locate(&self, guest_address: u64) -> Option<(BlockId, u64)> {
+        let offset = |block: &RamBlock| guest_address.checked_sub(block.guest_address()).filter(|o| *o < block.bytes());
+        self.iter().find_map(|(id, block)| Some((id, offset(block)?)))
     }
 
     /// Bytes of all blocks together.

@@ -23,6 +23,8 @@ pub enum SourceEvent {
     GuestPaused,
     /// The guest is paused, its state saved and sent, and every ring and every worker's hand is empty.
     Drained(Facts),
+    /// The guest stands still for too long, and runs again: this attempt to hand it over is withdrawn.
+    Overran,
     /// The gate says that no cancel came first: the point of no return is passed.
     CommitGranted,
     /// Someone asked to cancel, and the gate took it.
@@ -92,6 +94,9 @@ enum Phase {
     Paused,
     /// Final was sent.
     AwaitLoaded,
+    /// Final was sent, and is withdrawn: the target still answers it, and until it has, no page may land under its
+    /// load_state.
+    Withdrawing,
     /// Loaded came; the gate decides.
     AwaitGate,
     /// Commit counts as sent: from here on the source never resumes by itself.
@@ -152,10 +157,20 @@ impl SourceSession {
     pub fn waits_for_hook(&self) -> Option<&'static str> {
         match self.phase {
             Phase::AwaitReady => Some("Ready (the target's prepare)"),
-            Phase::AwaitLoaded => Some("Loaded (the target's load_state)"),
+            Phase::AwaitLoaded | Phase::Withdrawing => Some("Loaded (the target's load_state)"),
             Phase::AwaitRunning => Some("Running (the target's run)"),
             _ => None,
         }
+    }
+
+    /// Whether Final was sent, and the target's Loaded is to come.
+    pub fn awaits_loaded(&self) -> bool {
+        self.phase == Phase::AwaitLoaded
+    }
+
+    /// Whether the answer to a Final that was withdrawn is still to come: until then no round may be pushed.
+    pub fn is_withdrawing(&self) -> bool {
+        self.phase == Phase::Withdrawing
     }
 
     /// Whether it waits for the lanes to join. The driver must set a time for that: a data connection can be lost before
@@ -207,6 +222,8 @@ impl SourceSession {
                     state_crc: facts.state_crc,
                 })));
             }
+            (Phase::Paused | Phase::AwaitGate, SourceEvent::Overran) => self.withdraw(out),
+            (Phase::AwaitLoaded, SourceEvent::Overran) => self.phase = Phase::Withdrawing,
             (Phase::AwaitGate, SourceEvent::CommitGranted) => {
                 // Before its first byte goes to the kernel: from here on we cannot know what the target has read.
                 self.phase = Phase::AwaitRunning;
@@ -267,14 +284,17 @@ impl SourceSession {
                 }
                 self.end(Outcome::Failed(Failure::Channel { channel, generation, reason }), out);
             }
-            (Phase::AwaitLoaded, TargetFrame::Loaded { round }) => {
+            (Phase::AwaitLoaded | Phase::Withdrawing, TargetFrame::Loaded { round }) => {
                 if round != Round(self.rounds - 1) {
                     return self.breach(format!("Loaded for round {round}, Final was for {}", self.rounds - 1), out);
+                }
+                if self.phase == Phase::Withdrawing {
+                    return self.withdraw(out);
                 }
                 self.phase = Phase::AwaitGate;
                 out.push(SourceAction::AskCommit);
             }
-            (Phase::AwaitLoaded, TargetFrame::DigestMismatch { block, .. }) => {
+            (Phase::AwaitLoaded | Phase::Withdrawing, TargetFrame::DigestMismatch { block, .. }) => {
                 // The chunks are named by the driver, which has the digests of both sides.
                 self.end(Outcome::Failed(Failure::Digest { block, chunks: Vec::new() }), out);
             }
@@ -294,6 +314,13 @@ impl SourceSession {
             (_, TargetFrame::Pong { .. }) => {}
             (phase, frame) => self.breach(format!("{} came in phase {phase:?}", frame.name()), out),
         }
+    }
+
+    /// Back to rounds while the guest runs. The target forgets the device state, and a load of it, when it comes anew:
+    /// an empty piece at offset 0 says so at once.
+    fn withdraw(&mut self, out: &mut Vec<SourceAction>) {
+        self.phase = Phase::Live;
+        out.push(SourceAction::Send(SourceFrame::State { offset: 0, bytes: Vec::new() }));
     }
 
     fn lanes(&self) -> impl Iterator<Item = (ChannelId, Generation)> + '_ {

@@ -109,7 +109,7 @@ enum Phase {
     AwaitLanes(Final),
     Checking,
     Loading,
-    /// Loaded was sent: only Commit or the end may follow.
+    /// Loaded was sent: Commit, a new attempt (State from offset 0 on), or the end may follow.
     AwaitCommit,
     /// Commit has come: the guest is ours, even if the control connection is gone.
     Starting,
@@ -132,12 +132,21 @@ pub struct TargetSession {
     applied: u64,
     state_bytes: u64,
     state_bytes_max: u64,
+    /// A lane that ended after Loaded, when nothing was left to carry: that counts only if rounds go on after all.
+    ended_early: Option<(ChannelId, String)>,
 }
 
 impl TargetSession {
     /// A session that takes at most this much device state.
     pub fn new(state_bytes_max: u64) -> TargetSession {
-        TargetSession { phase: Phase::AwaitSetup, lanes: Vec::new(), applied: 0, state_bytes: 0, state_bytes_max }
+        TargetSession {
+            phase: Phase::AwaitSetup,
+            lanes: Vec::new(),
+            applied: 0,
+            state_bytes: 0,
+            state_bytes_max,
+            ended_early: None,
+        }
     }
 
     /// Whether it is over.
@@ -206,12 +215,10 @@ impl TargetSession {
                 }
                 self.evaluate(out);
             }
-            (Phase::AwaitCommit, TargetEvent::LaneFailed { .. }) => {} // all has landed: nothing is left to carry
-            (_, TargetEvent::LaneFailed { channel, reason }) => {
-                let generation = FIRST_GENERATION;
-                out.push(TargetAction::Send(TargetFrame::ChannelFailed { channel, generation, reason: reason.clone() }));
-                self.discard(Failure::Channel { channel, generation, reason }, out);
+            (Phase::AwaitCommit, TargetEvent::LaneFailed { channel, reason }) => {
+                self.ended_early = Some((channel, reason)); // all has landed: nothing is left to carry
             }
+            (_, TargetEvent::LaneFailed { channel, reason }) => self.lane_failed(channel, reason, out),
             (Phase::Checking, TargetEvent::Checked(Check::Agrees)) => {
                 self.phase = Phase::Loading;
                 out.push(TargetAction::LoadState);
@@ -251,12 +258,18 @@ impl TargetSession {
                 self.phase = Phase::Preparing;
                 out.push(TargetAction::Prepare(setup));
             }
-            (Phase::Live, SourceFrame::State { offset, bytes }) => {
+            // After Loaded: the source has withdrawn that attempt, and more rounds come.
+            (Phase::Live | Phase::AwaitCommit, SourceFrame::State { offset, bytes }) => {
                 // A new attempt at the hand-over starts over at 0; otherwise pieces come in order, without a gap.
-                if offset != 0 && offset != self.state_bytes {
+                let goes_on = self.phase == Phase::Live && offset == self.state_bytes;
+                if offset != 0 && !goes_on {
                     return self.breach(format!("State at offset {offset}, {} bytes are here", self.state_bytes), out);
                 }
+                if let Some((channel, reason)) = self.ended_early.take() {
+                    return self.lane_failed(channel, reason, out);
+                }
                 if offset == 0 {
+                    self.phase = Phase::Live;
                     out.push(TargetAction::ForgetState);
                 }
                 self.state_bytes = offset + bytes.len() as u64;
@@ -264,7 +277,9 @@ impl TargetSession {
                     let max = self.state_bytes_max;
                     return self.breach(format!("the device state exceeds the limit of {max} bytes"), out);
                 }
-                out.push(TargetAction::KeepState(bytes));
+                if !bytes.is_empty() {
+                    out.push(TargetAction::KeepState(bytes));
+                }
             }
             (Phase::Live, SourceFrame::Final(last)) => {
                 let set = (0..self.lanes.len()).map(|c| (ChannelId(c as u8), FIRST_GENERATION));
@@ -310,6 +325,12 @@ impl TargetSession {
                 out.push(TargetAction::Check(last));
             }
         }
+    }
+
+    fn lane_failed(&mut self, channel: ChannelId, reason: String, out: &mut Vec<TargetAction>) {
+        let generation = FIRST_GENERATION;
+        out.push(TargetAction::Send(TargetFrame::ChannelFailed { channel, generation, reason: reason.clone() }));
+        self.discard(Failure::Channel { channel, generation, reason }, out);
     }
 
     fn last_round(&self) -> Round {

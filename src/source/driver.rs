@@ -15,12 +15,15 @@ use crate::gate::Gate;
 use crate::memory::Ram;
 use crate::net::{Control, Endpoint, Opening, open};
 use crate::poll::PollSleeper;
-use crate::precopy::Rate;
+use crate::precopy::Precopy;
 use crate::progress::{Progress, Stage};
-use crate::scanner::{CHUNK_PAGES, Scanner};
+use crate::scanner::{CHUNK_PAGES, Scanner, Which};
 use crate::session::source::{FIRST_GENERATION, SourceAction, SourceEvent, SourceSession};
+use crate::source::gauge::Gauge;
+use crate::source::hand_over::Attempt;
 use crate::source::lanes::Lanes;
-use crate::source::{Guest, Settings, Source, SourceReport};
+use crate::source::pace::Pace;
+use crate::source::{DowntimeParts, Guest, Settings, Source, SourceReport};
 use crate::sys::random::random_16;
 use crate::units::{BlockId, ChannelId, Generation, SessionId, Verify};
 use crate::wire::control::{BlockInfo, LanePong, Setup, SourceFrame, TargetFrame};
@@ -37,7 +40,7 @@ pub(super) struct Driver<'a> {
     pub options: CrewOptions,
     endpoint: Endpoint,
     pub bell: Bell<PollSleeper>,
-    gate: Gate,
+    pub gate: Gate,
     pub progress: Progress,
     pub session: SourceSession,
     pub id: SessionId,
@@ -46,7 +49,8 @@ pub(super) struct Driver<'a> {
     pub lanes: Option<Lanes>,
     pub digests: Option<Arc<DigestTable>>,
     pub dirty: &'a mut dyn DirtySource,
-    armed: bool,
+    pub armed: bool,
+    pub armed_at: Instant,
     pub scanner: Option<Scanner>,
     outcome: Option<Outcome>,
     ended_at: Instant,
@@ -59,7 +63,19 @@ pub(super) struct Driver<'a> {
     pub epoch_bytes: u64,
     pub epoch_items: u64,
     pub pushed_bytes: u64,
-    pub rate: Rate,
+    pub gauge: Gauge,
+    pub policy: Precopy,
+    /// By how many percent the guest is slowed down.
+    pub throttle: u8,
+    /// Bytes a second that the guest dirtied in the last round.
+    pub dirty_rate: u64,
+    /// The cap on bandwidth, while the guest runs.
+    pub pace: Option<Pace>,
+    /// When the next wait ends at the latest, beside the next heartbeat.
+    pub wake_at: Option<Instant>,
+    pub parts: DowntimeParts,
+    pub overruns: u32,
+    pub interrupted: Duration,
     pings: u64,
     ping_at: Instant,
     pub pongs: Vec<LanePong>,
@@ -98,6 +114,7 @@ pub(super) fn migrate(source: Source, dirty: &mut dyn DirtySource, guest: &mut d
         digests: None,
         dirty,
         armed: false,
+        armed_at: begun,
         scanner: None,
         outcome: None,
         ended_at: begun,
@@ -109,7 +126,15 @@ pub(super) fn migrate(source: Source, dirty: &mut dyn DirtySource, guest: &mut d
         epoch_bytes: 0,
         epoch_items: 0,
         pushed_bytes: 0,
-        rate: Rate::default(),
+        gauge: Gauge::new(settings.limits.downtime_limit),
+        policy: Precopy::new(settings.limits),
+        throttle: 0,
+        dirty_rate: 0,
+        pace: None,
+        wake_at: None,
+        parts: DowntimeParts::default(),
+        overruns: 0,
+        interrupted: Duration::ZERO,
         pings: 0,
         ping_at: begun,
         pongs: Vec::new(),
@@ -140,30 +165,17 @@ impl Driver<'_> {
         }
         self.arm()?;
         self.progress.stage(Stage::Precopy);
-        self.precopy()?;
-        self.event(SourceEvent::SwitchOver)?;
-        debug_assert!(self.flags.pause);
-        *paused_at = Some(Instant::now());
-        self.progress.stage(Stage::Paused);
-        let (alive, paused) = self.beside("pause", |_| Ok(()), || guest.pause());
-        if let Err(e) = paused {
-            // The guest runs: the hook's contract. There is nothing to resume.
-            *paused_at = None;
-            alive?;
-            return self.fail(Failure::Hook { hook: "pause", reason: e.to_string() });
+        let mut which = Which::All;
+        loop {
+            self.precopy(guest, which)?;
+            match self.hand_over(guest, paused_at)? {
+                Attempt::Committed => break,
+                Attempt::Withdrawn => {
+                    which = Which::Dirty;
+                    self.dirty_bytes()?;
+                }
+            }
         }
-        alive?;
-        self.event(SourceEvent::GuestPaused)?;
-        self.ship_the_rest(guest)?;
-        let facts = self.facts()?;
-        self.progress.stage(Stage::HandOver);
-        self.event(SourceEvent::Drained(facts))?;
-        while !self.flags.ask_commit {
-            self.service(true)?;
-        }
-        // The one decision between a cancel and the hand-over.
-        let granted = self.gate.commit();
-        self.event(if granted { SourceEvent::CommitGranted } else { SourceEvent::CancelAsked })?;
         loop {
             self.service(true)?;
         }
@@ -280,6 +292,8 @@ impl Driver<'_> {
         self.scanner = Some(Scanner::new(&self.ram));
         self.armed = true;
         let armed = self.dirty.arm(&self.ram);
+        self.armed_at = Instant::now();
+        self.gauge.forget_pings();
         self.excuse_silence();
         match armed {
             Ok(()) => Ok(()),
@@ -353,10 +367,27 @@ impl Driver<'_> {
             self.ping_at = now + HEARTBEAT;
             self.pings += 1;
             let nonce = self.pings;
+            self.gauge.ping_sent(nonce);
             self.act(SourceAction::Send(SourceFrame::Ping { nonce }))?;
             self.measure();
         }
         Ok(())
+    }
+
+    /// Asks the target how far it is, unless it has been asked.
+    pub fn ask_now(&mut self) -> Result<(), Over> {
+        if !self.gauge.awaits_pong() {
+            self.ping_at = Instant::now();
+            self.heartbeat()?;
+        }
+        Ok(())
+    }
+
+    /// Asks the target soon how far it is, rather than with the next heartbeat.
+    pub fn ask_soon(&mut self) {
+        if let Some(at) = self.gauge.ask_at() {
+            self.ping_at = self.ping_at.min(at);
+        }
     }
 
     /// Looks after everything that is not pages: frames, ended workers, cancel, time. Waits for any of it if `wait`.
@@ -366,7 +397,7 @@ impl Driver<'_> {
         if wait {
             let set = self.bell.sleeper().set();
             set.clear();
-            set.until(self.ping_at);
+            set.until(self.wake_at.take().map_or(self.ping_at, |at| at.min(self.ping_at)));
             if let Some(control) = &self.control {
                 set.watch(control.fd(), true, control.unsent_bytes() > 0);
             }
@@ -382,7 +413,8 @@ impl Driver<'_> {
             let generation: Generation = FIRST_GENERATION;
             self.event(SourceEvent::ChannelFailed { channel, generation, reason })?;
         }
-        self.check_time()
+        self.check_time()?;
+        self.check_precopy_time()
     }
 
     fn receive(&mut self) -> Result<(), Over> {
@@ -408,7 +440,8 @@ impl Driver<'_> {
         let result = control.receive(&mut frames);
         for frame in frames {
             match &frame {
-                TargetFrame::Pong { lanes, .. } => {
+                TargetFrame::Pong { nonce, lanes } => {
+                    self.gauge.pong_came(*nonce);
                     self.pongs.clone_from(lanes);
                     continue;
                 }
@@ -466,7 +499,8 @@ impl Driver<'_> {
             // What it had not yet applied needs no list: a failed attempt starts over at round 0.
             self.sum.cpus = lanes.end();
         }
-        // The guest next, before anything that could take time: it stands still.
+        // The guest next, before anything that could take time: it stands still, or is slowed down.
+        self.set_throttle(guest, 0);
         if let (true, Some(_)) = (ours, paused_at) {
             if let Err(e) = guest.resume() {
                 // The one who must act is told first, and then why it came to that.
@@ -476,6 +510,11 @@ impl Driver<'_> {
             self.ended_at = Instant::now();
         }
         let downtime = paused_at.map_or(Duration::ZERO, |at| self.ended_at.saturating_duration_since(at));
+        let DowntimeParts { pause, ship, load, .. } = self.parts;
+        self.parts.run = match outcome {
+            Outcome::Completed => downtime.saturating_sub(pause + ship + load),
+            _ => Duration::ZERO,
+        };
         if let Some(control) = self.control.take() {
             self.sum.control_bytes = control.farewell(self.bell.sleeper().set(), LAST_WORDS);
         }
@@ -503,6 +542,11 @@ impl Driver<'_> {
             channels: self.settings.channels,
             total: begun.elapsed(),
             downtime,
+            downtime_parts: self.parts,
+            overruns: self.overruns,
+            interrupted: self.interrupted,
+            deferred_bytes: self.scanner.as_ref().map_or(0, Scanner::deferred_bytes_max),
+            throttling: self.policy.summary(),
             send_syscalls: counts.syscalls,
             cpus: self.sum.cpus,
             remarks: self.remarks,
@@ -527,6 +571,6 @@ impl Driver<'_> {
 const LAST_WORDS: Duration = Duration::from_millis(50);
 
 /// Pages of a run at the most, so that it fits one batch.
-pub(super) fn run_pages_max(settings: &Settings, page_bytes: u64) -> u32 {
-    (settings.batch_bytes as u64 / page_bytes).clamp(1, CHUNK_PAGES) as u32
+pub(super) fn run_pages_max(batch_bytes: u64, page_bytes: u64) -> u32 {
+    (batch_bytes / page_bytes).clamp(1, CHUNK_PAGES) as u32
 }

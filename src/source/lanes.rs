@@ -40,6 +40,9 @@ pub(super) struct Lanes {
     sent: Arc<Barrier>,
     pub crew: Crew<SendRole>,
     queue_bytes: u64,
+    /// The ring that was filled last: of several that are equally empty the next one is taken, so that few runs reach
+    /// all channels.
+    last: usize,
 }
 
 impl Lanes {
@@ -83,15 +86,15 @@ impl Lanes {
         });
         let crew = made.map_err(|e| Failure::Worker(e.to_string()))?;
         let bells = crew.ringers().cloned().collect();
-        Ok(Lanes { rings, bells, journals, sent, crew, queue_bytes: settings.queue_bytes })
+        Ok(Lanes { rings, bells, journals, sent, crew, queue_bytes: settings.queue_bytes, last: count - 1 })
     }
 
     /// Puts runs into the ring with the fewest queued bytes, if that has room. They go together, so that a worker finds
     /// a batch.
     pub fn push(&mut self, items: &[Item], bytes: u64) -> bool {
-        let Some(index) = (0..self.rings.len()).min_by_key(|index| self.rings[*index].queued_bytes()) else {
-            return false;
-        };
+        let count = self.rings.len();
+        let from_next = (1..=count).map(|step| (self.last + step) % count);
+        let Some(index) = from_next.min_by_key(|index| self.rings[*index].queued_bytes()) else { return false };
         let ring = &mut self.rings[index];
         let queued = ring.queued_bytes();
         if (queued > 0 && queued + bytes > self.queue_bytes) || ring.free_slots() < items.len() + MARK_SLOTS {
@@ -101,7 +104,13 @@ impl Lanes {
         let pushed = ring.push_batch(items);
         debug_assert_eq!(pushed, items.len(), "there was room");
         self.bells[index].ring();
+        self.last = index;
         true
+    }
+
+    /// From now on a ring holds no more than this: what is queued when the guest is paused keeps it waiting.
+    pub fn set_queue_bytes(&mut self, bytes: u64) {
+        self.queue_bytes = bytes;
     }
 
     /// Whether every ring has room for a mark.

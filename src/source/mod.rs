@@ -2,8 +2,11 @@
 //! The source of a migration: what a VMM calls to send its guest away.
 
 mod driver;
+mod gauge;
+mod hand_over;
 mod hooks;
 mod lanes;
+mod pace;
 mod rounds;
 mod state;
 mod watch;
@@ -15,7 +18,7 @@ use std::time::Duration;
 
 use crate::bell::Bell;
 use crate::cancel::CancelHandle;
-use crate::config::{CrewOptions, Pin, Timeouts};
+use crate::config::{CrewOptions, Pin, Timeouts, YEAR};
 use crate::crew::{Spawn, StartHook};
 use crate::dirty::DirtySource;
 use crate::error::{Failure, HookError, Outcome};
@@ -23,9 +26,9 @@ use crate::gate::Gate;
 use crate::memory::Ram;
 use crate::net::{Address, Connector, Endpoint};
 use crate::poll::PollSleeper;
-use crate::precopy::Limits;
+use crate::precopy::{AtLimit, Limits, Overrun, Throttled};
 use crate::progress::Progress;
-use crate::units::Verify;
+use crate::units::{Round, Verify};
 
 pub use state::StateWriter;
 
@@ -101,6 +104,16 @@ pub struct SourceReport {
     /// From the call of [`Guest::pause`] until the target said that the guest runs, or until it was resumed here; zero
     /// if it was never paused.
     pub downtime: Duration,
+    /// What it was made of; zero where it was never paused, and up to the end where it was resumed here.
+    pub downtime_parts: DowntimeParts,
+    /// Attempts to hand over that were withdrawn because they took longer than the downtime limit.
+    pub overruns: u32,
+    /// How long the guest stood still for these, all together; not part of the downtime.
+    pub interrupted: Duration,
+    /// The most bytes that were kept back at once for the end, because they were dirty in every round.
+    pub deferred_bytes: u64,
+    /// How the guest was slowed down, and what that brought.
+    pub throttling: Throttled,
     /// System calls of the send workers.
     pub send_syscalls: u64,
     /// The CPU each worker was pinned to.
@@ -108,6 +121,19 @@ pub struct SourceReport {
     /// A failure that did not decide the outcome: a hook that failed while cleaning up, a harvest that counted as all
     /// dirty.
     pub remarks: Vec<String>,
+}
+
+/// What a downtime was made of, in the order of time.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct DowntimeParts {
+    /// In [`Guest::pause`].
+    pub pause: Duration,
+    /// Until the rest of RAM, and the state, had left this side: harvests, [`Guest::save_state`], and what was queued.
+    pub ship: Duration,
+    /// Until the target said that all of it has landed, that the digests agree, and that its VMM has loaded the state.
+    pub load: Duration,
+    /// From Commit until the target said that the guest runs.
+    pub run: Duration,
 }
 
 /// Everything that can be set about a source.
@@ -126,6 +152,8 @@ pub(crate) struct Settings {
     pub zero_test: bool,
     pub limits: Limits,
     pub timeouts: Timeouts,
+    /// Bytes a second before the pause; 0 is no limit.
+    pub bandwidth_max: u64,
     pub batch_bytes: usize,
     pub queue_bytes: u64,
     pub epoch_bytes: u64,
@@ -138,6 +166,9 @@ const BATCH_BYTES: usize = 1 << 20;
 const QUEUE_BYTES: u64 = 8 << 20;
 /// Bytes after which an epoch is closed: bounds what is sent again when a channel dies, and how late a journal is freed.
 const EPOCH_BYTES: u64 = 128 << 20;
+/// Rounds while the guest runs, at the most: an entry of the digest table has 16 bits for the round, and paused rounds
+/// need some of them.
+const ROUNDS_MAX: u32 = Round::MAX.0 - 4;
 /// Channels, at the most: a channel's number is one byte, and 255 is kept free.
 const CHANNELS_MAX: usize = 255;
 
@@ -186,13 +217,49 @@ impl SourceBuilder {
 
     /// The longest the guest may stand still; 300 ms unless told otherwise.
     pub fn downtime_limit(mut self, limit: Duration) -> Self {
-        self.settings.limits.downtime_limit = limit;
+        self.settings.limits.downtime_limit = limit.min(YEAR);
         self
     }
 
-    /// Rounds after which a guest that outruns the link is given up on; 64 unless told otherwise.
+    /// Rounds, up to 65,531, after which [`at_limit`](Self::at_limit) says what happens to a guest that outruns the link;
+    /// 64 unless told otherwise.
     pub fn rounds_max(mut self, rounds: u32) -> Self {
-        self.settings.limits.rounds_max = rounds;
+        self.settings.limits.rounds_max = rounds.min(ROUNDS_MAX);
+        self
+    }
+
+    /// The longest that rounds may go on before the guest is paused; no limit unless told otherwise. A round in progress
+    /// ends first where the guest is to be switched over then.
+    pub fn precopy_time_max(mut self, time: Duration) -> Self {
+        self.settings.limits.precopy_time_max = Some(time.min(YEAR));
+        self
+    }
+
+    /// What happens at [`rounds_max`](Self::rounds_max) and [`precopy_time_max`](Self::precopy_time_max), and with a
+    /// guest that outruns the link for good: the migration fails and the guest runs on, unless told otherwise.
+    pub fn at_limit(mut self, at_limit: AtLimit) -> Self {
+        self.settings.limits.at_limit = at_limit;
+        self
+    }
+
+    /// How much a guest that outruns the link may be slowed down, in percent up to 99, by [`Guest::throttle`]; 0, not at
+    /// all, unless told otherwise. At this limit, a guest that still outruns the link is given up on.
+    pub fn throttle_max(mut self, percent: u8) -> Self {
+        self.settings.limits.throttle_max = percent.min(99);
+        self
+    }
+
+    /// What happens when a hand-over takes longer than the downtime limit and the point of no return is not reached:
+    /// it is accepted, unless told otherwise.
+    pub fn overrun(mut self, overrun: Overrun) -> Self {
+        self.settings.limits.overrun = overrun;
+        self
+    }
+
+    /// The most bytes a second that are sent while the guest runs; 0, no limit, unless told otherwise. While it is
+    /// paused the limit does not hold: there it would cost downtime.
+    pub fn bandwidth_max(mut self, bytes_per_second: u64) -> Self {
+        self.settings.bandwidth_max = bytes_per_second;
         self
     }
 
@@ -290,6 +357,7 @@ impl Source {
             zero_test: true,
             limits: Limits::default(),
             timeouts: Timeouts::default(),
+            bandwidth_max: 0,
             batch_bytes: BATCH_BYTES,
             queue_bytes: QUEUE_BYTES,
             epoch_bytes: EPOCH_BYTES,

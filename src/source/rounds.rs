@@ -1,109 +1,144 @@
 #![forbid(unsafe_code)]
-//! The rounds of the source: harvest, scan, push; decide; and, with the guest paused, the rest of it.
+//! The rounds of the source: decide, harvest, scan, push.
 
 use std::time::{Duration, Instant};
 
-use crate::crew::Alarm;
 use crate::error::Failure;
-use crate::memory::full;
-use crate::precopy::{Decision, Estimate, decide};
+use crate::precopy::{AtLimit, Decision, Estimate, Why};
 use crate::scanner::{Chunk, Which, chunks};
-use crate::session::source::{Facts, SourceEvent};
+use crate::session::source::SourceEvent;
+use crate::source::Guest;
 use crate::source::driver::{Driver, Over, run_pages_max};
 use crate::source::lanes::EPOCH_ITEMS_MAX;
-use crate::source::{Guest, StateWriter};
-use crate::units::{Item, Round, Verify};
+use crate::source::pace::Pace;
+use crate::units::Item;
 
 /// Runs that are handed to a ring at once: a batch of single 4 KiB pages.
 const PUSH_RUNS_MAX: usize = 256;
 
-/// What a switchover costs even if nothing is left: pause, Final, Loaded, Commit, Running. Measured at 0.3 ms over
-/// loopback; allowed for generously, as the VMM's own hooks are in it.
-const FIXED_COST: Duration = Duration::from_millis(1);
-
 impl Driver<'_> {
-    /// Rounds while the guest runs, until it is time to switch over.
-    pub fn precopy(&mut self) -> Result<(), Over> {
-        let mut which = Which::All;
-        let mut begun = Instant::now();
+    /// Rounds while the guest runs, until it is time to switch over. What is dirty has been counted.
+    pub fn precopy(&mut self, guest: &mut dyn Guest, mut which: Which) -> Result<(), Over> {
+        let cap = self.settings.bandwidth_max;
+        self.pace = (cap > 0).then(|| Pace::new(cap, Instant::now()));
         loop {
-            let mut sample = self.sample();
-            self.ship_round(which)?;
+            let begun = Instant::now();
+            let defer_bytes = self.policy.defer_budget_bytes(&self.estimate(0));
+            self.ship_round(which, defer_bytes, self.settings.batch_bytes as u64)?;
             which = Which::Dirty;
-            self.take_sample(&mut sample);
-            let mut dirty_bytes = self.dirty_bytes()?;
-            loop {
-                let now = self.estimate(dirty_bytes);
-                self.show(&now, begun.elapsed());
-                match decide(&self.settings.limits, &now) {
-                    Decision::SwitchOver => return Ok(()),
-                    // An entry of the digest table has 16 bits for the round; the paused rounds need some of them.
-                    Decision::AnotherRound if now.rounds < Round::MAX.0 - 4 => break,
-                    Decision::AnotherRound | Decision::NotConverging => {
-                        let bytes_left = now.queued_bytes + dirty_bytes;
-                        let Estimate { rounds, rate, .. } = now;
-                        return self.fail(Failure::NotConverging { rounds, bytes_left, rate });
-                    }
-                    Decision::Wait => {
-                        self.service(true)?;
-                        self.take_sample(&mut sample);
-                        // Counted anew only when the answer could matter: a count can cost a scan of all page tables.
-                        let now = self.estimate(dirty_bytes);
-                        if decide(&self.settings.limits, &now) != Decision::Wait {
-                            dirty_bytes = self.dirty_bytes()?;
-                        }
-                    }
-                }
+            self.sample_rate();
+            let dirty_bytes = self.dirty_bytes()?;
+            self.dirty_rate = (dirty_bytes as f64 / begun.elapsed().as_secs_f64().max(1e-3)) as u64;
+            if self.decide(guest, dirty_bytes)? == Decision::SwitchOver {
+                return Ok(());
             }
-            begun = Instant::now();
+            self.shrink_queues();
         }
     }
 
-    fn estimate(&self, dirty_bytes: u64) -> Estimate {
-        Estimate {
-            rounds: self.session.round().0,
-            queued_bytes: self.queued_bytes(),
-            dirty_bytes,
-            rate: self.rate.bytes_per_second(),
-            fixed_cost: FIXED_COST,
+    /// Another round, or the switchover; waits meanwhile where that is what the policy says.
+    fn decide(&mut self, guest: &mut dyn Guest, mut dirty_bytes: u64) -> Result<Decision, Over> {
+        let mut fresh = true;
+        loop {
+            let now = self.estimate(dirty_bytes);
+            self.show(&now);
+            let verdict = self.policy.decide(&now);
+            self.set_throttle(guest, verdict.throttle);
+            match verdict.decision {
+                Decision::Wait => {
+                    // The target is asked how far it is: what is on its way to it counts.
+                    self.ask_soon();
+                    self.service(true)?;
+                    self.sample_rate();
+                    fresh = false;
+                }
+                // Counted anew only when the answer matters: a count can cost a scan of all page tables.
+                _ if !fresh => {
+                    dirty_bytes = self.dirty_bytes()?;
+                    fresh = true;
+                }
+                Decision::GiveUp(why) => return self.give_up(&now, why),
+                Decision::AnotherRound => return self.another_round(&now),
+                Decision::SwitchOver => return Ok(Decision::SwitchOver),
+            }
         }
     }
 
-    /// Bytes sent, and the time the channels were busy with it, all together. A link that is idle says nothing of its
-    /// rate: a guest that dirties little would seem to have a slow one.
-    fn sample(&self) -> (u64, u64) {
-        let counts = self.progress.channels();
-        (counts.wire_bytes, counts.busy_ns)
+    /// Where what a hand-over costs beside the bytes stands in the way more than they do, that is measured again first:
+    /// else rounds of next to nothing would follow each other as fast as they can be counted.
+    fn another_round(&mut self, now: &Estimate) -> Result<Decision, Over> {
+        let expected = now.downtime().unwrap_or(Duration::MAX);
+        if now.fixed_cost * 2 > expected {
+            self.ask_now()?;
+            while self.gauge.awaits_pong() {
+                self.service(true)?;
+            }
+        }
+        Ok(Decision::AnotherRound)
     }
 
-    fn take_sample(&mut self, since: &mut (u64, u64)) {
-        let now = self.sample();
-        let busy = Duration::from_nanos(now.1.saturating_sub(since.1) / u64::from(self.settings.channels.max(1)));
-        self.rate.add(now.0.saturating_sub(since.0), busy);
-        *since = now;
+    /// A round of a large guest takes long: where the guest is to be left alone when time is up, the round is not waited
+    /// for.
+    pub fn check_precopy_time(&mut self) -> Result<(), Over> {
+        let limits = &self.settings.limits;
+        let late = limits.precopy_time_max.is_some_and(|time| self.armed_at.elapsed() > time);
+        if late && limits.at_limit == AtLimit::GiveUp && self.armed && !self.flags.pause {
+            let dirty_bytes = self.dirty_bytes()?;
+            self.give_up(&self.estimate(dirty_bytes), Why::Time)?;
+        }
+        Ok(())
     }
 
-    fn show(&self, now: &Estimate, time: Duration) {
-        let left = now.queued_bytes + now.dirty_bytes;
-        self.progress.set(|c| &c.rate, now.rate);
-        self.progress.set(|c| &c.bytes_left, left);
-        let dirty_rate = (now.dirty_bytes as f64 / time.as_secs_f64().max(1e-6)) as u64;
-        self.progress.set(|c| &c.dirty_rate, dirty_rate);
-        let expected = now.downtime().map_or(u64::MAX, |d| d.as_micros() as u64);
-        self.progress.set(|c| &c.expected_downtime_us, expected);
+    fn give_up(&mut self, now: &Estimate, why: Why) -> Result<Decision, Over> {
+        self.fail(Failure::NotConverging {
+            why,
+            rounds: now.rounds,
+            bytes_left: now.left_bytes(),
+            rate: now.rate,
+            dirty_rate: now.dirty_rate,
+            throttle: self.policy.summary().highest,
+            fixed_cost: now.fixed_cost,
+        })?;
+        Ok(Decision::GiveUp(why))
     }
 
-    fn dirty_bytes(&mut self) -> Result<u64, Over> {
+    /// Slows the guest down, or lets it go. A VMM that cannot is not asked again.
+    pub fn set_throttle(&mut self, guest: &mut dyn Guest, percent: u8) {
+        if percent == self.throttle {
+            return;
+        }
+        let answer = guest.throttle(percent);
+        self.excuse_silence();
+        match answer {
+            Ok(()) => self.throttle = percent,
+            Err(e) => self.remark(format!("the guest could not be throttled by {percent} %: {e}")),
+        }
+        self.policy.throttled(self.throttle == percent);
+        self.progress.set(|c| &c.throttle, self.throttle.into());
+    }
+
+    /// What waits in rings when the guest is paused keeps it waiting: no more of it than fits half of the downtime limit.
+    fn shrink_queues(&mut self) {
+        let settings = &self.settings;
+        let budget = self.gauge.bytes_in(settings.limits.downtime_limit) / 2 / u64::from(settings.channels.max(1));
+        // A worker needs a batch in its hand and another one in its ring.
+        let bytes = budget.clamp(2 * settings.batch_bytes as u64, settings.queue_bytes);
+        if let Some(lanes) = &mut self.lanes {
+            lanes.set_queue_bytes(bytes);
+        }
+    }
+
+    /// Counts what is dirty.
+    pub fn dirty_bytes(&mut self) -> Result<u64, Over> {
         // Sources count pages of all blocks together: where sizes differ, the estimate is too high rather than too low.
         let page_bytes = self.ram.blocks().iter().map(|b| b.page_size().bytes()).max().unwrap_or(0);
-        match self.dirty.begin_round() {
+        let begun = Instant::now();
+        let counted = self.dirty.begin_round();
+        self.gauge.counted(begun.elapsed());
+        match counted {
             Ok(pages) => Ok(pages * page_bytes),
             Err(e) => self.fail(Failure::Dirty(e.to_string())).map(|()| 0),
         }
-    }
-
-    fn queued_bytes(&self) -> u64 {
-        self.lanes.as_ref().map_or(0, |lanes| lanes.queued_bytes())
     }
 
     /// Updates what others see, now and then.
@@ -115,14 +150,22 @@ impl Driver<'_> {
         self.progress.set(|c| &c.rounds, u64::from(self.session.round().0));
     }
 
-    /// One round: harvests RAM chunk by chunk and pushes what is dirty, then the end mark.
-    fn ship_round(&mut self, which: Which) -> Result<(), Over> {
+    /// One round: harvests RAM chunk by chunk and pushes what is dirty in batches of so many bytes, then the end mark.
+    /// Workers send one chunk while the next is harvested.
+    pub fn ship_round(&mut self, which: Which, defer_bytes: u64, batch_bytes: u64) -> Result<(), Over> {
         let ram = self.ram.clone();
         let mut batch = Vec::with_capacity(PUSH_RUNS_MAX);
+        let (mut harvest_time, pushed_before) = (Duration::ZERO, self.pushed_bytes);
+        if let Some(scanner) = &mut self.scanner {
+            scanner.begin_round(defer_bytes);
+        }
         for chunk in chunks(&ram) {
-            self.ship_chunk(chunk, which, &mut batch)?;
+            harvest_time += self.ship_chunk(chunk, which, batch_bytes, &mut batch)?;
             // Frames and ended workers are looked after between chunks even if no ring is ever full.
             self.service(false)?;
+        }
+        if which == Which::Dirty {
+            self.gauge.round_harvested(self.pushed_bytes - pushed_before, harvest_time);
         }
         // The mark is an item of the journal like any other.
         self.epoch_items += 1;
@@ -133,22 +176,31 @@ impl Driver<'_> {
         self.event(SourceEvent::RoundPushed)
     }
 
-    fn ship_chunk(&mut self, chunk: Chunk, which: Which, batch: &mut Vec<Item>) -> Result<(), Over> {
+    /// Harvests a chunk and pushes it; how long the harvest took.
+    fn ship_chunk(
+        &mut self,
+        chunk: Chunk,
+        which: Which,
+        batch_bytes: u64,
+        batch: &mut Vec<Item>,
+    ) -> Result<Duration, Over> {
         let ram = self.ram.clone();
-        let Some(block) = ram.block(chunk.block) else { return Ok(()) };
+        let Some(block) = ram.block(chunk.block) else { return Ok(Duration::ZERO) };
         let page_bytes = block.page_size().bytes();
-        let pages_max = run_pages_max(&self.settings, page_bytes);
+        let pages_max = run_pages_max(batch_bytes, page_bytes);
         // Taken out for the time of the chunk: the runs borrow it while batches are pushed.
-        let Some(mut scanner) = self.scanner.take() else { return Ok(()) };
+        let Some(mut scanner) = self.scanner.take() else { return Ok(Duration::ZERO) };
+        let begun = Instant::now();
         if let Some(e) = scanner.harvest(&ram, self.dirty, chunk, which) {
             self.remark(format!("a harvest failed, and its pages count as dirty: {e}"));
         }
+        let harvest_time = begun.elapsed();
         let mut bytes = 0;
         let mut result = Ok(());
         for run in scanner.runs(chunk).flat_map(|run| run.pieces(pages_max)) {
             batch.push(Item::Run(run));
             bytes += u64::from(run.pages) * page_bytes;
-            if batch.len() == PUSH_RUNS_MAX || bytes >= self.settings.batch_bytes as u64 {
+            if batch.len() == PUSH_RUNS_MAX || bytes >= batch_bytes {
                 result = self.push(batch, &mut bytes);
                 if result.is_err() {
                     break;
@@ -157,18 +209,29 @@ impl Driver<'_> {
         }
         self.scanner = Some(scanner);
         result?;
-        if batch.is_empty() { Ok(()) } else { self.push(batch, &mut bytes) }
+        if !batch.is_empty() {
+            self.push(batch, &mut bytes)?;
+        }
+        Ok(harvest_time)
     }
 
-    /// Pushes a batch to the ring with the fewest queued bytes; waits for room, and looks after the rest meanwhile.
+    /// Pushes a batch to the ring with the fewest queued bytes; waits for room, and for the cap on bandwidth, and looks
+    /// after the rest meanwhile.
     fn push(&mut self, batch: &mut Vec<Item>, bytes: &mut u64) -> Result<(), Over> {
         let items = batch.len() as u64;
         let full = self.epoch_bytes + *bytes > self.settings.epoch_bytes || self.epoch_items + items > EPOCH_ITEMS_MAX;
         if full && self.epoch_items > 0 {
             self.close_epoch()?;
         }
+        while let Some(until) = self.pace.and_then(|pace| pace.waits_until(Instant::now())) {
+            self.wake_at = Some(until);
+            self.service(true)?;
+        }
         while !self.lanes.as_mut().is_some_and(|lanes| lanes.push(batch, *bytes)) {
             self.service(true)?;
+        }
+        if let Some(pace) = &mut self.pace {
+            pace.pushed(*bytes, self.progress.channels().zero_bytes, Instant::now());
         }
         self.epoch_bytes += *bytes;
         self.epoch_items += items;
@@ -194,58 +257,5 @@ impl Driver<'_> {
             self.service(true)?;
         }
         Ok(())
-    }
-
-    /// With the guest paused: ships what is dirty over all channels while the VMM saves its state, and once more when it
-    /// has; then waits until every ring and every hand is empty.
-    pub fn ship_the_rest(&mut self, guest: &mut dyn Guest) -> Result<(), Over> {
-        let mut writer = StateWriter::new(self.state.clone(), self.bell.ringer());
-        let (shipped, saved) = self.beside("scan", Driver::ship_paused_round, move || guest.save_state(&mut writer));
-        shipped?;
-        if let Err(e) = saved {
-            return self.fail(Failure::Hook { hook: "save_state", reason: e.to_string() });
-        }
-        // save_state may have written guest RAM.
-        self.ship_paused_round()?;
-        let last = Round(self.session.round().0 - 1);
-        while !self.lanes.as_ref().is_some_and(|lanes| lanes.all_sent(last)) || !self.state.is_empty() {
-            self.service(true)?;
-        }
-        Ok(())
-    }
-
-    fn ship_paused_round(&mut self) -> Result<(), Over> {
-        self.dirty_bytes()?;
-        self.ship_round(Which::Dirty)
-    }
-
-    /// What Final says: taken when every ring and every hand is empty.
-    pub fn facts(&mut self) -> Result<Facts, Over> {
-        let mut facts =
-            Facts { state_bytes: self.state_bytes, state_crc: self.state_crc.finish(), ..Facts::default() };
-        if let Some(table) = &self.digests {
-            facts.block_digests = self.ram.iter().map(|(id, _)| table.block_digest(id)).collect();
-        }
-        if self.settings.verify == Verify::Full {
-            facts.full_digests = self.full_digests()?;
-        }
-        Ok(facts)
-    }
-
-    /// Hashes all of RAM on other threads, and looks after the rest meanwhile.
-    fn full_digests(&mut self) -> Result<Vec<u64>, Over> {
-        let (hashing, ram, ringer) = (full::Hashing::default(), self.ram.clone(), self.bell.ringer());
-        std::thread::scope(|scope| {
-            hashing.start(scope, &ram, self.id, self.settings.channels.into(), move || Alarm::ring(&ringer));
-            loop {
-                if let Some(digests) = hashing.take() {
-                    return Ok(digests);
-                }
-                if let Err(over) = self.service(true) {
-                    hashing.stop();
-                    return Err(over);
-                }
-            }
-        })
     }
 }

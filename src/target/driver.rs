@@ -322,6 +322,9 @@ impl Driver<'_> {
             }
             TargetAction::ForgetState => {
                 self.state.clear();
+                // Whatever was loaded of it is loaded anew: the guest runs at the source, and rounds go on.
+                (self.final_at, self.loaded_at) = (None, None);
+                self.progress.stage(Stage::Precopy);
                 Ok(())
             }
             TargetAction::Pong { nonce } => {

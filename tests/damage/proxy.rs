@@ -5,6 +5,11 @@ use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
+use pageferry::wire::hello::HELLO_BYTES;
+
+/// Type, length, sequence and CRC of a control frame.
+pub const FRAME_HEADER_BYTES: usize = 16;
+
 /// A direction.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Way {
@@ -18,8 +23,9 @@ pub struct Flip {
     /// In the order in which the source connects: 0 is the control connection.
     pub connection: usize,
     pub way: Way,
-    /// From the start of the connection, in its direction.
+    /// From the start of the connection, in its direction; or from the start of its first frame of this type.
     pub offset: u64,
+    pub in_frame: Option<u16>,
     /// The bits to turn over.
     pub mask: u8,
 }
@@ -95,15 +101,34 @@ fn accept_all(
     pumps
 }
 
+/// Where the first frame of this type starts, from the frame at `header_at` on, which moves over those of other types.
+fn first_frame(bytes: &[u8], header_at: &mut usize, wanted: u16) -> Option<usize> {
+    while let Some(header) = bytes.get(*header_at..*header_at + FRAME_HEADER_BYTES) {
+        let (kind, length) = (u16::from_le_bytes([header[0], header[1]]), header[4..8].try_into().unwrap());
+        if kind == wanted {
+            return Some(*header_at);
+        }
+        *header_at += FRAME_HEADER_BYTES + u32::from_le_bytes(length) as usize;
+    }
+    None
+}
+
 fn pump(mut from: TcpStream, mut to: TcpStream, flip: Option<Flip>, seen: &Mutex<Seen>) {
     let mut buffer = vec![0; 1 << 16];
     let mut at = 0u64;
+    let mut header_at = HELLO_BYTES;
     while let Ok(n @ 1..) = from.read(&mut buffer) {
         if let Some(flip) = flip {
             let mut seen = seen.lock().unwrap();
             seen.bytes.extend_from_slice(&buffer[..n]);
-            if (at..at + n as u64).contains(&flip.offset) {
-                buffer[(flip.offset - at) as usize] ^= flip.mask;
+            let place = match flip.in_frame {
+                None => Some(flip.offset),
+                Some(wanted) => {
+                    first_frame(&seen.bytes, &mut header_at, wanted).map(|start| start as u64 + flip.offset)
+                }
+            };
+            if let Some(place) = place.filter(|place| !seen.flipped && (at..at + n as u64).contains(place)) {
+                buffer[(place - at) as usize] ^= flip.mask;
                 seen.flipped = true;
             }
         }

@@ -168,8 +168,9 @@ fn frames_out_of_turn_end_the_migration_and_are_named() {
     out_of_turn("Setup in flight", says, SourceFrame::Setup(setup(1, &[16])), |to| FakeSource::live(to, 1));
     out_of_turn("State at once", "State came while the target waited for Setup", state.clone(), FakeSource::greet);
     let says = "State came while the target waited for the data channels";
-    out_of_turn("State before the channels", says, state.clone(), |to| FakeSource::ready(to, 1));
-    out_of_turn("State after Final", "State came while", state, FakeSource::loaded);
+    out_of_turn("State before the channels", says, state, |to| FakeSource::ready(to, 1));
+    let middle = SourceFrame::State { offset: 1, bytes: vec![1] };
+    out_of_turn("State in the middle after Loaded", "State at offset 1", middle, FakeSource::loaded);
     let says = "Commit came while the target waited for pages or Final";
     out_of_turn("Commit before Final", says, SourceFrame::Commit, |to| FakeSource::live(to, 1));
     let says = "Commit came while the target waited for Setup";

@@ -23,6 +23,7 @@ pub const TWO_EPOCHS: &str = "at most two epochs are outstanding";
 pub const ACKS_FIND_MARKS: &str = "the mark of an acknowledged epoch is in the journal";
 pub const DIGESTS_AGREE: &str = "the digests of an honest run agree";
 pub const DISCARDED_ONCE: &str = "what was prepared and did not run is discarded, once";
+pub const LOADS_IN_PEACE: &str = "no page lands while load_state runs";
 pub const NOBODY_HANGS: &str = "whoever is alive can go on";
 
 /// The properties, and the examples that show that these bounds reach what the properties speak of.
@@ -54,6 +55,7 @@ pub fn properties(bounds: &Bounds) -> Vec<Property<Ferry>> {
         Property::always(TWO_EPOCHS, |_, w: &World| w.seen.epochs_closed <= w.seen.epochs_acked + 2),
         Property::always(ACKS_FIND_MARKS, |_, w: &World| !w.seen.mark_missing),
         Property::always(DIGESTS_AGREE, |_, w: &World| !w.seen.digests_differed),
+        Property::always(LOADS_IN_PEACE, |_, w: &World| !w.seen.landed_under_load),
         Property::always(DISCARDED_ONCE, |_, w: &World| match w.target.process {
             Process::Ended => w.target.discards == u8::from(w.target.prepared && !w.target.ran),
             _ => w.target.discards == 0,
@@ -83,6 +85,11 @@ fn examples(bounds: &Bounds) -> Vec<Property<Ferry>> {
     if bounds.epochs > 1 {
         all.push(Property::sometimes("two epochs are outstanding", |_, w: &World| {
             w.seen.epochs_closed == w.seen.epochs_acked + 2
+        }));
+    }
+    if bounds.overruns > 0 {
+        all.push(Property::sometimes("a second attempt completes", |_, w: &World| {
+            w.source.overruns_left == 0 && w.source.verdict.is_none() && w.target.ran
         }));
     }
     if bounds.kinds.contains(&Fault::Cut) {

@@ -25,6 +25,8 @@ pub enum Action {
     SaveReturns(bool),
     Drained,
     AskGate,
+    Overrun,
+    RoundsGoOn,
     // The source's workers.
     Pop(usize),
     SendPage(usize),
@@ -90,6 +92,8 @@ impl Ferry {
                     out.push(Action::Scan { to: None });
                 }
             }
+            // Not even a broken driver gets a mark out of the session before the answer.
+            Step::Round(_) if source.session.is_withdrawing() => {}
             Step::Round(_) | Step::First(_) | Step::Last(_) if source.has_room_for_marks(bounds) => {
                 out.push(Action::EndRound);
             }
@@ -99,6 +103,9 @@ impl Ferry {
                 out.push(Action::Drained);
             }
             Step::Gate => out.push(Action::AskGate),
+            Step::Withdraw if !source.session.is_withdrawing() || bounds.is(Mutant::RoundsBeforeTheAnswer) => {
+                out.push(Action::RoundsGoOn);
+            }
             _ => {}
         }
         if matches!(source.step, Step::First(_) | Step::Save) && !source.saved && source.writing.is_none() {
@@ -191,6 +198,9 @@ impl Ferry {
         if source.step == Step::Decide && source.round().0 < bounds.live_rounds {
             out.push(Action::AnotherRound);
         }
+        if source.may_overrun(bounds) {
+            out.push(Action::Overrun);
+        }
         let marks_due = source.scans().is_some() && w.seen.epochs_closed < u64::from(bounds.epochs);
         if marks_due && source.has_room_for_marks(bounds) {
             out.push(Action::EpochDue);
@@ -262,6 +272,8 @@ impl Ferry {
             Action::SaveReturns(good) => w.save_returns(bounds, good),
             Action::Drained => w.drained(bounds),
             Action::AskGate => w.asks_gate(bounds),
+            Action::Overrun => w.overruns(bounds),
+            Action::RoundsGoOn => w.source.step = Step::Round(0),
             Action::Pop(c) => w.pops(bounds, c),
             Action::SendPage(c) => w.sends_page(bounds, c),
             Action::SendMark(c) => w.sends_mark(bounds, c),

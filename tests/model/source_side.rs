@@ -34,6 +34,8 @@ pub enum Step {
     Drain,
     /// Waits for Loaded, and later for Running.
     HandOver,
+    /// The downtime limit was exceeded, and the guest runs again: waits for the answer to the Final that was withdrawn.
+    Withdraw,
     /// Loaded has come: the gate is to be asked.
     Gate,
     Over,
@@ -77,6 +79,7 @@ pub struct SourceSide {
     pub writing: Option<usize>,
     pub writes_left: u8,
     pub save_writes_left: u8,
+    pub overruns_left: u8,
     pub workers: [Worker; CHANNELS],
     /// What was sent, as the digest table remembers it.
     pub digest: [Entry; PAGES],
@@ -97,6 +100,7 @@ impl SourceSide {
             writing: None,
             writes_left: bounds.writes,
             save_writes_left: bounds.save_writes,
+            overruns_left: bounds.overruns,
             workers: Default::default(),
             digest: Default::default(),
         }
@@ -128,6 +132,17 @@ impl SourceSide {
             _ => 0,
         };
         self.ships() && self.writing.is_none() && left > 0
+    }
+
+    /// Whether the driver may find that the guest has stood still for too long: whenever it looks before the gate.
+    pub fn may_overrun(&self, bounds: &Bounds) -> bool {
+        let looks = match self.step {
+            Step::Drain => self.saved && self.all_sent(bounds),
+            Step::HandOver => self.session.awaits_loaded(),
+            Step::Gate => true,
+            _ => false,
+        };
+        looks && self.overruns_left > 0
     }
 
     pub fn has_room_for_marks(&self, bounds: &Bounds) -> bool {
@@ -227,6 +242,7 @@ impl World {
         source.digest = Default::default();
         source.workers = Default::default();
         (source.writing, source.writes_left, source.save_writes_left) = (None, 0, 0);
+        source.overruns_left = 0;
         self.control.to_target.close();
         self.control.to_source.deafen();
         self.wires.iter_mut().for_each(|wire| wire.close());
@@ -326,6 +342,15 @@ impl World {
         self.source.step = Step::HandOver;
         let granted = self.source.gate.commit() || bounds.is(Mutant::CommitPastTheGate);
         self.source_event(bounds, if granted { SourceEvent::CommitGranted } else { SourceEvent::CancelAsked });
+    }
+
+    /// The guest runs again, and this attempt to hand it over is withdrawn.
+    pub fn overruns(&mut self, bounds: &Bounds) {
+        self.source.overruns_left -= 1;
+        self.source.guest = Guest::Running;
+        self.source.saved = false;
+        self.source.step = Step::Withdraw;
+        self.source_event(bounds, SourceEvent::Overran);
     }
 
     /// The worker takes a run into its hand, journals it, and looks at its page: that is what the digest remembers.

@@ -210,6 +210,7 @@ impl World {
         match packet {
             Packet::Page { page, version } => {
                 self.seen.went_back |= version < target.memory[page];
+                self.seen.landed_under_load |= target.hook == Some(Hook::Load);
                 target.memory[page] = version;
                 target.digest[page].record(lane.passed, version);
             }

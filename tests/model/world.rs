@@ -38,6 +38,8 @@ pub enum Mutant {
     CommitPastTheGate,
     /// The target says Running before its `run` hook has returned.
     RunningBeforeRun,
+    /// After an overrun, rounds go on before the target has answered the Final that was withdrawn.
+    RoundsBeforeTheAnswer,
     /// The target does not notice that the control connection is gone.
     NobodyAtTheTarget,
 }
@@ -68,6 +70,8 @@ pub struct Bounds {
     pub writes: u8,
     /// Writes of `save_state` while the guest is paused.
     pub save_writes: u8,
+    /// Attempts at the hand-over that take too long, and are withdrawn.
+    pub overruns: u8,
     /// Rounds while the guest runs; two more follow when it is paused.
     pub live_rounds: u32,
     /// Epochs that are closed; the last one stays open.
@@ -189,6 +193,8 @@ pub struct Seen {
     pub digests_differed: bool,
     /// A page's older version replaced a newer one at the target.
     pub went_back: bool,
+    /// A page landed while `load_state` ran.
+    pub landed_under_load: bool,
 }
 
 impl World {

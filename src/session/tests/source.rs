@@ -316,3 +316,37 @@ fn before_commit_a_failure_of_ours_is_told_with_its_kind() {
         assert_eq!(actions[0], SourceAction::Send(SourceFrame::Error(PeerError { code, text })));
     }
 }
+
+fn forget() -> SourceAction {
+    SourceAction::Send(SourceFrame::State { offset: 0, bytes: Vec::new() })
+}
+
+#[test]
+fn an_attempt_is_withdrawn_at_once_where_the_target_owes_no_answer() {
+    for at in [Paused, AwaitGate] {
+        let mut session = session(at);
+        assert_eq!(session.on(SourceEvent::Overran), [forget()], "{at:?}");
+        assert!(!session.is_withdrawing());
+        assert_eq!(session.on(SourceEvent::SwitchOver), [SourceAction::PauseGuest], "the guest may be paused again");
+    }
+}
+
+#[test]
+fn a_final_that_was_withdrawn_is_answered_before_rounds_go_on() {
+    let mut session = session(AwaitLoaded);
+    assert_eq!(session.on(SourceEvent::Overran), []);
+    assert!(session.is_withdrawing() && session.waits_for_hook().is_some());
+    assert_eq!(session.on(frame(TargetFrame::Loaded { round: Round(1) })), [forget()]);
+    assert!(!session.is_withdrawing());
+    assert_eq!(session.on(SourceEvent::RoundPushed), [SourceAction::PushMark(Item::RoundEnd(Round(2)))]);
+
+    let withdrawn = || {
+        let mut session = self::session(AwaitLoaded);
+        session.on(SourceEvent::Overran);
+        session
+    };
+    assert!(tells_of_breach(&withdrawn().on(frame(TargetFrame::Loaded { round: Round(0) }))));
+    assert_eq!(*outcome(&withdrawn().on(SourceEvent::CancelAsked)), Outcome::Cancelled);
+    let mismatch = TargetFrame::DigestMismatch { round: Round(1), block: BlockId(4), chunk_digests: vec![1] };
+    assert!(matches!(outcome(&withdrawn().on(frame(mismatch))), Outcome::Failed(Failure::Digest { .. })));
+}

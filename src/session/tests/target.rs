@@ -162,15 +162,15 @@ fn a_final_after_the_last_lane_is_checked_at_once() {
 
 #[test]
 fn a_frame_that_no_phase_waits_for_is_a_breach() {
-    let frames = [
-        (SourceFrame::Setup(setup(1)), AwaitSetup),
-        (SourceFrame::State { offset: 0, bytes: vec![1] }, Live),
-        (SourceFrame::Final(last()), Live),
-        (SourceFrame::Commit, AwaitCommit),
+    let frames: [(SourceFrame, &[At]); 4] = [
+        (SourceFrame::Setup(setup(1)), &[AwaitSetup]),
+        (SourceFrame::State { offset: 0, bytes: vec![1] }, &[Live, AwaitCommit]),
+        (SourceFrame::Final(last()), &[Live]),
+        (SourceFrame::Commit, &[AwaitCommit]),
     ];
     for (unexpected, good) in frames {
         // A Starting target is past all of this: see `after_commit_nothing_but_run_counts`.
-        for at in ALL.into_iter().filter(|at| *at != good && *at != Starting) {
+        for at in ALL.into_iter().filter(|at| !good.contains(at) && *at != Starting) {
             assert!(is_breach(&ends(at, frame(unexpected.clone()))), "{unexpected:?} at {at:?}");
         }
     }
@@ -344,4 +344,33 @@ fn after_commit_nothing_but_run_counts() {
     let told = TargetAction::Send(TargetFrame::RunFailed { reason: reason.clone() });
     let end = TargetAction::End(Outcome::Failed(Failure::Hook { hook: "run", reason }));
     assert_eq!(failed, [told, TargetAction::Discard, end]);
+}
+
+#[test]
+fn state_from_the_beginning_withdraws_what_was_loaded() {
+    let mut session = session(AwaitCommit);
+    assert_eq!(session.on(state(0, 0)), [TargetAction::ForgetState]);
+    assert!(is_breach(&session.clone().on(frame(SourceFrame::Commit))), "there is nothing to commit to");
+    session.on(moved(0, 3, 0));
+    session.on(moved(1, 3, 0));
+    assert_eq!(session.on(state(0, 2)).len(), 2);
+    let again = Final { round: Round(2), state_bytes: 2, ..last() };
+    let actions = session.on(frame(SourceFrame::Final(again.clone())));
+    assert_eq!(actions.last(), Some(&TargetAction::Check(again)));
+    session.on(TargetEvent::Checked(Check::Agrees));
+    let loaded = session.on(TargetEvent::StateLoaded(Ok(())));
+    assert_eq!(loaded, [TargetAction::Send(TargetFrame::Loaded { round: Round(2) })]);
+}
+
+#[test]
+fn after_loaded_state_does_not_go_on_in_the_middle() {
+    assert!(is_breach(&ends(AwaitCommit, state(3, 1))));
+}
+
+#[test]
+fn a_lane_that_ended_after_loaded_counts_when_rounds_go_on() {
+    let mut session = session(AwaitCommit);
+    assert_eq!(session.on(lane_failed()), []);
+    let actions = session.on(state(0, 0));
+    assert!(matches!(told_failure(&actions), Failure::Channel { .. }));
 }

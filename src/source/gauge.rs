@@ -1,0 +1,166 @@
+#![forbid(unsafe_code)]
+//! What the policy goes by, as it is measured: the link's rate, what is on its way, and what a hand-over costs beside
+//! the bytes.
+
+use std::time::{Duration, Instant};
+
+use crate::precopy::{Estimate, Rate};
+use crate::source::driver::Driver;
+
+/// What the VMM's hooks are taken to cost until an attempt to hand over has shown it: pause, save_state, load_state, run.
+/// Not more than a part of a small limit, which a guess alone must not keep anybody from.
+const HOOKS_ALLOWANCE: Duration = Duration::from_millis(1);
+const HOOKS_PART_OF_LIMIT: u32 = 4;
+
+/// How soon after an answer the target is asked again how far it is, while something hangs on it.
+const ASK_AGAIN: Duration = Duration::from_millis(1);
+
+/// Measurements of one migration.
+#[derive(Debug)]
+pub(super) struct Gauge {
+    rate: Rate,
+    /// Bytes on the wire, and nanoseconds its channels were busy, when last looked at.
+    sampled: (u64, u64),
+    /// The Ping that was sent last, while no answer has come.
+    pinged: Option<(u64, Instant)>,
+    /// One way and back on the control connection: a mean that forgets, and believes a shorter time at once.
+    round_trip: Duration,
+    /// What it took to ask what is dirty, at the least: it takes longer the more there is, and at the end there is little.
+    count: Duration,
+    /// Dirty bytes harvested, and the time that took: where that is slower than the link, the link does not matter.
+    harvest: Rate,
+    /// What the hooks of the last attempt took, on both sides.
+    hooks: Duration,
+}
+
+impl Gauge {
+    pub fn new(downtime_limit: Duration) -> Gauge {
+        Gauge {
+            rate: Rate::default(),
+            sampled: (0, 0),
+            pinged: None,
+            round_trip: Duration::ZERO,
+            count: Duration::ZERO,
+            harvest: Rate::default(),
+            hooks: HOOKS_ALLOWANCE.min(downtime_limit / HOOKS_PART_OF_LIMIT),
+        }
+    }
+
+    pub fn ping_sent(&mut self, nonce: u64) {
+        self.pinged = Some((nonce, Instant::now()));
+    }
+
+    /// Forgets the Pings so far: their answers waited for the target's hooks.
+    pub fn forget_pings(&mut self) {
+        (self.pinged, self.round_trip) = (None, Duration::ZERO);
+    }
+
+    /// Whether the answer to a Ping is still to come.
+    pub fn awaits_pong(&self) -> bool {
+        self.pinged.is_some()
+    }
+
+    pub fn pong_came(&mut self, nonce: u64) {
+        let Some((asked, at)) = self.pinged else { return };
+        if asked != nonce {
+            return; // not the answer to the last one
+        }
+        self.pinged = None;
+        let took = at.elapsed();
+        let known = self.round_trip;
+        self.round_trip = if known.is_zero() || took < known { took } else { known + (took - known) / 8 };
+    }
+
+    /// When to ask the target again how far it is, if that is not on its way already.
+    pub fn ask_at(&self) -> Option<Instant> {
+        self.pinged.is_none().then(|| Instant::now() + ASK_AGAIN)
+    }
+
+    pub fn counted(&mut self, took: Duration) {
+        self.count = if self.count.is_zero() { took } else { self.count.min(took) };
+    }
+
+    pub fn round_harvested(&mut self, bytes: u64, took: Duration) {
+        // What a harvest takes that finds nothing is in the fixed cost.
+        self.harvest.add(bytes, took.saturating_sub(self.count));
+    }
+
+    /// Bytes a second that can be harvested and sent, the one beside the other; 0 while it is unknown.
+    fn rate(&self) -> u64 {
+        match (self.rate.bytes_per_second(), self.harvest.bytes_per_second()) {
+            (link, 0) => link,
+            (link, harvest) => link.min(harvest),
+        }
+    }
+
+    /// What an attempt took beside its bytes: the VMM's pause, and the wait for Loaded.
+    pub fn hooks_took(&mut self, took: Duration) {
+        self.hooks = self.hooks.max(took);
+    }
+
+    /// Bytes that the link carries in this time; 0 while its rate is unknown.
+    pub fn bytes_in(&self, time: Duration) -> u64 {
+        let bytes = u128::from(self.rate()) * time.as_nanos() / 1_000_000_000;
+        u64::try_from(bytes).unwrap_or(u64::MAX)
+    }
+
+    /// From Commit to Running, should the target's `run` hook take no time.
+    pub fn commit_cost(&self) -> Duration {
+        self.round_trip
+    }
+
+    /// What a switchover costs even if nothing is left: what is dirty is counted twice and harvested twice, which finds
+    /// nothing in about the time of a count; Final and Loaded, Commit and Running cross the link; hooks run.
+    pub fn fixed_cost(&self) -> Duration {
+        self.count * 4 + self.round_trip * 2 + self.hooks
+    }
+}
+
+impl Driver<'_> {
+    /// Takes note of what was sent since the last look, and how long the channels were busy with it: a link that is
+    /// idle says nothing of its rate.
+    pub fn sample_rate(&mut self) {
+        let counts = self.progress.channels();
+        let (bytes, busy) = self.gauge.sampled;
+        let time = counts.busy_ns.saturating_sub(busy) / u64::from(self.settings.channels.max(1));
+        self.gauge.rate.add(counts.wire_bytes.saturating_sub(bytes), Duration::from_nanos(time));
+        self.gauge.sampled = (counts.wire_bytes, counts.busy_ns);
+    }
+
+    /// What is known now, with so much dirty that has not been harvested.
+    pub fn estimate(&self, dirty_bytes: u64) -> Estimate {
+        Estimate {
+            rounds: self.session.round().0,
+            elapsed: self.armed_at.elapsed(),
+            queued_bytes: self.lanes.as_ref().map_or(0, |lanes| lanes.queued_bytes()),
+            in_flight_bytes: self.in_flight_bytes(),
+            dirty_bytes,
+            // What was dirty in each round so far is taken to be dirty again, and is counted once.
+            deferred_bytes: self.scanner.as_ref().map_or(0, |s| s.deferred_bytes()).saturating_sub(dirty_bytes),
+            rate: self.gauge.rate(),
+            dirty_rate: self.dirty_rate,
+            fixed_cost: self.gauge.fixed_cost(),
+        }
+    }
+
+    /// Bytes that were sent and that the target had not read when it last said how far it is: never too few, and exact
+    /// where nothing was sent since.
+    fn in_flight_bytes(&self) -> u64 {
+        let of = |index: usize| {
+            let sent = self.progress.channel(index).map_or(0, |counts| counts.wire_bytes);
+            let read = self.pongs.iter().find(|pong| usize::from(pong.channel.0) == index).map_or(0, |pong| pong.bytes);
+            sent.saturating_sub(read)
+        };
+        (0..usize::from(self.settings.channels)).map(of).sum()
+    }
+
+    /// Shows what the policy goes by.
+    pub fn show(&self, now: &Estimate) {
+        let left = now.left_bytes();
+        self.progress.set(|c| &c.rate, now.rate);
+        self.progress.set(|c| &c.bytes_left, left);
+        self.progress.set(|c| &c.dirty_rate, now.dirty_rate);
+        let expected = now.downtime().map_or(u64::MAX, |d| d.as_micros() as u64);
+        self.progress.set(|c| &c.expected_downtime_us, expected);
+    }
+}

@@ -1,0 +1,174 @@
+#![forbid(unsafe_code)]
+//! The hand-over: pause, the rest of RAM, the state, Final, Loaded, Commit; or, where it takes too long, back to rounds.
+
+use std::time::{Duration, Instant};
+
+use crate::crew::Alarm;
+use crate::error::Failure;
+use crate::memory::full;
+use crate::progress::Stage;
+use crate::scanner::Which;
+use crate::session::source::{Facts, SourceEvent};
+use crate::source::driver::{Driver, Over};
+use crate::source::{DowntimeParts, Guest, StateWriter};
+use crate::units::{Round, Verify};
+use crate::wire::crc::Crc32c;
+
+/// How an attempt to hand over ended, where the migration has not.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Attempt {
+    /// Commit is sent: the guest belongs to the target, or nobody knows.
+    Committed,
+    /// It took longer than the downtime limit: the guest runs again.
+    Withdrawn,
+}
+
+impl Driver<'_> {
+    /// Pauses the guest and hands it over. `paused_at` is set for as long as it stands still.
+    pub fn hand_over(&mut self, guest: &mut dyn Guest, paused_at: &mut Option<Instant>) -> Result<Attempt, Over> {
+        self.event(SourceEvent::SwitchOver)?;
+        debug_assert!(self.flags.pause);
+        let begun = Instant::now();
+        *paused_at = Some(begun);
+        self.progress.stage(Stage::Paused);
+        let (alive, paused) = self.beside("pause", |_| Ok(()), || guest.pause());
+        if let Err(e) = paused {
+            // The guest runs: the hook's contract. There is nothing to resume.
+            *paused_at = None;
+            alive?;
+            return self.fail(Failure::Hook { hook: "pause", reason: e.to_string() }).map(|()| Attempt::Withdrawn);
+        }
+        alive?;
+        self.event(SourceEvent::GuestPaused)?;
+        self.parts = DowntimeParts { pause: begun.elapsed(), ..DowntimeParts::default() };
+        self.ship_the_rest(guest)?;
+        self.parts.ship = begun.elapsed() - self.parts.pause;
+        // What is still to come crosses the link twice.
+        if self.overran(begun.elapsed() + self.gauge.commit_cost() * 2) {
+            return self.withdraw(guest, begun, paused_at);
+        }
+        let final_at = Instant::now();
+        let facts = self.facts()?;
+        self.progress.stage(Stage::HandOver);
+        self.event(SourceEvent::Drained(facts))?;
+        while !self.flags.ask_commit {
+            let late = begun + self.settings.limits.downtime_limit;
+            if Instant::now() >= late && self.overran(begun.elapsed()) {
+                return self.withdraw(guest, begun, paused_at);
+            }
+            self.wake_at = Some(late).filter(|late| *late > Instant::now());
+            self.service(true)?;
+        }
+        self.flags.ask_commit = false;
+        self.parts.load = final_at.elapsed();
+        self.gauge.hooks_took(self.parts.pause + self.parts.load);
+        if self.overran(begun.elapsed() + self.gauge.commit_cost()) {
+            return self.withdraw(guest, begun, paused_at);
+        }
+        // The one decision between a cancel and the hand-over.
+        let granted = self.gate.commit();
+        self.event(if granted { SourceEvent::CommitGranted } else { SourceEvent::CancelAsked })?;
+        Ok(Attempt::Committed)
+    }
+
+    /// Whether so long a pause is to be broken off. Asked of the policy only where the limit is exceeded: it counts.
+    fn overran(&mut self, took: Duration) -> bool {
+        let limits = &self.settings.limits;
+        let round_left = self.session.round().0 < limits.rounds_max;
+        took > limits.downtime_limit && round_left && self.policy.overran(took)
+    }
+
+    /// Lets the guest run on, and waits until the target has answered what it was sent.
+    fn withdraw(
+        &mut self,
+        guest: &mut dyn Guest,
+        begun: Instant,
+        paused_at: &mut Option<Instant>,
+    ) -> Result<Attempt, Over> {
+        if let Err(e) = guest.resume() {
+            *paused_at = None;
+            let reason = format!("{e}; the guest stands still at the source, after an attempt that took too long");
+            return self.fail(Failure::Hook { hook: "resume", reason }).map(|()| Attempt::Withdrawn);
+        }
+        *paused_at = None;
+        self.parts = DowntimeParts::default();
+        self.excuse_silence();
+        self.interrupted += begun.elapsed();
+        self.overruns += 1;
+        self.remark(format!(
+            "the guest ran on after {:.1} ms, as the hand-over exceeded its limit of {:.1} ms",
+            begun.elapsed().as_secs_f64() * 1e3,
+            self.settings.limits.downtime_limit.as_secs_f64() * 1e3
+        ));
+        self.progress.stage(Stage::Precopy);
+        self.event(SourceEvent::Overran)?;
+        while self.session.is_withdrawing() {
+            self.service(true)?;
+        }
+        // What was saved is forgotten on both sides.
+        while self.state.pop().is_some() {}
+        (self.state_bytes, self.state_crc) = (0, Crc32c::new());
+        self.flags.pause = false;
+        self.flags.ask_commit = false;
+        Ok(Attempt::Withdrawn)
+    }
+
+    /// With the guest paused: ships what is dirty over all channels while the VMM saves its state, and once more when it
+    /// has; then waits until every ring and every hand is empty.
+    fn ship_the_rest(&mut self, guest: &mut dyn Guest) -> Result<(), Over> {
+        // The cap holds while the guest runs; here it would cost downtime.
+        self.pace = None;
+        let mut writer = StateWriter::new(self.state.clone(), self.bell.ringer());
+        let (shipped, saved) = self.beside("scan", Driver::ship_paused_round, move || guest.save_state(&mut writer));
+        shipped?;
+        if let Err(e) = saved {
+            return self.fail(Failure::Hook { hook: "save_state", reason: e.to_string() });
+        }
+        // save_state may have written guest RAM.
+        self.ship_paused_round()?;
+        let last = Round(self.session.round().0 - 1);
+        while !self.lanes.as_ref().is_some_and(|lanes| lanes.all_sent(last)) || !self.state.is_empty() {
+            self.service(true)?;
+        }
+        Ok(())
+    }
+
+    /// Little as it may be, it goes over all channels: in batches so small that each gets its share. Half of that, as a
+    /// count of what is dirty may be too high by as much as there are sources.
+    fn ship_paused_round(&mut self) -> Result<(), Over> {
+        let deferred = self.scanner.as_ref().map_or(0, |scanner| scanner.deferred_bytes());
+        let bytes = self.dirty_bytes()? + deferred;
+        let share = bytes / (2 * u64::from(self.settings.channels.max(1)));
+        self.ship_round(Which::Dirty, 0, share.clamp(1, self.settings.batch_bytes as u64))
+    }
+
+    /// What Final says: taken when every ring and every hand is empty.
+    fn facts(&mut self) -> Result<Facts, Over> {
+        let mut facts =
+            Facts { state_bytes: self.state_bytes, state_crc: self.state_crc.finish(), ..Facts::default() };
+        if let Some(table) = &self.digests {
+            facts.block_digests = self.ram.iter().map(|(id, _)| table.block_digest(id)).collect();
+        }
+        if self.settings.verify == Verify::Full {
+            facts.full_digests = self.full_digests()?;
+        }
+        Ok(facts)
+    }
+
+    /// Hashes all of RAM on other threads, and looks after the rest meanwhile.
+    fn full_digests(&mut self) -> Result<Vec<u64>, Over> {
+        let (hashing, ram, ringer) = (full::Hashing::default(), self.ram.clone(), self.bell.ringer());
+        std::thread::scope(|scope| {
+            hashing.start(scope, &ram, self.id, self.settings.channels.into(), move || Alarm::ring(&ringer));
+            loop {
+                if let Some(digests) = hashing.take() {
+                    return Ok(digests);
+                }
+                if let Err(over) = self.service(true) {
+                    hashing.stop();
+                    return Err(over);
+                }
+            }
+        })
+    }
+}
