@@ -148,7 +148,7 @@ pub enum Failure {
         rate: u64,
         /// Bytes per second that the guest dirtied in the last round.
         dirty_rate: u64,
-        /// By how many percent it was slowed down then.
+        /// By how many percent it was slowed down, at the most.
         throttle: u8,
         /// What a hand-over costs beside the bytes, as measured.
         fixed_cost: Duration,
@@ -203,7 +203,7 @@ impl fmt::Display for Failure {
                     mib(dirty_rate)
                 )?;
                 if *throttle > 0 {
-                    write!(f, ", throttled by {throttle} %")?;
+                    write!(f, ", throttled by up to {throttle} %")?;
                 }
                 let fixed_ms = fixed_cost.as_secs_f64() * 1e3;
                 write!(f, ", and a hand-over takes {fixed_ms:.1} ms beside that ({why}); allow a longer downtime, more bandwidth, or more throttling")

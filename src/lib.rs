@@ -70,9 +70,10 @@
 //! ```
 //!
 //! # Where to look
-//! [`Source`] and [`Target`] for the life of a migration, [`DirtySource`] for tracking, [`memory`] for RAM blocks,
-//! [`config`] for CPUs and time-outs, [`wire`] for the bytes. The lower layers stay usable alone: [`ring`], [`bell`],
-//! [`crew`] and [`channel`] do not know of sessions. `ARCHITECTURE.md` says how it all holds together.
+//! [`guide`] for the way from a memory map to a hand-over, and what that does to the VMM's process; [`Source`] and
+//! [`Target`] for the life of a migration, [`DirtySource`] for tracking, [`memory`] for RAM blocks, [`config`] for CPUs
+//! and time-outs, [`wire`] for the bytes. The lower layers stay usable alone: [`ring`], [`bell`], [`crew`] and
+//! [`channel`] do not know of sessions. `ARCHITECTURE.md` says how it all holds together.
 
 pub mod sync;
 pub mod units;
@@ -106,6 +107,7 @@ with_a_kernel! {
     pub mod config;
     pub mod dirty;
     pub mod error;
+    pub mod guide;
     pub mod journal;
     pub mod memory;
     pub mod net;

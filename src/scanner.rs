@@ -46,6 +46,7 @@ pub struct Scanner {
     /// How many bytes this round may still keep back, and how many all of them do.
     defer_left: u64,
     deferred_bytes: u64,
+    deferred_bytes_max: u64,
     untouched_bytes: u64,
 }
 
@@ -79,6 +80,7 @@ impl Scanner {
             past: ram.blocks().iter().map(past).collect(),
             defer_left: 0,
             deferred_bytes: 0,
+            deferred_bytes_max: 0,
             untouched_bytes: 0,
         }
     }
@@ -96,6 +98,11 @@ impl Scanner {
     /// Bytes that were left out because nobody ever touched them.
     pub fn untouched_bytes(&self) -> u64 {
         self.untouched_bytes
+    }
+
+    /// The most that it was.
+    pub fn deferred_bytes_max(&self) -> u64 {
+        self.deferred_bytes_max
     }
 
     /// Harvests a chunk. After this its bits are clear at the source, and **only then** may its pages be read: a write
@@ -128,6 +135,7 @@ impl Scanner {
                 &mut self.defer_left,
                 &mut self.deferred_bytes,
             );
+            self.deferred_bytes_max = self.deferred_bytes_max.max(self.deferred_bytes);
         }
         failed
     }

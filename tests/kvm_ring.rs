@@ -252,7 +252,7 @@ extern "C" fn kicked(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_vo
 #[test]
 fn a_signal_in_the_middle_of_a_reset_loses_no_page() {
     register_signal_handler(SIGRTMIN(), kicked).unwrap();
-    ships_everything_under_load("a_signal_in_the_middle_of_a_reset_loses_no_page", 60, true);
+    ships_everything_under_load("a_signal_in_the_middle_of_a_reset_loses_no_page", 15, true);
 }
 
 #[test]
@@ -263,11 +263,12 @@ fn a_ring_that_kvm_lets_overrun_is_an_error_and_never_a_silent_loss() {
     let mut ring = guest.ring(&vcpus, &[slot]);
     ring.arm(&guest.ram).unwrap();
     let handle = ring.vcpu_handle();
-    let mut refused = None;
+    let (mut refused, mut exits) = (None, 0);
     // It leaves KVM_RUN by itself only when it is through: KVM that runs it in software is not in time to stop it.
     vcpus[0].write_in_bursts(1 << 31, (0..4000).map(|page| BASE + page * PAGE), 1, || {
-        refused = handle.relieve().err();
-        refused.is_none()
+        (refused, exits) = (handle.relieve().err(), exits + 1);
+        // Bounded: a vCPU that finds no room for ever must not hang the test.
+        refused.is_none() && exits < 4000
     });
     match ring.begin_round() {
         Ok(pages) => {

@@ -12,10 +12,8 @@ use pageferry::dirty::combined::{Combined, Still};
 use pageferry::memory::{Backing, Initial};
 use pageferry::precopy::AtLimit;
 use pageferry::units::{BlockId, PageSize};
-use pageferry::{
-    DirtyBitmap, DirtyError, DirtySource, Failure, Outcome, Ram, RamBlock, Source, Target, Verify, WriteProtect,
-};
-use vmm::{TestGuest, TestIncoming, Transport, Trip, assert_arrived, assert_stayed};
+use pageferry::{DirtyBitmap, DirtyError, Failure, Outcome, Ram, RamBlock, Source, Target, Verify, WriteProtect};
+use vmm::{Script, TestGuest, TestIncoming, Transport, Trip, assert_arrived, assert_stayed};
 
 const CHANNELS: [u8; 4] = [1, 2, 3, 8];
 const VERIFY: [Verify; 3] = [Verify::Off, Verify::Wire, Verify::Full];
@@ -203,36 +201,6 @@ fn write_protection_and_a_devices_bitmap_are_one_source() {
     let trip = vmm::travel(source, &mut dirty, &mut guest, target, TestIncoming::new());
     assert_arrived(&guest, &trip);
     assert_eq!(guest.dirty.count(), 0, "what the device marked was shipped");
-}
-
-/// Gets the number of the round that is to come, from 0 on.
-type Between<'a> = dyn FnMut(u64, &DirtyBitmap) + Send + 'a;
-
-/// Changes pages when it is asked how much is dirty: between two rounds, that is, and at a known place.
-struct Script<'a> {
-    bitmap: DirtyBitmap,
-    rounds: u64,
-    between: Box<Between<'a>>,
-}
-
-impl DirtySource for Script<'_> {
-    fn arm(&mut self, ram: &Ram) -> Result<(), DirtyError> {
-        self.bitmap.arm(ram)
-    }
-    fn begin_round(&mut self) -> Result<u64, DirtyError> {
-        (self.between)(self.rounds, &self.bitmap);
-        self.rounds += 1;
-        self.bitmap.begin_round()
-    }
-    fn harvest(&mut self, block: BlockId, first_page: u64, words: &mut [u64]) -> Result<(), DirtyError> {
-        self.bitmap.harvest(block, first_page, words)
-    }
-    fn give_back(&mut self, block: BlockId, first_page: u64, words: &[u64]) -> Result<(), DirtyError> {
-        self.bitmap.give_back(block, first_page, words)
-    }
-    fn disarm(&mut self) {
-        self.bitmap.disarm();
-    }
 }
 
 #[test]

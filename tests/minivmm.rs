@@ -166,7 +166,7 @@ fn every_byte_is_the_same_where_all_ram_is_compared() {
 fn cancelled_while_running_the_guest_runs_on_and_goes_at_the_second_attempt() {
     let test = "cancelled_while_running_the_guest_runs_on_and_goes_at_the_second_attempt";
     for source in ["log", "ring"] {
-        let options = ["--dirty-source", source, "--bandwidth-max", "50", "--cancel-after", "100000"];
+        let options = ["--dirty-source", source, "--bandwidth-max", "50M", "--cancel-after", "100000"];
         let Some(ended) = demo(test, &[&EASY[..], &options].concat()) else { return };
         let report = ended.expect_completed();
         assert_eq!(ended.outcomes(), ["cancelled", "completed"]);
@@ -192,7 +192,7 @@ fn cancelled_while_paused_the_guest_runs_on_and_goes_at_the_second_attempt() {
 
 #[test]
 fn the_guest_runs_on_when_the_target_is_killed() {
-    let options = ["--bandwidth-max", "50", "--kill-target-after", "100"];
+    let options = ["--bandwidth-max", "50M", "--kill-target-after", "100"];
     let Some(ended) = demo("the_guest_runs_on_when_the_target_is_killed", &[&EASY[..], &options].concat()) else {
         return;
     };
@@ -205,7 +205,7 @@ fn is_found(test: &str, mutant: &str) {
     for source in ["log", "ring"] {
         let options = [
             ["--ram", "64M", "--hot", "16", "--at-limit", "switch-over", "--max-rounds", "3"],
-            ["--verify", "off", "--bandwidth-max", "500", "--dirty-source", source, "--mutant", mutant],
+            ["--verify", "off", "--bandwidth-max", "500M", "--dirty-source", source, "--mutant", mutant],
         ];
         let Some(ended) = demo(test, &options.concat()) else { return };
         let report = &ended.report;
@@ -229,9 +229,9 @@ fn a_lost_word_of_dirty_bits_is_found() {
 fn a_guest_that_outruns_the_link_is_held_back() {
     let options = [
         ["--ram", "64M", "--hot", "24", "--dirty-rate", "200"],
-        ["--bandwidth-max", "100", "--downtime-limit", "30", "--throttle-max", "99"],
+        ["--bandwidth-max", "100M", "--downtime-limit", "30", "--throttle-max", "99"],
     ];
     let Some(ended) = demo("a_guest_that_outruns_the_link_is_held_back", &options.concat()) else { return };
     let report = ended.expect_completed();
-    assert!(report["throttle"].as_u64().unwrap() > 0, "{report:#}");
+    assert!(report["throttle_percent"].as_u64().unwrap() > 0, "{report:#}");
 }

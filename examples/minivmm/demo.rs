@@ -23,7 +23,7 @@ use crate::with_mutants::Mutant;
 Examples:
   minivmm demo
   minivmm demo --ram 1G --hot 64 --vcpus 2 --channels 4 --dirty-source ring --downtime-limit 50
-  minivmm demo --hot 256 --dirty-rate 800 --throttle-max 99 --bandwidth-max 400 --json | tail -n 1
+  minivmm demo --hot 256 --dirty-rate 800 --throttle-max 99 --bandwidth-max 400M --json | tail -n 1
   minivmm demo --migrations 10 --cancel-while-paused
 
 Exit code: 0 if every migration completed and every check found all in order; 1 failed, 3 uncertain, 4 damaged (all
@@ -214,8 +214,8 @@ impl Demo<'_> {
             }
             _ => line += &format!("{} after {ms:.0} ms", source.error.as_deref().unwrap_or("failed")),
         }
-        if numbers.throttle > 0 {
-            line += &format!("; held back by {} % for {:.0} ms", numbers.throttle, numbers.throttle_ms);
+        if numbers.throttle_percent > 0 {
+            line += &format!("; held back by {} % for {:.0} ms", numbers.throttle_percent, numbers.throttle_ms);
         }
         self.say(&line);
         if let Some(check) = &attempt.check {

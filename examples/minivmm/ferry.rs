@@ -90,10 +90,10 @@ pub fn source(home: &Home, to: &str, how: &Shipping) -> Result<Source, HookError
         .verify(how.verify.into())
         .downtime_limit(Duration::from_millis(how.downtime_limit))
         .rounds_max(how.max_rounds)
-        .precopy_time_max(Duration::from_secs(how.timeout.unwrap_or(u64::MAX)))
+        .precopy_time_max(how.timeout.unwrap_or(Duration::MAX))
         .at_limit(how.at_limit.into())
         .overrun(how.on_overrun.into())
         .throttle_max(how.throttle_max)
-        .bandwidth_max(how.bandwidth_max << 20)
+        .bandwidth_max(how.bandwidth_max.unwrap_or(0))
         .connect(to)?)
 }

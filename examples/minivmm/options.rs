@@ -1,6 +1,8 @@
 //! What a guest is made of, and how it is to travel, as options.
 #![forbid(unsafe_code)]
 
+use std::time::Duration;
+
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
@@ -59,15 +61,15 @@ pub struct Shipping {
     /// Percent of its time that a guest that outruns the link may be held back; 0 for never
     #[arg(long, value_name = "PERCENT", default_value_t = 0, value_parser = clap::value_parser!(u8).range(..=99))]
     pub throttle_max: u8,
-    /// MiB a second that may be sent while the guest runs; 0 for no limit
-    #[arg(long, value_name = "MIB_S", default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=1 << 40))]
-    pub bandwidth_max: u64,
+    /// Bytes a second, such as 500M, that may be sent while the guest runs [default: no limit]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub bandwidth_max: Option<u64>,
     /// Rounds before the guest is paused
     #[arg(long, value_name = "N", default_value_t = 64)]
     pub max_rounds: u32,
     /// Seconds that rounds may go on before the guest is paused [default: no limit]
-    #[arg(long, value_name = "S")]
-    pub timeout: Option<u64>,
+    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
+    pub timeout: Option<Duration>,
     /// What happens at these two limits, and with a guest that outruns the link for good
     #[arg(long, value_name = "WHAT", default_value = "give-up")]
     pub at_limit: AtLimitArg,
@@ -161,6 +163,11 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
     let number: u64 = text[..digits].parse().unwrap_or(u64::MAX);
     let bytes = number.checked_mul(1u64.checked_shl(shift).unwrap_or(0)).filter(|bytes| *bytes > 0);
     bytes.ok_or_else(|| format!("{text:?} is no size; write for example 64M or 2G"))
+}
+
+fn parse_seconds(text: &str) -> Result<Duration, String> {
+    let seconds: f64 = text.parse().map_err(|e| format!("{e}"))?;
+    Duration::try_from_secs_f64(seconds).map_err(|e| e.to_string())
 }
 
 /// Bytes for people.

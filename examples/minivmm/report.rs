@@ -74,14 +74,28 @@ pub struct Numbers {
     pub channels: u8,
     pub total_ms: f64,
     pub downtime_ms: f64,
+    pub downtime_parts: Parts,
     pub throughput_gib_s: f64,
     /// Hand-overs that were withdrawn because they took too long, and how long the guest stood still for them.
     pub overruns: u32,
     pub interrupted_ms: f64,
-    /// How far the guest was held back, in percent, and for how long.
-    pub throttle: u8,
+    /// The most that was kept back at once for the end, because it was dirty in every round.
+    pub deferred_bytes: u64,
+    /// How far the guest was held back, for how long, and what it dirtied before and then.
+    pub throttle_percent: u8,
     pub throttle_ms: f64,
+    pub dirty_rate_before_bytes_s: u64,
+    pub dirty_rate_throttled_bytes_s: u64,
     pub send_syscalls: u64,
+}
+
+/// What a downtime was made of, in the order of time.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct Parts {
+    pub pause_ms: f64,
+    pub ship_ms: f64,
+    pub load_ms: f64,
+    pub run_ms: f64,
 }
 
 impl Departure {
@@ -89,6 +103,7 @@ impl Departure {
         let (outcome, error) = End::of(&report.outcome);
         let touched = (report.ram_bytes - report.untouched_bytes) as f64 / (1u64 << 30) as f64;
         let rate = if outcome == End::Completed { touched / report.total.as_secs_f64().max(1e-9) } else { 0.0 };
+        let parts = report.downtime_parts;
         let numbers = Numbers {
             verify: format!("{:?}", report.verify).to_lowercase(),
             verified: report.verified,
@@ -102,11 +117,20 @@ impl Departure {
             channels: report.channels,
             total_ms: ms(report.total),
             downtime_ms: ms(report.downtime),
+            downtime_parts: Parts {
+                pause_ms: ms(parts.pause),
+                ship_ms: ms(parts.ship),
+                load_ms: ms(parts.load),
+                run_ms: ms(parts.run),
+            },
             throughput_gib_s: rate,
             overruns: report.overruns,
             interrupted_ms: ms(report.interrupted),
-            throttle: report.throttling.highest,
+            deferred_bytes: report.deferred_bytes,
+            throttle_percent: report.throttling.highest,
             throttle_ms: ms(report.throttling.time),
+            dirty_rate_before_bytes_s: report.throttling.dirty_rate_before,
+            dirty_rate_throttled_bytes_s: report.throttling.dirty_rate_after,
             send_syscalls: report.send_syscalls,
         };
         Departure { outcome, error, numbers, remarks: report.remarks, ticks }

@@ -167,11 +167,11 @@ impl SendRole {
             sequence: self.sequence,
             payload_bytes: self.batch.packet.payload_bytes() as u64,
         };
+        self.send(&header)?;
+        self.ring.take_bytes(self.batch.bytes);
         let cells = self.progress.cells(self.channel.0.into());
         add(&cells.payload_bytes, header.payload_bytes);
         add(&cells.zero_bytes, self.batch.bytes - header.payload_bytes);
-        self.send(&header)?;
-        self.ring.take_bytes(self.batch.bytes);
         self.batch.clear();
         if self.ring.queued_bytes() <= self.low_water_bytes {
             self.ring_controller();

@@ -31,6 +31,8 @@ fn what_is_on_its_way_runs_down_before_another_round_is_begun_for_little() {
     let in_flight = Estimate { queued_bytes: 0, in_flight_bytes: GIB, ..queued };
     for now in [queued, in_flight] {
         assert_eq!(decide(Limits::default(), now), Decision::Wait);
+        let clean = Estimate { dirty_bytes: 0, fixed_cost: Duration::from_secs(1), ..now };
+        assert_eq!(decide(Limits::default(), clean), Decision::Wait, "a round would carry nothing");
         let unknown = Estimate { rate: 0, ..now };
         assert_eq!(decide(Limits::default(), unknown), Decision::Wait, "nobody knows the link yet");
         let dirty = Estimate { dirty_bytes: GIB, ..now };
@@ -38,6 +40,18 @@ fn what_is_on_its_way_runs_down_before_another_round_is_begun_for_little() {
         let deferred = Estimate { deferred_bytes: GIB, ..now };
         assert_eq!(decide(Limits::default(), deferred), Decision::AnotherRound, "what is kept back counts as dirty");
     }
+}
+
+#[test]
+fn what_is_on_its_way_runs_down_before_the_pause_unless_the_guest_dirties_more_meanwhile() {
+    let fits = Estimate { queued_bytes: 8 * MIB, in_flight_bytes: 8 * MIB, dirty_bytes: MIB, rate: GIB, ..Estimate::default() };
+    assert_eq!(decide(Limits::default(), fits), Decision::Wait);
+    let busy = Estimate { dirty_rate: GIB / 2, ..fits };
+    assert_eq!(decide(Limits::default(), busy), Decision::SwitchOver);
+    let mostly_dirty = Estimate { dirty_bytes: 17 * MIB, ..fits };
+    assert_eq!(decide(Limits::default(), mostly_dirty), Decision::SwitchOver);
+    let late = Limits { precopy_time_max: Some(Duration::ZERO), ..Limits::default() };
+    assert_eq!(decide(late, fits), Decision::SwitchOver, "it fits, and time is up");
 }
 
 #[test]
@@ -128,8 +142,16 @@ fn the_throttle_is_taken_back_with_the_giving_up() {
     assert_eq!(equal_rounds(&mut precopy, 1..4, 2 * GIB), [0, 0, 50]);
     // It dirties less, and still too much: the throttle stays while there is hope.
     assert_eq!(equal_rounds(&mut precopy, 4..14, GIB), [50, 50, 50, 50, 50, 50, 50, 50, 50, 0]);
-    let Throttled { dirty_rate_before, dirty_rate_after, .. } = precopy.summary();
-    assert_eq!((dirty_rate_before, dirty_rate_after), (2 * GIB, GIB));
+    let expected = Throttled {
+        highest: 50,
+        rounds: 10,
+        time: ms(1000),
+        dirty_rate_before: 2 * GIB,
+        dirty_rate_after: GIB,
+        round_bytes_before: GIB,
+        round_bytes_after: GIB,
+    };
+    assert_eq!(precopy.summary(), expected);
 }
 
 #[test]

@@ -23,7 +23,7 @@ use crate::source::gauge::Gauge;
 use crate::source::hand_over::Attempt;
 use crate::source::lanes::Lanes;
 use crate::source::pace::Pace;
-use crate::source::{Guest, Settings, Source, SourceReport};
+use crate::source::{DowntimeParts, Guest, Settings, Source, SourceReport};
 use crate::sys::random::random_16;
 use crate::units::{BlockId, ChannelId, Generation, SessionId, Verify};
 use crate::wire::control::{BlockInfo, LanePong, Setup, SourceFrame, TargetFrame};
@@ -49,7 +49,7 @@ pub(super) struct Driver<'a> {
     pub lanes: Option<Lanes>,
     pub digests: Option<Arc<DigestTable>>,
     pub dirty: &'a mut dyn DirtySource,
-    armed: bool,
+    pub armed: bool,
     pub armed_at: Instant,
     pub scanner: Option<Scanner>,
     outcome: Option<Outcome>,
@@ -73,6 +73,7 @@ pub(super) struct Driver<'a> {
     pub pace: Option<Pace>,
     /// When the next wait ends at the latest, beside the next heartbeat.
     pub wake_at: Option<Instant>,
+    pub parts: DowntimeParts,
     pub overruns: u32,
     pub interrupted: Duration,
     pings: u64,
@@ -131,6 +132,7 @@ pub(super) fn migrate(source: Source, dirty: &mut dyn DirtySource, guest: &mut d
         dirty_rate: 0,
         pace: None,
         wake_at: None,
+        parts: DowntimeParts::default(),
         overruns: 0,
         interrupted: Duration::ZERO,
         pings: 0,
@@ -168,7 +170,10 @@ impl Driver<'_> {
             self.precopy(guest, which)?;
             match self.hand_over(guest, paused_at)? {
                 Attempt::Committed => break,
-                Attempt::Withdrawn => which = Which::Dirty,
+                Attempt::Withdrawn => {
+                    which = Which::Dirty;
+                    self.dirty_bytes()?;
+                }
             }
         }
         loop {
@@ -288,6 +293,7 @@ impl Driver<'_> {
         self.armed = true;
         let armed = self.dirty.arm(&self.ram);
         self.armed_at = Instant::now();
+        self.gauge.forget_pings();
         self.excuse_silence();
         match armed {
             Ok(()) => Ok(()),
@@ -368,6 +374,15 @@ impl Driver<'_> {
         Ok(())
     }
 
+    /// Asks the target how far it is, unless it has been asked.
+    pub fn ask_now(&mut self) -> Result<(), Over> {
+        if !self.gauge.awaits_pong() {
+            self.ping_at = Instant::now();
+            self.heartbeat()?;
+        }
+        Ok(())
+    }
+
     /// Asks the target soon how far it is, rather than with the next heartbeat.
     pub fn ask_soon(&mut self) {
         if let Some(at) = self.gauge.ask_at() {
@@ -398,7 +413,8 @@ impl Driver<'_> {
             let generation: Generation = FIRST_GENERATION;
             self.event(SourceEvent::ChannelFailed { channel, generation, reason })?;
         }
-        self.check_time()
+        self.check_time()?;
+        self.check_precopy_time()
     }
 
     fn receive(&mut self) -> Result<(), Over> {
@@ -494,6 +510,11 @@ impl Driver<'_> {
             self.ended_at = Instant::now();
         }
         let downtime = paused_at.map_or(Duration::ZERO, |at| self.ended_at.saturating_duration_since(at));
+        let DowntimeParts { pause, ship, load, .. } = self.parts;
+        self.parts.run = match outcome {
+            Outcome::Completed => downtime.saturating_sub(pause + ship + load),
+            _ => Duration::ZERO,
+        };
         if let Some(control) = self.control.take() {
             self.sum.control_bytes = control.farewell(self.bell.sleeper().set(), LAST_WORDS);
         }
@@ -521,8 +542,10 @@ impl Driver<'_> {
             channels: self.settings.channels,
             total: begun.elapsed(),
             downtime,
+            downtime_parts: self.parts,
             overruns: self.overruns,
             interrupted: self.interrupted,
+            deferred_bytes: self.scanner.as_ref().map_or(0, Scanner::deferred_bytes_max),
             throttling: self.policy.summary(),
             send_syscalls: counts.syscalls,
             cpus: self.sum.cpus,

@@ -25,10 +25,10 @@ pub(super) struct Gauge {
     pinged: Option<(u64, Instant)>,
     /// One way and back on the control connection: a mean that forgets, and believes a shorter time at once.
     round_trip: Duration,
-    /// What it took to ask what is dirty, last time.
+    /// What it took to ask what is dirty, at the least: it takes longer the more there is, and at the end there is little.
     count: Duration,
-    /// What the harvests of the last round took, all together; of round 0, which takes all there is, it says nothing.
-    harvest: Duration,
+    /// Dirty bytes harvested, and the time that took: where that is slower than the link, the link does not matter.
+    harvest: Rate,
     /// What the hooks of the last attempt took, on both sides.
     hooks: Duration,
 }
@@ -41,13 +41,23 @@ impl Gauge {
             pinged: None,
             round_trip: Duration::ZERO,
             count: Duration::ZERO,
-            harvest: Duration::ZERO,
+            harvest: Rate::default(),
             hooks: HOOKS_ALLOWANCE.min(downtime_limit / HOOKS_PART_OF_LIMIT),
         }
     }
 
     pub fn ping_sent(&mut self, nonce: u64) {
         self.pinged = Some((nonce, Instant::now()));
+    }
+
+    /// Forgets the Pings so far: their answers waited for the target's hooks.
+    pub fn forget_pings(&mut self) {
+        (self.pinged, self.round_trip) = (None, Duration::ZERO);
+    }
+
+    /// Whether the answer to a Ping is still to come.
+    pub fn awaits_pong(&self) -> bool {
+        self.pinged.is_some()
     }
 
     pub fn pong_came(&mut self, nonce: u64) {
@@ -67,11 +77,20 @@ impl Gauge {
     }
 
     pub fn counted(&mut self, took: Duration) {
-        self.count = took;
+        self.count = if self.count.is_zero() { took } else { self.count.min(took) };
     }
 
-    pub fn round_harvested(&mut self, took: Duration) {
-        self.harvest = took;
+    pub fn round_harvested(&mut self, bytes: u64, took: Duration) {
+        // What a harvest takes that finds nothing is in the fixed cost.
+        self.harvest.add(bytes, took.saturating_sub(self.count));
+    }
+
+    /// Bytes a second that can be harvested and sent, the one beside the other; 0 while it is unknown.
+    fn rate(&self) -> u64 {
+        match (self.rate.bytes_per_second(), self.harvest.bytes_per_second()) {
+            (link, 0) => link,
+            (link, harvest) => link.min(harvest),
+        }
     }
 
     /// What an attempt took beside its bytes: the VMM's pause, and the wait for Loaded.
@@ -81,7 +100,7 @@ impl Gauge {
 
     /// Bytes that the link carries in this time; 0 while its rate is unknown.
     pub fn bytes_in(&self, time: Duration) -> u64 {
-        let bytes = u128::from(self.rate.bytes_per_second()) * time.as_nanos() / 1_000_000_000;
+        let bytes = u128::from(self.rate()) * time.as_nanos() / 1_000_000_000;
         u64::try_from(bytes).unwrap_or(u64::MAX)
     }
 
@@ -90,10 +109,10 @@ impl Gauge {
         self.round_trip
     }
 
-    /// What a switchover costs even if nothing is left: the dirty pages are asked for and harvested twice, the second
-    /// time when there is hardly anything; Final and Loaded, Commit and Running cross the link; hooks run.
+    /// What a switchover costs even if nothing is left: what is dirty is counted twice and harvested twice, which finds
+    /// nothing in about the time of a count; Final and Loaded, Commit and Running cross the link; hooks run.
     pub fn fixed_cost(&self) -> Duration {
-        self.count * 2 + self.harvest + self.round_trip * 2 + self.hooks
+        self.count * 4 + self.round_trip * 2 + self.hooks
     }
 }
 
@@ -116,8 +135,9 @@ impl Driver<'_> {
             queued_bytes: self.lanes.as_ref().map_or(0, |lanes| lanes.queued_bytes()),
             in_flight_bytes: self.in_flight_bytes(),
             dirty_bytes,
-            deferred_bytes: self.scanner.as_ref().map_or(0, |scanner| scanner.deferred_bytes()),
-            rate: self.gauge.rate.bytes_per_second(),
+            // What was dirty in each round so far is taken to be dirty again, and is counted once.
+            deferred_bytes: self.scanner.as_ref().map_or(0, |s| s.deferred_bytes()).saturating_sub(dirty_bytes),
+            rate: self.gauge.rate(),
             dirty_rate: self.dirty_rate,
             fixed_cost: self.gauge.fixed_cost(),
         }

@@ -10,7 +10,7 @@ use crate::progress::Stage;
 use crate::scanner::Which;
 use crate::session::source::{Facts, SourceEvent};
 use crate::source::driver::{Driver, Over};
-use crate::source::{Guest, StateWriter};
+use crate::source::{DowntimeParts, Guest, StateWriter};
 use crate::units::{Round, Verify};
 use crate::wire::crc::Crc32c;
 
@@ -40,16 +40,17 @@ impl Driver<'_> {
         }
         alive?;
         self.event(SourceEvent::GuestPaused)?;
-        let pause_time = begun.elapsed();
+        self.parts = DowntimeParts { pause: begun.elapsed(), ..DowntimeParts::default() };
         self.ship_the_rest(guest)?;
+        self.parts.ship = begun.elapsed() - self.parts.pause;
         // What is still to come crosses the link twice.
         if self.overran(begun.elapsed() + self.gauge.commit_cost() * 2) {
             return self.withdraw(guest, begun, paused_at);
         }
+        let final_at = Instant::now();
         let facts = self.facts()?;
         self.progress.stage(Stage::HandOver);
         self.event(SourceEvent::Drained(facts))?;
-        let final_at = Instant::now();
         while !self.flags.ask_commit {
             let late = begun + self.settings.limits.downtime_limit;
             if Instant::now() >= late && self.overran(begun.elapsed()) {
@@ -59,7 +60,8 @@ impl Driver<'_> {
             self.service(true)?;
         }
         self.flags.ask_commit = false;
-        self.gauge.hooks_took(pause_time + final_at.elapsed());
+        self.parts.load = final_at.elapsed();
+        self.gauge.hooks_took(self.parts.pause + self.parts.load);
         if self.overran(begun.elapsed() + self.gauge.commit_cost()) {
             return self.withdraw(guest, begun, paused_at);
         }
@@ -71,7 +73,9 @@ impl Driver<'_> {
 
     /// Whether so long a pause is to be broken off. Asked of the policy only where the limit is exceeded: it counts.
     fn overran(&mut self, took: Duration) -> bool {
-        took > self.settings.limits.downtime_limit && self.policy.overran(took)
+        let limits = &self.settings.limits;
+        let round_left = self.session.round().0 < limits.rounds_max;
+        took > limits.downtime_limit && round_left && self.policy.overran(took)
     }
 
     /// Lets the guest run on, and waits until the target has answered what it was sent.
@@ -87,6 +91,7 @@ impl Driver<'_> {
             return self.fail(Failure::Hook { hook: "resume", reason }).map(|()| Attempt::Withdrawn);
         }
         *paused_at = None;
+        self.parts = DowntimeParts::default();
         self.excuse_silence();
         self.interrupted += begun.elapsed();
         self.overruns += 1;

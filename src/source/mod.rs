@@ -28,7 +28,7 @@ use crate::net::{Address, Connector, Endpoint};
 use crate::poll::PollSleeper;
 use crate::precopy::{AtLimit, Limits, Overrun, Throttled};
 use crate::progress::Progress;
-use crate::units::Verify;
+use crate::units::{Round, Verify};
 
 pub use state::StateWriter;
 
@@ -104,10 +104,14 @@ pub struct SourceReport {
     /// From the call of [`Guest::pause`] until the target said that the guest runs, or until it was resumed here; zero
     /// if it was never paused.
     pub downtime: Duration,
+    /// What it was made of; zero where it was never paused, and up to the end where it was resumed here.
+    pub downtime_parts: DowntimeParts,
     /// Attempts to hand over that were withdrawn because they took longer than the downtime limit.
     pub overruns: u32,
     /// How long the guest stood still for these, all together; not part of the downtime.
     pub interrupted: Duration,
+    /// The most bytes that were kept back at once for the end, because they were dirty in every round.
+    pub deferred_bytes: u64,
     /// How the guest was slowed down, and what that brought.
     pub throttling: Throttled,
     /// System calls of the send workers.
@@ -117,6 +121,19 @@ pub struct SourceReport {
     /// A failure that did not decide the outcome: a hook that failed while cleaning up, a harvest that counted as all
     /// dirty.
     pub remarks: Vec<String>,
+}
+
+/// What a downtime was made of, in the order of time.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct DowntimeParts {
+    /// In [`Guest::pause`].
+    pub pause: Duration,
+    /// Until the rest of RAM, and the state, had left this side: harvests, [`Guest::save_state`], and what was queued.
+    pub ship: Duration,
+    /// Until the target said that all of it has landed, that the digests agree, and that its VMM has loaded the state.
+    pub load: Duration,
+    /// From Commit until the target said that the guest runs.
+    pub run: Duration,
 }
 
 /// Everything that can be set about a source.
@@ -149,6 +166,9 @@ const BATCH_BYTES: usize = 1 << 20;
 const QUEUE_BYTES: u64 = 8 << 20;
 /// Bytes after which an epoch is closed: bounds what is sent again when a channel dies, and how late a journal is freed.
 const EPOCH_BYTES: u64 = 128 << 20;
+/// Rounds while the guest runs, at the most: an entry of the digest table has 16 bits for the round, and paused rounds
+/// need some of them.
+const ROUNDS_MAX: u32 = Round::MAX.0 - 4;
 /// Channels, at the most: a channel's number is one byte, and 255 is kept free.
 const CHANNELS_MAX: usize = 255;
 
@@ -201,13 +221,15 @@ impl SourceBuilder {
         self
     }
 
-    /// Rounds after which a guest that outruns the link is given up on; 64 unless told otherwise.
+    /// Rounds, up to 65,531, after which [`at_limit`](Self::at_limit) says what happens to a guest that outruns the link;
+    /// 64 unless told otherwise.
     pub fn rounds_max(mut self, rounds: u32) -> Self {
-        self.settings.limits.rounds_max = rounds;
+        self.settings.limits.rounds_max = rounds.min(ROUNDS_MAX);
         self
     }
 
-    /// The longest that rounds may go on before the guest is paused; no limit unless told otherwise.
+    /// The longest that rounds may go on before the guest is paused; no limit unless told otherwise. A round in progress
+    /// ends first where the guest is to be switched over then.
     pub fn precopy_time_max(mut self, time: Duration) -> Self {
         self.settings.limits.precopy_time_max = Some(time.min(YEAR));
         self

@@ -4,23 +4,20 @@
 use std::time::{Duration, Instant};
 
 use crate::error::Failure;
-use crate::precopy::{Decision, Estimate, Why};
+use crate::precopy::{AtLimit, Decision, Estimate, Why};
 use crate::scanner::{Chunk, Which, chunks};
 use crate::session::source::SourceEvent;
 use crate::source::Guest;
 use crate::source::driver::{Driver, Over, run_pages_max};
 use crate::source::lanes::EPOCH_ITEMS_MAX;
 use crate::source::pace::Pace;
-use crate::units::{Item, Round};
+use crate::units::Item;
 
 /// Runs that are handed to a ring at once: a batch of single 4 KiB pages.
 const PUSH_RUNS_MAX: usize = 256;
 
-/// An entry of the digest table has 16 bits for the round, and the paused rounds need some of them.
-const ROUNDS_LAST: u32 = Round::MAX.0 - 4;
-
 impl Driver<'_> {
-    /// Rounds while the guest runs, until it is time to switch over.
+    /// Rounds while the guest runs, until it is time to switch over. What is dirty has been counted.
     pub fn precopy(&mut self, guest: &mut dyn Guest, mut which: Which) -> Result<(), Over> {
         let cap = self.settings.bandwidth_max;
         self.pace = (cap > 0).then(|| Pace::new(cap, Instant::now()));
@@ -31,7 +28,7 @@ impl Driver<'_> {
             which = Which::Dirty;
             self.sample_rate();
             let dirty_bytes = self.dirty_bytes()?;
-            self.dirty_rate = (dirty_bytes as f64 / begun.elapsed().as_secs_f64().max(1e-6)) as u64;
+            self.dirty_rate = (dirty_bytes as f64 / begun.elapsed().as_secs_f64().max(1e-3)) as u64;
             if self.decide(guest, dirty_bytes)? == Decision::SwitchOver {
                 return Ok(());
             }
@@ -60,11 +57,36 @@ impl Driver<'_> {
                     dirty_bytes = self.dirty_bytes()?;
                     fresh = true;
                 }
-                Decision::AnotherRound if now.rounds >= ROUNDS_LAST => return self.give_up(&now, Why::Rounds),
                 Decision::GiveUp(why) => return self.give_up(&now, why),
-                decision => return Ok(decision),
+                Decision::AnotherRound => return self.another_round(&now),
+                Decision::SwitchOver => return Ok(Decision::SwitchOver),
             }
         }
+    }
+
+    /// Where what a hand-over costs beside the bytes stands in the way more than they do, that is measured again first:
+    /// else rounds of next to nothing would follow each other as fast as they can be counted.
+    fn another_round(&mut self, now: &Estimate) -> Result<Decision, Over> {
+        let expected = now.downtime().unwrap_or(Duration::MAX);
+        if now.fixed_cost * 2 > expected {
+            self.ask_now()?;
+            while self.gauge.awaits_pong() {
+                self.service(true)?;
+            }
+        }
+        Ok(Decision::AnotherRound)
+    }
+
+    /// A round of a large guest takes long: where the guest is to be left alone when time is up, the round is not waited
+    /// for.
+    pub fn check_precopy_time(&mut self) -> Result<(), Over> {
+        let limits = &self.settings.limits;
+        let late = limits.precopy_time_max.is_some_and(|time| self.armed_at.elapsed() > time);
+        if late && limits.at_limit == AtLimit::GiveUp && self.armed && !self.flags.pause {
+            let dirty_bytes = self.dirty_bytes()?;
+            self.give_up(&self.estimate(dirty_bytes), Why::Time)?;
+        }
+        Ok(())
     }
 
     fn give_up(&mut self, now: &Estimate, why: Why) -> Result<Decision, Over> {
@@ -74,7 +96,7 @@ impl Driver<'_> {
             bytes_left: now.left_bytes(),
             rate: now.rate,
             dirty_rate: now.dirty_rate,
-            throttle: self.throttle,
+            throttle: self.policy.summary().highest,
             fixed_cost: now.fixed_cost,
         })?;
         Ok(Decision::GiveUp(why))
@@ -133,7 +155,7 @@ impl Driver<'_> {
     pub fn ship_round(&mut self, which: Which, defer_bytes: u64, batch_bytes: u64) -> Result<(), Over> {
         let ram = self.ram.clone();
         let mut batch = Vec::with_capacity(PUSH_RUNS_MAX);
-        let mut harvest_time = Duration::ZERO;
+        let (mut harvest_time, pushed_before) = (Duration::ZERO, self.pushed_bytes);
         if let Some(scanner) = &mut self.scanner {
             scanner.begin_round(defer_bytes);
         }
@@ -143,7 +165,7 @@ impl Driver<'_> {
             self.service(false)?;
         }
         if which == Which::Dirty {
-            self.gauge.round_harvested(harvest_time);
+            self.gauge.round_harvested(self.pushed_bytes - pushed_before, harvest_time);
         }
         // The mark is an item of the journal like any other.
         self.epoch_items += 1;

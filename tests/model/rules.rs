@@ -92,6 +92,8 @@ impl Ferry {
                     out.push(Action::Scan { to: None });
                 }
             }
+            // Not even a broken driver gets a mark out of the session before the answer.
+            Step::Round(_) if source.session.is_withdrawing() => {}
             Step::Round(_) | Step::First(_) | Step::Last(_) if source.has_room_for_marks(bounds) => {
                 out.push(Action::EndRound);
             }

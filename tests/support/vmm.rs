@@ -6,8 +6,8 @@
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -18,8 +18,8 @@ use pageferry::target::TargetBuilder;
 use pageferry::units::{BlockId, PageSize};
 use pageferry::wire::control::Setup;
 use pageferry::{
-    DirtyBitmap, DirtySource, Guest, HookError, Incoming, Outcome, Ram, RamBlock, Source, SourceReport, StateWriter,
-    Target, TargetReport,
+    DirtyBitmap, DirtyError, DirtySource, Guest, HookError, Incoming, Outcome, Ram, RamBlock, Source, SourceReport,
+    StateWriter, Target, TargetReport,
 };
 
 /// Guest RAM of blocks of these many pages each.
@@ -136,6 +136,8 @@ pub struct TestGuest {
     pub fail_pause: Option<String>,
     /// What `save_state` fails with, after the state was written.
     pub fail_save: Option<String>,
+    /// What it was throttled to, one after the other; `None` if it cannot be.
+    pub throttles: Option<Arc<Mutex<Vec<u8>>>>,
 }
 
 impl TestGuest {
@@ -153,6 +155,7 @@ impl TestGuest {
             on_save: None,
             fail_pause: None,
             fail_save: None,
+            throttles: None,
         }
     }
 
@@ -227,6 +230,12 @@ impl Guest for TestGuest {
         Ok(())
     }
 
+    fn throttle(&mut self, percent: u8) -> Result<(), HookError> {
+        let throttles = self.throttles.as_ref().ok_or("no throttle here")?;
+        throttles.lock().unwrap().push(percent);
+        Ok(())
+    }
+
     fn save_state(&mut self, out: &mut StateWriter) -> Result<(), HookError> {
         if let Some(on_save) = &mut self.on_save {
             on_save(&self.ram, &self.dirty);
@@ -239,6 +248,36 @@ impl Guest for TestGuest {
     }
 }
 
+/// Gets the number of the round that is to come, from 0 on.
+pub type Between<'a> = dyn FnMut(u64, &DirtyBitmap) + Send + 'a;
+
+/// Changes pages when it is asked how much is dirty: between two rounds, that is, and at a known place.
+pub struct Script<'a> {
+    pub bitmap: DirtyBitmap,
+    pub rounds: u64,
+    pub between: Box<Between<'a>>,
+}
+
+impl DirtySource for Script<'_> {
+    fn arm(&mut self, ram: &Ram) -> Result<(), DirtyError> {
+        self.bitmap.arm(ram)
+    }
+    fn begin_round(&mut self) -> Result<u64, DirtyError> {
+        (self.between)(self.rounds, &self.bitmap);
+        self.rounds += 1;
+        self.bitmap.begin_round()
+    }
+    fn harvest(&mut self, block: BlockId, first_page: u64, words: &mut [u64]) -> Result<(), DirtyError> {
+        self.bitmap.harvest(block, first_page, words)
+    }
+    fn give_back(&mut self, block: BlockId, first_page: u64, words: &[u64]) -> Result<(), DirtyError> {
+        self.bitmap.give_back(block, first_page, words)
+    }
+    fn disarm(&mut self) {
+        self.bitmap.disarm();
+    }
+}
+
 /// The VMM at the target.
 pub struct TestIncoming {
     pub ram: Option<Ram>,
@@ -246,6 +285,7 @@ pub struct TestIncoming {
     pub make: Box<Make>,
     pub state: Vec<u8>,
     pub setup: Vec<u8>,
+    pub loads: u32,
     pub runs: u32,
     pub discards: u32,
     /// Called first in `prepare`, `load_state` and `run`.
@@ -267,6 +307,7 @@ impl TestIncoming {
             }),
             state: Vec::new(),
             setup: Vec::new(),
+            loads: 0,
             runs: 0,
             discards: 0,
             on_prepare: None,
@@ -299,7 +340,9 @@ impl Incoming for TestIncoming {
         if let Some(on_load) = &mut self.on_load {
             on_load();
         }
+        self.state.clear();
         state.read_to_end(&mut self.state)?;
+        self.loads += 1;
         match &self.fail_load {
             Some(why) => Err(why.clone().into()),
             None => Ok(()),
@@ -451,7 +494,7 @@ pub fn assert_arrived(guest: &TestGuest, trip: &Trip) {
     assert!(incoming.state == guest.state, "the device state differs");
     assert_eq!(incoming.setup, guest.setup);
     assert_eq!((incoming.runs, incoming.discards), (1, 0));
-    assert_eq!((guest.paused, guest.resumed), (1, 0));
+    assert_eq!((guest.paused, guest.resumed), (1 + sent.overruns, sent.overruns));
     assert_eq!(first_difference(&guest.ram, incoming.ram.as_ref().unwrap()), None);
     assert_eq!(sent.state_bytes, guest.state.len() as u64);
 }

@@ -14,6 +14,7 @@ use crate::child::Child;
 use crate::fill::{Kind, Plan, fill};
 use crate::guest::DemoGuest;
 use crate::interrupt::Interrupt;
+use crate::limits::Limits;
 use crate::output::Output;
 use crate::progress::{Side, Watch};
 use crate::report::{DemoPart, End, Report, TargetPart, ms};
@@ -47,9 +48,8 @@ pub struct Args {
     /// MiB that they dirty a second, all together; 0 for none. Every write is to a page chosen anew
     #[arg(long, value_name = "MIB_S", default_value_t = 100, value_parser = clap::value_parser!(u32).range(..=1_048_576))]
     dirty_rate: u32,
-    /// Milliseconds that the guest may stand still: it is paused when the rest would fit into them
-    #[arg(long, value_name = "MS", default_value_t = 300)]
-    downtime_limit: u32,
+    #[command(flatten)]
+    limits: Limits,
     /// How the guest travels
     #[arg(long, value_name = "HOW", default_value = "tcp")]
     transport: Transport,
@@ -148,10 +148,8 @@ fn migrate(args: &Args, out: Output) -> Result<Report, String> {
     let source = Source::builder(ram)
         .channels(args.channels)
         .cpus(args.cpus.clone().unwrap_or_default().0)
-        .verify(args.verify.into())
-        .downtime_limit(Duration::from_millis(args.downtime_limit.into()))
-        .connect(&child.address.to_string())
-        .map_err(|e| e.to_string())?;
+        .verify(args.verify.into());
+    let source = args.limits.set(source)?.connect(&child.address.to_string()).map_err(|e| e.to_string())?;
     interrupt.attach(source.cancel_handle());
 
     let mut guest = DemoGuest { writers };

@@ -26,6 +26,11 @@ impl Guest for DemoGuest {
         Ok(self.writers.start()?)
     }
 
+    fn throttle(&mut self, percent: u8) -> Result<(), HookError> {
+        self.writers.throttle(percent);
+        Ok(())
+    }
+
     fn save_state(&mut self, out: &mut StateWriter) -> Result<(), HookError> {
         out.write_all(&encode(&self.writers.written()))?;
         Ok(())

@@ -8,6 +8,7 @@ mod fill;
 mod guest;
 mod image;
 mod interrupt;
+mod limits;
 mod output;
 mod progress;
 mod receive;

@@ -158,6 +158,9 @@ impl Shown {
                 if now.dirty_rate > 0 {
                     words.push(format!("guest dirties {}", human_rate(now.dirty_rate)));
                 }
+                if now.throttle > 0 {
+                    words.push(format!("throttled by {} %", now.throttle));
+                }
                 if let Some(ms) = downtime_ms(now) {
                     words.push(format!("downtime would be {ms:.0} ms"));
                 }

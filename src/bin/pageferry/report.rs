@@ -4,9 +4,11 @@ use std::fmt;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use pageferry::source::DowntimeParts;
 use pageferry::{Outcome, SourceReport, TargetReport, Verify};
 use serde::{Deserialize, Serialize};
 
+use crate::limits::Convergence;
 use crate::sizes::{Cpus, human};
 
 /// How it ended.
@@ -64,6 +66,9 @@ pub struct Report {
     pub channels: u8,
     pub total_ms: f64,
     pub downtime_ms: f64,
+    /// What the downtime was made of, at a source.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub downtime_parts: Option<PartsMs>,
     /// RAM that was ever touched, over the time from the first connection to the end.
     pub throughput_gib_s: f64,
     /// Processor time of the migration, user and system.
@@ -74,6 +79,9 @@ pub struct Report {
     pub recv_syscalls: Option<u64>,
     pub cpus: Vec<Option<usize>>,
     pub remarks: Vec<String>,
+    /// What it took to let the rounds of a guest that keeps writing end.
+    #[serde(flatten)]
+    pub convergence: Option<Convergence>,
     #[serde(flatten)]
     pub demo: Option<DemoPart>,
     /// A file that was written.
@@ -122,6 +130,22 @@ pub struct TargetPart {
     pub remarks: Vec<String>,
 }
 
+/// [`DowntimeParts`], in milliseconds.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct PartsMs {
+    pause_ms: f64,
+    ship_ms: f64,
+    load_ms: f64,
+    run_ms: f64,
+}
+
+impl From<DowntimeParts> for PartsMs {
+    fn from(parts: DowntimeParts) -> PartsMs {
+        let DowntimeParts { pause, ship, load, run } = parts;
+        PartsMs { pause_ms: ms(pause), ship_ms: ms(ship), load_ms: ms(load), run_ms: ms(run) }
+    }
+}
+
 /// Milliseconds for machines.
 pub fn ms(time: Duration) -> f64 {
     (time.as_secs_f64() * 1e6).round() / 1e3
@@ -155,12 +179,14 @@ impl Report {
             channels: 0,
             total_ms: 0.0,
             downtime_ms: 0.0,
+            downtime_parts: None,
             throughput_gib_s: 0.0,
             cpu_s: 0.0,
             send_syscalls: None,
             recv_syscalls: None,
             cpus: Vec::new(),
             remarks: Vec::new(),
+            convergence: None,
             demo: None,
             file: None,
         }
@@ -169,7 +195,10 @@ impl Report {
     /// Of a source.
     pub fn of_source(command: &'static str, report: SourceReport, cpu: Duration) -> Report {
         let error = error_of(&report.outcome);
+        let convergence = Some(Convergence::from(&report));
         Report {
+            downtime_parts: Some(PartsMs::from(report.downtime_parts)),
+            convergence,
             verify: verify_word(report.verify),
             verified: report.verified,
             ram_bytes: report.ram_bytes,
@@ -276,6 +305,9 @@ impl fmt::Display for Report {
         if let Some(demo) = &self.demo {
             demo.fmt_downtime(f, self)?;
         }
+        if let Some(convergence) = &self.convergence {
+            convergence.fmt(f)?;
+        }
         let calls = match (self.send_syscalls, self.recv_syscalls) {
             (Some(sends), Some(receives)) => format!("; {sends} system calls to send, {receives} to receive"),
             (Some(sends), None) => format!("; {sends} system calls to send"),
@@ -299,7 +331,14 @@ impl DemoPart {
             "full" => " (hashing all of RAM is in it; --verify wire leaves that out)",
             _ => "",
         };
-        writeln!(f, "  downtime    {:.1} ms{why}", report.downtime_ms)
+        write!(f, "  downtime    {:.1} ms{why}", report.downtime_ms)?;
+        match report.downtime_parts {
+            Some(PartsMs { pause_ms, ship_ms, load_ms, run_ms }) if report.outcome == End::Completed => writeln!(
+                f,
+                ": {pause_ms:.1} to pause, {ship_ms:.1} to ship the rest, {load_ms:.1} to check and load, {run_ms:.1} to run"
+            ),
+            _ => writeln!(f),
+        }
     }
 
     fn fmt_guest(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

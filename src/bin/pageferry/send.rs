@@ -16,7 +16,7 @@ use crate::interrupt::Interrupt;
 use crate::output::{Output, complain, on_bus_error_fail};
 use crate::progress::{Side, Watch};
 use crate::report::{End, Report};
-use crate::sizes::Cpus;
+use crate::sizes::{Cpus, parse_size};
 
 /// Send a RAM image that lies still to `pageferry receive`.
 ///
@@ -42,6 +42,9 @@ pub struct Args {
     /// CPUs for the sending threads, such as 0,2 or 0-3; as far as they can be had [default: any]
     #[arg(long, value_name = "LIST")]
     cpus: Option<Cpus>,
+    /// Bytes a second, such as 500M, that are sent at the most [default: no limit]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    bandwidth_max: Option<u64>,
     /// What proves that everything arrived
     #[arg(long, value_name = "HOW", default_value = "wire")]
     verify: VerifyArg,
@@ -95,6 +98,7 @@ fn ship(args: &Args, out: Output) -> Result<Report, String> {
         .channels(args.channels)
         .cpus(args.cpus.clone().unwrap_or_default().0)
         .verify(args.verify.into())
+        .bandwidth_max(args.bandwidth_max.unwrap_or(0))
         .timeouts(Timeouts { hook: SYNC_TIME, ..Timeouts::default() })
         .connect(&args.to.to_string())
         .map_err(|e| e.to_string())?;

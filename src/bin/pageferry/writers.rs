@@ -46,6 +46,8 @@ struct Shared {
     work: Work,
     /// Relaxed: all it says is that it is time to go. What was written is published by the join.
     stop: AtomicBool,
+    /// Percent of the time that writers rest. Relaxed: a writer that learns of it a little later writes a little more.
+    throttle: AtomicU64,
     /// Each is written by its writer alone.
     done: Vec<CachePadded<Done>>,
 }
@@ -61,7 +63,7 @@ impl Writers {
         // No writer without a stretch of its own.
         work.writers = if work.pages_per_second == 0 { 0 } else { work.writers.min(work.touched.len()) };
         let done = (0..work.writers).map(|_| CachePadded::default()).collect();
-        let shared = Arc::new(Shared { work, stop: AtomicBool::new(false), done });
+        let shared = Arc::new(Shared { work, stop: AtomicBool::new(false), throttle: AtomicU64::new(0), done });
         Writers { shared, threads: Vec::new(), started: None, ran: Duration::ZERO }
     }
 
@@ -96,6 +98,11 @@ impl Writers {
             let _ = thread.join();
         }
         self.ran += self.started.take().map_or(Duration::ZERO, |at| at.elapsed());
+    }
+
+    /// Lets them write so many percent less.
+    pub fn throttle(&self, percent: u8) {
+        self.shared.throttle.store(percent.into(), Ordering::Relaxed);
     }
 
     /// What each has done.
@@ -142,15 +149,18 @@ impl Shared {
         let mut count = cell.count.load(Ordering::Relaxed);
         let rate = (pages_per_second / *writers as u64).max(1);
         // Counted from here: what was not written while it was stopped is not made up for.
-        let (begun, mut paid) = (Instant::now(), 0u64);
+        let (mut counted, mut due) = (Instant::now(), 0.0);
         while !self.stop.load(Ordering::Relaxed) {
-            let due = (begun.elapsed().as_secs_f64() * rate as f64) as u64;
-            if due <= paid {
+            let now = Instant::now();
+            let share = (100 - self.throttle.load(Ordering::Relaxed).min(100)) as f64 / 100.0;
+            due += (now - counted).as_secs_f64() * rate as f64 * share;
+            counted = now;
+            if due < 1.0 {
                 thread::park_timeout(REST);
                 continue;
             }
-            paid = paid.max(due.saturating_sub(rate.div_ceil(DEBT_PARTS)));
-            let slice = (due - paid).min(SLICE_PAGES);
+            due = due.min(rate.div_ceil(DEBT_PARTS) as f64);
+            let slice = (due as u64).clamp(1, SLICE_PAGES);
             for _ in 0..slice {
                 count += 1;
                 let dice = mix(seed ^ mix((writer as u64) << 48 ^ count));
@@ -164,7 +174,7 @@ impl Shared {
                 cell.page.store(page, Ordering::Relaxed);
                 cell.count.store(count, Ordering::Relaxed);
             }
-            paid += slice;
+            due -= slice as f64;
         }
     }
 }

@@ -49,6 +49,13 @@ impl RingEnabled {
 ///
 /// Does not see what this process writes through its own mapping, nor vhost, nor DMA: see [the module](super).
 ///
+/// What it costs, in milliseconds (2 virtual CPUs, Linux 6.18, one vCPU, one slot, KVM running the guest in software):
+///
+/// | | arm | round of 100 pages | of 1000 | of 16000 | of these, the reset | harvest of all | disarm |
+/// |---|---|---|---|---|---|---|---|
+/// | 1 GiB | 0.25 | 0.03 | 0.04 | 0.3 | 0.006, 0.02, 0.2 | 0.02 | 0.2 |
+/// | 4 GiB | 0.45 | 0.08 | 0.09 | 0.4 | 0.005, 0.02, 0.2 | 0.09 | 0.5 |
+///
 /// ```
 /// use pageferry::dirty::kvm::{KvmDirtyRing, KvmSlot, RingFull};
 /// use std::io;
