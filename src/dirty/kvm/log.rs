@@ -36,6 +36,9 @@ pub enum LogMode {
 /// fetch or clear the log of its slots while it is armed; a slot that the VMM logs for itself, for a frame buffer say,
 /// loses its bits to this source.
 ///
+/// Arming sets the VM's KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 to what its mode needs, and disarming leaves it so: a VMM that
+/// uses the log for itself between migrations sets it again.
+///
 /// It works on VMs without a dirty ring. The descriptor of the VM is duplicated, so the VM lives as long as the source.
 ///
 /// What it costs, in milliseconds (2 virtual CPUs, Linux 6.18, one slot; of the 4 GiB, 3 were written), and the longest
