@@ -104,7 +104,7 @@ impl Vmm {
     fn boot(&mut self, config: &Config) -> Result<Said, String> {
         let home = ferry::new_home(config).map_err(|e| e.to_string())?;
         home.vm.fill()?;
-        home.vm.resume();
+        home.vm.resume()?;
         self.home = Some(home);
         self.watch(config.vcpus)
     }
@@ -174,7 +174,8 @@ impl Vmm {
             source.migrate(&mut home.dirty, &mut home.vm)
         });
         self.cancel.set(None);
-        let departure = Departure::new(report, home.vm.device().ticks());
+        let departure =
+            Departure::new(report, home.vm.device().ticks(), home.vm.config().hot_bytes, &home.costs.read());
         // A guest that is gone leaves nothing behind. One that is in doubt stays, and stays paused.
         if departure.outcome != crate::report::End::Completed {
             self.home = Some(home);

@@ -69,6 +69,7 @@ pub fn run(args: &Args) -> ExitCode {
         Err((outcome, error)) => (outcome, Some(error)),
     };
     (demo.report.outcome, demo.report.error) = (outcome, error);
+    demo.report.sum_up(args.how.downtime_limit as f64);
     demo.end()
 }
 
@@ -240,6 +241,21 @@ impl Demo<'_> {
         if self.args.json {
             print_json(report);
         } else if report.outcome == End::Completed {
+            if report.migrations_completed > 1 {
+                self.say(&format!(
+                    "downtime: {:.1} ms in the middle, {:.1} at the worst, the limit of {} kept in {} of {}; by the guest's \
+                     ticks {:.1}, {:.1}, {} of {}",
+                    report.downtime_median_ms,
+                    report.downtime_worst_ms,
+                    self.args.how.downtime_limit,
+                    report.kept_limit,
+                    report.migrations_completed,
+                    report.gap_median_ms,
+                    report.gap_worst_ms,
+                    report.kept_limit_outside,
+                    report.migrations_completed
+                ));
+            }
             self.say(
                 "completed; every page is what the guest and the device wrote, and no tick was lost or came twice",
             );

@@ -51,10 +51,19 @@ impl std::fmt::Display for BadPage {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Ticks {
     pub count: u64,
+    /// The first sign of life: a tick, or the guest's question whether to check itself.
     pub first_ns: u64,
     pub last_ns: u64,
     /// The longest time between two ticks since [`Device::mark`].
     pub longest_gap_ns: u64,
+}
+
+impl Ticks {
+    fn sign_of_life(&mut self, now: u64) {
+        if self.first_ns == 0 {
+            self.first_ns = now;
+        }
+    }
 }
 
 pub struct Device {
@@ -109,9 +118,12 @@ impl Device {
 
     /// What a vCPU is to do: the answer to a read of the command port.
     pub fn command(&self, vcpu: usize) -> u32 {
-        match &mut self.lock().state.checks[vcpu] {
+        let mut inner = self.lock();
+        match &mut inner.state.checks[vcpu] {
             Some(check) if !check.begun => {
                 check.begun = true;
+                // A guest that was stopped between its tick and this question shows here that it runs.
+                inner.ticks.sign_of_life(now_ns());
                 1
             }
             _ => 0,
@@ -199,9 +211,8 @@ impl Inner {
         self.state.last[vcpu] = number;
         let now = now_ns();
         let ticks = &mut self.ticks;
-        if ticks.count == 0 {
-            ticks.first_ns = now;
-        } else {
+        ticks.sign_of_life(now);
+        if ticks.last_ns != 0 {
             ticks.longest_gap_ns = ticks.longest_gap_ns.max(now.saturating_sub(ticks.last_ns));
         }
         ticks.last_ns = now;

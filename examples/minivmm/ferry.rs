@@ -9,6 +9,7 @@ use pageferry::memory::{Initial, vm_memory::Mapping};
 use pageferry::{DirtySource, Guest, GuestRam, HookError, Incoming, Ram, RegionBitmaps, StateWriter};
 use pageferry::{KvmDirtyLog, KvmDirtyRing, KvmSlot, dirty::combined::Combined, wire::control::Setup};
 // For the rest of the VMM, which has no other way to the library.
+pub use pageferry::dirty::kvm::{CostMeter, KvmCosts};
 pub use pageferry::{CancelHandle, Outcome, Progress, Source, SourceReport, Target, TargetReport, Verify, precopy};
 
 use crate::{guest::Config, options::Shipping, vm::Vm};
@@ -16,6 +17,7 @@ use crate::{guest::Config, options::Shipping, vm::Vm};
 /// A VM, its RAM as blocks, and what knows which pages were written: made together, kept for every migration.
 pub struct Home {
     pub dirty: Box<dyn DirtySource>,
+    pub costs: CostMeter,
     pub ram: Ram,
     pub vm: Vm,
 }
@@ -29,18 +31,18 @@ pub fn new_home(config: &Config) -> Result<Home, HookError> {
         .slots()
         .iter()
         .map(|s| unsafe { KvmSlot::new(s.slot, s.flags, s.guest_phys_addr, s.memory_size, s.userspace_addr) });
-    let vcpus: Box<dyn DirtySource> = match rings {
-        None => Box::new(KvmDirtyLog::new(vm.fd(), slots)?),
+    let (costs, vcpus): (_, Box<dyn DirtySource>) = match rings {
+        None => KvmDirtyLog::new(vm.fd(), slots).map(|log| (log.meter(), Box::new(log) as _))?,
         Some(enabled) => {
-            let ring = KvmDirtyRing::new(vm.fd(), enabled, vm.vcpus().raw_fds(), slots)?;
+            let ring = Box::new(KvmDirtyRing::new(vm.fd(), enabled, vm.vcpus().raw_fds(), slots)?);
             let full = ring.vcpu_handle();
             vm.vcpus().set_relief(Arc::new(move || full.relieve()));
-            Box::new(ring)
+            (ring.meter(), ring)
         }
     };
     let device = Box::new(RegionBitmaps::new(Arc::clone(vm.memory())));
     let ram = GuestRam::new(Arc::clone(vm.memory())).mapped_as(Mapping::of).initial(Initial::Zeroed).ram()?;
-    Ok(Home { dirty: Box::new(Combined::new(vec![vcpus, device])), ram, vm })
+    Ok(Home { dirty: Box::new(Combined::new(vec![vcpus, device])), costs, ram, vm })
 }
 
 impl Guest for Vm {
@@ -51,8 +53,7 @@ impl Guest for Vm {
         Ok(Vm::pause(self)?)
     }
     fn resume(&mut self) -> Result<(), HookError> {
-        Vm::resume(self);
-        Ok(())
+        Ok(Vm::resume(self)?)
     }
     fn throttle(&mut self, percent: u8) -> Result<(), HookError> {
         Vm::throttle(self, percent);
@@ -75,8 +76,7 @@ impl Incoming for Berth {
         Ok(self.0.as_ref().ok_or("no VM was prepared")?.vm.load(state)?)
     }
     fn run(&mut self) -> Result<(), HookError> {
-        self.0.as_ref().ok_or("no VM was prepared")?.vm.resume();
-        Ok(())
+        Ok(self.0.as_ref().ok_or("no VM was prepared")?.vm.resume()?)
     }
     fn discard(&mut self) {
         self.0 = None;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::device::Ticks;
-use crate::ferry::{Outcome, SourceReport, TargetReport};
+use crate::ferry::{KvmCosts, Outcome, SourceReport, TargetReport};
 use crate::protocol::CheckedPart;
 
 /// How it ended.
@@ -87,6 +87,42 @@ pub struct Numbers {
     pub dirty_rate_before_bytes_s: u64,
     pub dirty_rate_throttled_bytes_s: u64,
     pub send_syscalls: u64,
+    /// Guest bytes sent, times the least that was possible: all of RAM once, and the hot set once more.
+    pub sent_over_least: f64,
+    /// What tracking cost at this side since the VM was made.
+    pub kvm: Costs,
+}
+
+/// What calls into KVM cost.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct Costs {
+    pub arm_ms: f64,
+    pub disarm_ms: f64,
+    /// KVM_GET_DIRTY_LOG, KVM_CLEAR_DIRTY_LOG, KVM_RESET_DIRTY_RINGS: how many, and the longest.
+    pub gets: u64,
+    pub longest_get_us: f64,
+    pub clears: u64,
+    pub longest_clear_us: f64,
+    pub largest_clear_pages: u64,
+    pub resets: u64,
+    pub longest_reset_us: f64,
+}
+
+impl From<&KvmCosts> for Costs {
+    fn from(costs: &KvmCosts) -> Costs {
+        let us = |time: Duration| ms(time) * 1e3;
+        Costs {
+            arm_ms: ms(costs.arm),
+            disarm_ms: ms(costs.disarm),
+            gets: costs.get.calls,
+            longest_get_us: us(costs.get.longest),
+            clears: costs.clear.calls,
+            longest_clear_us: us(costs.clear.longest),
+            largest_clear_pages: costs.clear.pages_max,
+            resets: costs.reset.calls,
+            longest_reset_us: us(costs.reset.longest),
+        }
+    }
 }
 
 /// What a downtime was made of, in the order of time.
@@ -99,7 +135,7 @@ pub struct Parts {
 }
 
 impl Departure {
-    pub fn new(report: SourceReport, ticks: Ticks) -> Departure {
+    pub fn new(report: SourceReport, ticks: Ticks, hot_bytes: u64, costs: &KvmCosts) -> Departure {
         let (outcome, error) = End::of(&report.outcome);
         let touched = (report.ram_bytes - report.untouched_bytes) as f64 / (1u64 << 30) as f64;
         let rate = if outcome == End::Completed { touched / report.total.as_secs_f64().max(1e-9) } else { 0.0 };
@@ -132,6 +168,8 @@ impl Departure {
             dirty_rate_before_bytes_s: report.throttling.dirty_rate_before,
             dirty_rate_throttled_bytes_s: report.throttling.dirty_rate_after,
             send_syscalls: report.send_syscalls,
+            sent_over_least: report.payload_bytes as f64 / (report.ram_bytes + hot_bytes) as f64,
+            kvm: costs.into(),
         };
         Departure { outcome, error, numbers, remarks: report.remarks, ticks }
     }
@@ -208,6 +246,14 @@ pub struct Report {
     pub seed: u64,
     pub migrations_completed: u32,
     pub attempts_cancelled: u32,
+    /// Of the migrations that completed: how many kept the downtime limit, by the report and by the guest's ticks around
+    /// the hand-over, and both downtimes in the middle and at the worst.
+    pub kept_limit: u32,
+    pub kept_limit_outside: u32,
+    pub downtime_median_ms: f64,
+    pub downtime_worst_ms: f64,
+    pub gap_median_ms: f64,
+    pub gap_worst_ms: f64,
     pub attempts: Vec<Attempt>,
 }
 
@@ -234,6 +280,12 @@ impl Report {
             seed: 0,
             migrations_completed: 0,
             attempts_cancelled: 0,
+            kept_limit: 0,
+            kept_limit_outside: 0,
+            downtime_median_ms: 0.0,
+            downtime_worst_ms: 0.0,
+            gap_median_ms: 0.0,
+            gap_worst_ms: 0.0,
             attempts: Vec::new(),
         }
     }
@@ -259,11 +311,32 @@ impl Report {
         self.attempts.push(attempt);
     }
 
+    /// Sums up all migrations that completed.
+    pub fn sum_up(&mut self, limit_ms: f64) {
+        let completed = || self.attempts.iter().filter(|attempt| attempt.source.outcome == End::Completed);
+        let downtimes = sorted(completed().map(|attempt| attempt.source.numbers.downtime_ms));
+        let gaps = sorted(completed().filter_map(|attempt| attempt.gap_ms));
+        let kept = |times: &[f64]| times.iter().filter(|time| **time <= limit_ms).count() as u32;
+        (self.kept_limit, self.kept_limit_outside) = (kept(&downtimes), kept(&gaps));
+        (self.downtime_median_ms, self.downtime_worst_ms) = median_and_worst(&downtimes);
+        (self.gap_median_ms, self.gap_worst_ms) = median_and_worst(&gaps);
+    }
+
     /// What the last check has found wrong.
     pub fn damage(&self) -> Option<String> {
         let bad = |who: &str, found: &str| (found != "ok").then(|| format!("{who} says: {found}"));
         bad("the guest", &self.guest_check).or(bad("the device", &self.device_check))
     }
+}
+
+fn sorted(times: impl Iterator<Item = f64>) -> Vec<f64> {
+    let mut times: Vec<_> = times.collect();
+    times.sort_by(f64::total_cmp);
+    times
+}
+
+fn median_and_worst(sorted: &[f64]) -> (f64, f64) {
+    (sorted.get(sorted.len() / 2).copied().unwrap_or(0.0), sorted.last().copied().unwrap_or(0.0))
 }
 
 /// Milliseconds for machines.

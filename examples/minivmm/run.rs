@@ -40,7 +40,7 @@ fn try_run(args: &Args) -> Result<(), String> {
     vm.fill()?;
     println!("guest: {} of RAM, filled in {} ms", human(config.ram_bytes), begun.elapsed().as_millis());
     vm.throttle(args.throttle);
-    vm.resume();
+    vm.resume()?;
     if !vm.device().await_ticks(1, PATIENCE) {
         return Err(vm.vcpus().broken().unwrap_or("the guest does not tick".to_owned()));
     }
@@ -69,7 +69,7 @@ fn try_run(args: &Args) -> Result<(), String> {
         state.len(),
         saved.elapsed().as_micros()
     );
-    vm.resume();
+    vm.resume()?;
 
     let begun = Instant::now();
     let checked = vm.check(PATIENCE);

@@ -113,16 +113,21 @@ impl Vm {
         &self.device
     }
 
-    pub fn resume(&self) {
+    /// Lets it run, unless it has broken down.
+    pub fn resume(&self) -> Result<(), String> {
+        self.alive()?;
         self.dma.set_running(true);
         self.vcpus.resume();
+        Ok(())
+    }
+
+    fn alive(&self) -> Result<(), String> {
+        self.vcpus.broken().map_or(Ok(()), |why| Err(format!("the guest is gone: {why}")))
     }
 
     /// When this returns nobody writes guest RAM. A guest that has broken down is not paused: it is nothing to send.
     pub fn pause(&mut self) -> Result<(), String> {
-        if let Some(why) = self.vcpus.broken() {
-            return Err(format!("the guest is gone: {why}"));
-        }
+        self.alive()?;
         self.vcpus.pause();
         self.dma.set_running(false);
         if let Some(hook) = self.on_pause.take() {
