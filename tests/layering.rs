@@ -328,3 +328,19 @@ fn something_undone_is_caught() {
         &[("src/ring.rs", "// todo!()\nlet todo = \"dbg!()\"; let x = !todo;")],
     );
 }
+
+/// What the small VMM names the library in, and in what else only to make mistakes on purpose.
+const LINKS: &str = "examples/minivmm/ferry.rs";
+const SPOILS: &str = "examples/minivmm/with_mutants.rs";
+
+#[test]
+fn the_small_vmm_links_the_library_in_under_a_hundred_lines_which_the_readme_quotes() {
+    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let read = |path: &str| std::fs::read_to_string(package.join(path)).expect("a readable file");
+    let text = read(LINKS);
+    assert!(text.lines().count() < 100, "{LINKS} has {} lines", text.lines().count());
+    assert!(read("README.md").contains(&format!("```rust,ignore\n{text}```\n")), "the README quotes another {LINKS}");
+    let naming = |file: &Source| file.code.contains("pageferry");
+    let others: Vec<_> = tree("examples/minivmm").iter().filter(|f| naming(f)).map(|f| f.path.clone()).collect();
+    assert_eq!(others, [LINKS, SPOILS]);
+}
