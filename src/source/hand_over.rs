@@ -10,7 +10,7 @@ use crate::progress::Stage;
 use crate::scanner::Which;
 use crate::session::source::{Facts, SourceEvent};
 use crate::source::driver::{Driver, Over};
-use crate::source::{DowntimeParts, Guest, StateWriter};
+use crate::source::{DowntimeParts, Guest, ROUNDS_MAX, StateWriter};
 use crate::units::{Round, Verify};
 use crate::wire::crc::Crc32c;
 
@@ -73,9 +73,9 @@ impl Driver<'_> {
 
     /// Whether so long a pause is to be broken off. Asked of the policy only where the limit is exceeded: it counts.
     fn overran(&mut self, took: Duration) -> bool {
-        let limits = &self.settings.limits;
-        let round_left = self.session.round().0 < limits.rounds_max;
-        took > limits.downtime_limit && round_left && self.policy.overran(took)
+        // Tries have a limit of their own. This one is the wire's: it leaves room for a round, and for those of the pause.
+        let round_left = self.session.round().0 < ROUNDS_MAX;
+        took > self.settings.limits.downtime_limit && round_left && self.policy.overran(took)
     }
 
     /// Lets the guest run on, and waits until the target has answered what it was sent.

@@ -27,7 +27,11 @@ impl Driver<'_> {
                     }
                     (what, limit, self.owed.1)
                 }
-                None => ("a sign of life of the target", timeouts.silence, control.heard()),
+                None => {
+                    // What is owed later under the same name is owed anew: a second attempt waits for Loaded again.
+                    self.owed = ("", now);
+                    ("a sign of life of the target", timeouts.silence, control.heard())
+                }
             };
             let waited = now.saturating_duration_since(since);
             if waited > limit {
