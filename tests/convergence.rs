@@ -139,7 +139,7 @@ fn a_guest_that_outruns_the_link_is_slowed_down_until_the_rest_fits() {
     let throttles = Arc::new(Mutex::new(Vec::new()));
     guest.throttles = Some(throttles.clone());
     let mut dirty = hot(&guest, HOT_PAGES, Some(throttles.clone()));
-    let builder = quick(&guest).downtime_limit(ms(30)).throttle_max(99).rounds_max(1000);
+    let builder = quick(&guest).downtime_limit(ms(15)).throttle_max(99).rounds_max(1000);
     let (source, target) = Transport::Unix.connect(builder, Target::builder(), 2);
     let trip = vmm::travel(source, &mut dirty, &mut guest, target, TestIncoming::new());
     assert_arrived(&guest, &trip);
@@ -394,7 +394,6 @@ fn pages_of_zeros_do_not_make_the_link_seem_slow() {
     let builder = Source::builder(ram.clone()).verify(Verify::Off).downtime_limit(ms(100));
     let (source, target) = Transport::Unix.connect(builder, Target::builder(), 2);
     let trip = vmm::travel(source, &mut dirty, &mut guest, target, TestIncoming::new());
-    println!("{:#?}", trip.sent);
     assert_arrived(&guest, &trip);
     assert!(trip.sent.rounds <= 5, "8 MiB are no more than 100 ms: {} rounds", trip.sent.rounds);
 }

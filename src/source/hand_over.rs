@@ -49,6 +49,7 @@ impl Driver<'_> {
         }
         let final_at = Instant::now();
         let facts = self.facts()?;
+        self.gauge.forget_ping();
         self.progress.stage(Stage::HandOver);
         self.event(SourceEvent::Drained(facts))?;
         while !self.flags.ask_commit {
@@ -61,7 +62,7 @@ impl Driver<'_> {
         }
         self.flags.ask_commit = false;
         self.parts.load = final_at.elapsed();
-        self.gauge.hooks_took(self.parts.pause + self.parts.load);
+        self.gauge.attempt_took(self.parts.pause, self.parts.load);
         if self.overran(begun.elapsed() + self.gauge.commit_cost()) {
             return self.withdraw(guest, begun, paused_at);
         }

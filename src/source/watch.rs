@@ -55,7 +55,10 @@ impl Driver<'_> {
         let marks_wait = self.session.round().0.checked_sub(1).is_some_and(|last| !lanes.all_sent(Round(last)));
         // And what has left the worker's hand may lie in socket buffers: lanes that have not passed a round owe it.
         let rounds_wait = self.pongs.iter().any(|p| p.rounds_passed < self.session.round().0);
-        if moved > self.moved_bytes || (lanes.queued_bytes() == 0 && !epochs_wait && !marks_wait && !rounds_wait) {
+        // The policy waits for every byte that was sent.
+        let drain_waits = self.draining && self.in_flight_bytes() > 0;
+        let all_quiet = lanes.queued_bytes() == 0 && !epochs_wait && !marks_wait && !rounds_wait && !drain_waits;
+        if moved > self.moved_bytes || all_quiet {
             self.moved_bytes = moved;
             self.moved_at = now;
         }

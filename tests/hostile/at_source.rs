@@ -172,6 +172,53 @@ fn progress_that_a_target_makes_up_does_not_pass_for_progress() {
     });
 }
 
+/// Answers each Ping with what `lanes` makes of how often there was one.
+fn pongs(target: &mut FakeTarget, lanes: impl Fn(u64) -> Vec<LanePong>) {
+    let mut pings = 0;
+    while let Some(frame) = target.control.next() {
+        if let SourceFrame::Ping { nonce } = frame {
+            pings += 1;
+            target.control.send(&TargetFrame::Pong { nonce, lanes: lanes(pings) });
+        }
+    }
+}
+
+fn lane(channel: u8, rounds_passed: u32, bytes: u64) -> LanePong {
+    LanePong { channel: ChannelId(channel), generation: FIRST, rounds_passed, at_barrier: false, bytes }
+}
+
+#[test]
+fn a_target_that_never_says_where_the_bytes_went_is_not_waited_for() {
+    // Everything is read, and the guest is idle: all that is missing is the target's word.
+    let says: [(&str, fn(u64) -> Vec<LanePong>); 4] = [
+        ("no lane", |_| Vec::new()),
+        ("one lane of two", |_| vec![lane(0, 1000, u64::MAX)]),
+        ("no bytes", |_| vec![lane(0, 1000, 0), lane(1, 1000, 0)]),
+        ("lanes that are not there", |_| vec![lane(2, 1000, u64::MAX), lane(254, 1000, u64::MAX)]),
+    ];
+    for (what, lanes) in says {
+        fails_with(what, "nothing moved for", MANY_PAGES, |listener| {
+            let mut target = FakeTarget::live(listener);
+            target.swallow();
+            pongs(&mut target, lanes);
+        });
+    }
+}
+
+#[test]
+fn a_target_that_answers_another_ping_than_the_one_it_got_is_not_waited_for() {
+    fails("the answer to another Ping", "the answer to a Ping", |listener| {
+        let mut target = FakeTarget::live(listener);
+        target.swallow();
+        let lanes: Vec<_> = (0..2).map(|channel| lane(channel, 1000, u64::MAX)).collect();
+        while let Some(frame) = target.control.next() {
+            if matches!(frame, SourceFrame::Ping { .. }) {
+                target.control.send(&TargetFrame::Pong { nonce: 0, lanes: lanes.clone() });
+            }
+        }
+    });
+}
+
 #[test]
 fn a_target_that_leaves_is_named_at_every_step() {
     /// All connections end at once, and one of them is found first.
