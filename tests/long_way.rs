@@ -103,10 +103,11 @@ fn the_way_is_known_before_the_guest_is_paused_for_it() {
     let (guest, trip) = travel_far(ms(50), ms(150));
     assert_stayed(&guest, &trip);
     assert_eq!(guest.paused, 0);
-    let Outcome::Failed(Failure::NotConverging { fixed_cost, .. }) = trip.sent.outcome else {
+    let Outcome::Failed(why @ Failure::NotConverging { fixed_cost, .. }) = &trip.sent.outcome else {
         panic!("{}", trip.sent.outcome)
     };
-    assert!(fixed_cost >= ms(200), "{fixed_cost:?}");
+    assert!(*fixed_cost >= ms(200), "{fixed_cost:?}");
+    assert!(why.to_string().contains("a hand-over takes too long"), "{why}");
 }
 
 #[test]
