@@ -136,7 +136,8 @@ pub enum Failure {
         /// Its 2 MiB chunks that differ, where they are known: at the source, and for what was sent.
         chunks: Vec<u32>,
     },
-    /// The guest dirties memory faster than the link carries it.
+    /// A hand-over would take longer than it may: the guest dirties memory faster than the link carries it, or what a
+    /// hand-over costs beside the bytes is too much by itself.
     NotConverging {
         /// Which limit was met.
         why: Why,
@@ -144,7 +145,7 @@ pub enum Failure {
         rounds: u32,
         /// Bytes left after the last of them.
         bytes_left: u64,
-        /// Measured bytes per second of the link.
+        /// Measured bytes per second of the link, or of the harvest where that is slower.
         rate: u64,
         /// Bytes per second that the guest dirtied in the last round.
         dirty_rate: u64,
@@ -194,9 +195,15 @@ impl fmt::Display for Failure {
             }
             Failure::NotConverging { why, rounds, bytes_left, rate, dirty_rate, throttle, fixed_cost } => {
                 let mib = |bytes: &u64| bytes >> 20;
+                let bytes_in_fixed_cost = u128::from(*rate) * fixed_cost.as_nanos() / 1_000_000_000;
+                let too_much = if u128::from(*bytes_left) > bytes_in_fixed_cost {
+                    "the guest dirties memory faster than it can be shipped"
+                } else {
+                    "a hand-over takes too long even of a guest that is idle"
+                };
                 write!(
                     f,
-                    "the guest dirties memory faster than it can be shipped: after {rounds} rounds {} MiB were left, the link \
+                    "{too_much}: after {rounds} rounds {} MiB were left, the link \
                      carries {} MiB/s and the guest dirties {} MiB/s",
                     mib(bytes_left),
                     mib(rate),

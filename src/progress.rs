@@ -54,7 +54,8 @@ counters! {
         packets,
         /// System calls of the worker: sends or receives, sleeps, and wake-ups of others.
         syscalls,
-        /// Nanoseconds in which a send worker had something to send: its link's share of a rate.
+        /// Nanoseconds in which a send worker had something to send, looks at pages of zeros not counted: its link's share
+        /// of a rate.
         busy_ns,
     }
 }

@@ -14,7 +14,7 @@ use pageferry::precopy::{AtLimit, Overrun};
 use pageferry::progress::Progress;
 use pageferry::source::SourceBuilder;
 use pageferry::units::{BlockId, PageSize};
-use pageferry::{DirtyBitmap, DirtyError, DirtySource, Failure, Outcome, Ram, Source, Target, Verify};
+use pageferry::{DirtyBitmap, DirtyError, DirtySource, Failure, Outcome, Ram, Source, Target, Timeouts, Verify};
 use vmm::{Script, TestGuest, TestIncoming, Transport, Trip, assert_arrived, assert_stayed};
 
 fn ms(ms: u64) -> Duration {
@@ -139,7 +139,7 @@ fn a_guest_that_outruns_the_link_is_slowed_down_until_the_rest_fits() {
     let throttles = Arc::new(Mutex::new(Vec::new()));
     guest.throttles = Some(throttles.clone());
     let mut dirty = hot(&guest, HOT_PAGES, Some(throttles.clone()));
-    let builder = quick(&guest).downtime_limit(ms(30)).throttle_max(99).rounds_max(1000);
+    let builder = quick(&guest).downtime_limit(ms(15)).throttle_max(99).rounds_max(1000);
     let (source, target) = Transport::Unix.connect(builder, Target::builder(), 2);
     let trip = vmm::travel(source, &mut dirty, &mut guest, target, TestIncoming::new());
     assert_arrived(&guest, &trip);
@@ -350,4 +350,50 @@ fn pages_that_are_dirty_in_every_round_are_kept_back_for_the_end() {
     let trip = vmm::travel(source, &mut dirty, &mut guest, target, TestIncoming::new());
     assert_arrived(&guest, &trip);
     assert!(trip.sent.deferred_bytes >= hot_pages << 12, "{} bytes", trip.sent.deferred_bytes);
+}
+
+#[test]
+fn the_time_that_an_earlier_attempt_waited_for_the_target_does_not_count_against_the_next() {
+    let mut guest = guest_of(100);
+    let mut incoming = TestIncoming::new();
+    let mut loads = [LIMIT + ms(50), ms(350)].into_iter();
+    incoming.on_load = Some(Box::new(move || vmm::wait(loads.next().unwrap_or_default())));
+    let builder = quick(&guest)
+        .downtime_limit(LIMIT)
+        .overrun(Overrun::Retry { tries: 1 })
+        .timeouts(Timeouts { hook: LIMIT + ms(300), ..Timeouts::default() });
+    let (source, target) = Transport::Unix.connect(builder, Target::builder(), 2);
+    let mut dirty = guest.dirty.clone();
+    let trip = vmm::travel(source, &mut dirty, &mut guest, target, incoming);
+    assert_arrived(&guest, &trip);
+    assert_eq!(trip.sent.overruns, 1);
+}
+
+#[test]
+fn a_limit_of_rounds_is_for_a_guest_that_outruns_the_link_and_not_for_tries() {
+    let mut guest = guest_of(100);
+    let mut pauses = [LIMIT + ms(50)].into_iter();
+    guest.on_pause = Some(Box::new(move || vmm::wait(pauses.next().unwrap_or_default())));
+    let builder = quick(&guest).downtime_limit(LIMIT).overrun(Overrun::Retry { tries: 1 }).rounds_max(1);
+    let (source, target) = Transport::Unix.connect(builder, Target::builder(), 2);
+    let mut dirty = guest.dirty.clone();
+    let trip = vmm::travel(source, &mut dirty, &mut guest, target, TestIncoming::new());
+    assert_arrived(&guest, &trip);
+    assert_eq!(trip.sent.overruns, 1, "{:?}", trip.sent.downtime);
+}
+
+/// A guest of many pages that it has written zeros into, and of a few that it writes over and over.
+#[test]
+fn pages_of_zeros_do_not_make_the_link_seem_slow() {
+    const ZEROS: u64 = 100_000;
+    let ram = vmm::ram(PageSize::SIZE_4K, &[2000, ZEROS]);
+    (0..2000).for_each(|page| vmm::touch_page(&ram, BlockId(0), page));
+    (0..ZEROS).for_each(|page| vmm::zero_page(&ram, BlockId(1), page));
+    let mut guest = TestGuest::new(&ram, &DirtyBitmap::for_ram(&ram));
+    let mut dirty = hot(&guest, 2000, None);
+    let builder = Source::builder(ram.clone()).verify(Verify::Off).downtime_limit(ms(100));
+    let (source, target) = Transport::Unix.connect(builder, Target::builder(), 2);
+    let trip = vmm::travel(source, &mut dirty, &mut guest, target, TestIncoming::new());
+    assert_arrived(&guest, &trip);
+    assert!(trip.sent.rounds <= 5, "8 MiB are no more than 100 ms: {} rounds", trip.sent.rounds);
 }

@@ -68,8 +68,13 @@ fn fake_target_until_final(listener: &TcpListener) -> Peer<TargetFrame, SourceFr
     let (mut data, _) = listener.accept().unwrap();
     std::thread::spawn(move || while data.read(&mut [0; 1 << 16]).is_ok_and(|n| n > 0) {});
     peer.say(&TargetFrame::ChannelJoined { channel: ChannelId(0), generation: Generation(1) });
-    while !matches!(peer.hear(), Some(SourceFrame::Final(_))) {}
-    peer
+    loop {
+        match peer.hear() {
+            Some(SourceFrame::Ping { nonce }) => peer.say(&TargetFrame::Pong { nonce, lanes: Vec::new() }),
+            Some(SourceFrame::Final(_)) => return peer,
+            _ => {}
+        }
+    }
 }
 
 #[test]

@@ -115,10 +115,13 @@ impl SendRole {
             let begun = Instant::now();
             let end = self.fill()?;
             if !self.batch.table.is_empty() {
+                // Only the time with something to send: what the link carries shows in nothing else. Pages of zeros take
+                // time to look at and none of the link: counted, they would make it seem slow.
+                let filled = begun.elapsed();
+                let zeros = filled.mul_f64(self.batch.zero_part());
                 self.ship_batch()?;
-                // Only the time with something to send: what the link carries shows in nothing else.
                 let cells = self.progress.cells(self.channel.0.into());
-                add(&cells.busy_ns, begun.elapsed().as_nanos() as u64);
+                add(&cells.busy_ns, (begun.elapsed() - zeros).as_nanos() as u64);
             }
             match end {
                 Filled::UpTo(mark) => self.ship_mark(mark)?,
@@ -285,6 +288,12 @@ impl Batch {
         self.table.clear();
         self.bytes = 0;
         self.zero_pages = 0;
+    }
+
+    /// How much of it is zeros, from 0 to 1.
+    fn zero_part(&self) -> f64 {
+        let zero_bytes = self.bytes - self.packet.payload_bytes() as u64;
+        zero_bytes as f64 / self.bytes.max(1) as f64
     }
 
     fn was_full(&self) -> bool {

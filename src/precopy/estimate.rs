@@ -19,7 +19,7 @@ pub struct Estimate {
     /// Bytes harvested and kept back for the paused round, and not dirty again. Those that are count as dirty: a page that
     /// counts twice makes the guest seem far from fitting, and costs rounds.
     pub deferred_bytes: u64,
-    /// Measured bytes per second of the link; 0 is unknown.
+    /// Measured bytes per second of the link, or of the harvest where that is slower; 0 is unknown.
     pub rate: u64,
     /// Bytes per second that the guest dirtied during the last round, slowed down as it was then.
     pub dirty_rate: u64,

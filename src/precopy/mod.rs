@@ -102,6 +102,8 @@ impl Precopy {
     /// A link's rate varies from one moment to the next. Simulated, with rates that vary by up to 30 percent: 9 of 1198
     /// switchovers took too long, by 18 percent at the most; at 100 it was 34, by 29 percent.
     const CAUTION_PERCENT: u64 = 110;
+    /// What so many overruns have shown is no matter of the link's rate any more.
+    const CAUTION_PERCENT_MAX: u64 = 1000;
     /// Fruitless rounds before the guest is slowed down. Not one: a burst of writes that happens to fall into a round is
     /// over in the next.
     const FRUITLESS_BEFORE_THROTTLE: u32 = 2;
@@ -190,7 +192,7 @@ impl Precopy {
         // As much more caution as would have been right this time, within reason.
         let limit_us = self.limits.downtime_limit.as_micros().max(1);
         let over_percent = (took.as_micros() * 100 / limit_us).clamp(125, 200) as u64;
-        self.caution_percent = self.caution_percent * over_percent / 100;
+        self.caution_percent = (self.caution_percent * over_percent / 100).min(Self::CAUTION_PERCENT_MAX);
         self.begin_count(self.elapsed, u64::MAX);
         true
     }

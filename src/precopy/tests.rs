@@ -191,3 +191,15 @@ fn what_may_be_kept_back_is_half_of_what_fits() {
     assert_eq!(precopy.defer_budget_bytes(&Estimate { fixed_cost: ms(200), ..now }), 0);
     assert_eq!(precopy.defer_budget_bytes(&Estimate { rate: u64::MAX, ..now }), (u64::MAX as u128 * 50 / 1000) as u64);
 }
+
+#[test]
+fn however_many_tries_overran_there_is_a_next_one_for_a_guest_that_fits() {
+    let tries = Limits { overrun: Overrun::Retry { tries: u32::MAX }, ..Limits::default() };
+    let mut precopy = Precopy::new(tries);
+    let now = Estimate { dirty_bytes: MIB, rate: GIB, ..Estimate::default() };
+    for rounds in 1..1000 {
+        assert_eq!(precopy.decide(&Estimate { rounds, ..now }).decision, Decision::SwitchOver);
+        assert!(precopy.overran(Duration::from_secs(1)));
+    }
+    assert!(precopy.defer_budget_bytes(&now) > 0);
+}

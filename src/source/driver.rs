@@ -71,6 +71,8 @@ pub(super) struct Driver<'a> {
     pub dirty_rate: u64,
     /// The cap on bandwidth, while the guest runs.
     pub pace: Option<Pace>,
+    /// Whether what is on its way to the target is waited for.
+    pub draining: bool,
     /// When the next wait ends at the latest, beside the next heartbeat.
     pub wake_at: Option<Instant>,
     pub parts: DowntimeParts,
@@ -131,6 +133,7 @@ pub(super) fn migrate(source: Source, dirty: &mut dyn DirtySource, guest: &mut d
         throttle: 0,
         dirty_rate: 0,
         pace: None,
+        draining: false,
         wake_at: None,
         parts: DowntimeParts::default(),
         overruns: 0,
@@ -293,8 +296,10 @@ impl Driver<'_> {
         self.armed = true;
         let armed = self.dirty.arm(&self.ram);
         self.armed_at = Instant::now();
-        self.gauge.forget_pings();
         self.excuse_silence();
+        // The way is measured anew, while round 0 is shipped: what was measured so far waited for what the target prepared.
+        self.gauge.forget_pings();
+        self.ping_at = self.armed_at;
         match armed {
             Ok(()) => Ok(()),
             Err(e) => self.fail(Failure::Dirty(e.to_string())),
@@ -367,7 +372,10 @@ impl Driver<'_> {
             self.ping_at = now + HEARTBEAT;
             self.pings += 1;
             let nonce = self.pings;
-            self.gauge.ping_sent(nonce);
+            // While the target is in a hook it answers nobody.
+            if self.session.waits_for_hook().is_none() {
+                self.gauge.ping_sent(nonce);
+            }
             self.act(SourceAction::Send(SourceFrame::Ping { nonce }))?;
             self.measure();
         }
@@ -484,6 +492,7 @@ impl Driver<'_> {
         if let Some(control) = &mut self.control {
             control.excuse_silence();
         }
+        self.gauge.forget_ping();
     }
 
     /// Everything that remains to be done however it ended.

@@ -11,6 +11,9 @@ use crate::source::driver::Driver;
 /// Not more than a part of a small limit, which a guess alone must not keep anybody from.
 const HOOKS_ALLOWANCE: Duration = Duration::from_millis(1);
 const HOOKS_PART_OF_LIMIT: u32 = 4;
+/// What an attempt has shown is believed up to this part of the limit: more would rule out every later attempt, for what
+/// may have been a hiccup. Should it be the rule, these attempts show it, and the last one is accepted.
+const SHOWN_PART_OF_LIMIT: u32 = 2;
 
 /// How soon after an answer the target is asked again how far it is, while something hangs on it.
 const ASK_AGAIN: Duration = Duration::from_millis(1);
@@ -24,13 +27,14 @@ pub(super) struct Gauge {
     /// The Ping that was sent last, while no answer has come.
     pinged: Option<(u64, Instant)>,
     /// One way and back on the control connection: a mean that forgets, and believes a shorter time at once.
-    round_trip: Duration,
+    round_trip: Option<Duration>,
     /// What it took to ask what is dirty, at the least: it takes longer the more there is, and at the end there is little.
     count: Duration,
     /// Dirty bytes harvested, and the time that took: where that is slower than the link, the link does not matter.
     harvest: Rate,
-    /// What the hooks of the last attempt took, on both sides.
+    /// What the hooks took, on both sides: a guess at first, then what the slowest attempt has shown.
     hooks: Duration,
+    hooks_max: Duration,
 }
 
 impl Gauge {
@@ -39,20 +43,33 @@ impl Gauge {
             rate: Rate::default(),
             sampled: (0, 0),
             pinged: None,
-            round_trip: Duration::ZERO,
+            round_trip: None,
             count: Duration::ZERO,
             harvest: Rate::default(),
             hooks: HOOKS_ALLOWANCE.min(downtime_limit / HOOKS_PART_OF_LIMIT),
+            hooks_max: downtime_limit / SHOWN_PART_OF_LIMIT,
         }
     }
 
+    /// One Ping is timed at once: over a long way the next heartbeat comes before the answer to the last one.
     pub fn ping_sent(&mut self, nonce: u64) {
-        self.pinged = Some((nonce, Instant::now()));
+        self.pinged.get_or_insert((nonce, Instant::now()));
     }
 
-    /// Forgets the Pings so far: their answers waited for the target's hooks.
+    /// Leaves the Ping that is under way alone: its answer waits for a hook, on this side or the other, and says nothing
+    /// about the way.
+    pub fn forget_ping(&mut self) {
+        self.pinged = None;
+    }
+
+    /// Forgets the Pings so far.
     pub fn forget_pings(&mut self) {
-        (self.pinged, self.round_trip) = (None, Duration::ZERO);
+        (self.pinged, self.round_trip) = (None, None);
+    }
+
+    /// Whether the way to the target has been measured.
+    pub fn knows_the_way(&self) -> bool {
+        self.round_trip.is_some()
     }
 
     /// Whether the answer to a Ping is still to come.
@@ -63,12 +80,12 @@ impl Gauge {
     pub fn pong_came(&mut self, nonce: u64) {
         let Some((asked, at)) = self.pinged else { return };
         if asked != nonce {
-            return; // not the answer to the last one
+            return; // not the answer to the one that is timed
         }
         self.pinged = None;
         let took = at.elapsed();
-        let known = self.round_trip;
-        self.round_trip = if known.is_zero() || took < known { took } else { known + (took - known) / 8 };
+        let longer = self.round_trip.filter(|known| took > *known);
+        self.round_trip = Some(longer.map_or(took, |known| known + (took - known) / 8));
     }
 
     /// When to ask the target again how far it is, if that is not on its way already.
@@ -82,7 +99,9 @@ impl Gauge {
 
     pub fn round_harvested(&mut self, bytes: u64, took: Duration) {
         // What a harvest takes that finds nothing is in the fixed cost.
-        self.harvest.add(bytes, took.saturating_sub(self.count));
+        if bytes > 0 {
+            self.harvest.add(bytes, took.saturating_sub(self.count));
+        }
     }
 
     /// Bytes a second that can be harvested and sent, the one beside the other; 0 while it is unknown.
@@ -93,9 +112,11 @@ impl Gauge {
         }
     }
 
-    /// What an attempt took beside its bytes: the VMM's pause, and the wait for Loaded.
-    pub fn hooks_took(&mut self, took: Duration) {
-        self.hooks = self.hooks.max(took);
+    /// What an attempt took beside its bytes: the VMM's pause, and the wait for Loaded, in which Final and Loaded crossed
+    /// the link.
+    pub fn attempt_took(&mut self, pause: Duration, load: Duration) {
+        let took = pause + load.saturating_sub(self.commit_cost());
+        self.hooks = self.hooks.max(took.min(self.hooks_max));
     }
 
     /// Bytes that the link carries in this time; 0 while its rate is unknown.
@@ -106,13 +127,13 @@ impl Gauge {
 
     /// From Commit to Running, should the target's `run` hook take no time.
     pub fn commit_cost(&self) -> Duration {
-        self.round_trip
+        self.round_trip.unwrap_or_default()
     }
 
     /// What a switchover costs even if nothing is left: what is dirty is counted twice and harvested twice, which finds
     /// nothing in about the time of a count; Final and Loaded, Commit and Running cross the link; hooks run.
     pub fn fixed_cost(&self) -> Duration {
-        self.count * 4 + self.round_trip * 2 + self.hooks
+        self.count * 4 + self.commit_cost() * 2 + self.hooks
     }
 }
 
@@ -145,7 +166,7 @@ impl Driver<'_> {
 
     /// Bytes that were sent and that the target had not read when it last said how far it is: never too few, and exact
     /// where nothing was sent since.
-    fn in_flight_bytes(&self) -> u64 {
+    pub fn in_flight_bytes(&self) -> u64 {
         let of = |index: usize| {
             let sent = self.progress.channel(index).map_or(0, |counts| counts.wire_bytes);
             let read = self.pongs.iter().find(|pong| usize::from(pong.channel.0) == index).map_or(0, |pong| pong.bytes);
@@ -162,5 +183,49 @@ impl Driver<'_> {
         self.progress.set(|c| &c.dirty_rate, now.dirty_rate);
         let expected = now.downtime().map_or(u64::MAX, |d| d.as_micros() as u64);
         self.progress.set(|c| &c.expected_downtime_us, expected);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn an_answer_that_comes_after_the_next_heartbeat_is_an_answer_all_the_same() {
+        let mut gauge = Gauge::new(MS);
+        for nonce in 1..=3 {
+            gauge.ping_sent(nonce);
+        }
+        gauge.pong_came(1);
+        assert!(gauge.knows_the_way() && !gauge.awaits_pong());
+    }
+
+    #[test]
+    fn one_slow_attempt_does_not_rule_out_all_that_follow() {
+        let limit = 100 * MS;
+        let mut gauge = Gauge::new(limit);
+        gauge.attempt_took(MS, 150 * MS);
+        assert_eq!(gauge.fixed_cost(), limit / 2);
+        gauge.attempt_took(MS, 2 * MS);
+        assert_eq!(gauge.fixed_cost(), limit / 2, "and it is not forgotten");
+    }
+
+    #[test]
+    fn the_way_of_final_and_loaded_counts_once() {
+        let mut gauge = Gauge::new(1000 * MS);
+        gauge.round_trip = Some(100 * MS);
+        gauge.attempt_took(10 * MS, 120 * MS);
+        assert_eq!(gauge.fixed_cost(), (2 * 100 + 30) * MS);
+    }
+
+    #[test]
+    fn a_harvest_that_finds_nothing_says_nothing_of_the_rate() {
+        let mut gauge = Gauge::new(MS);
+        (0..100).for_each(|_| gauge.round_harvested(0, 10 * MS));
+        gauge.rate.add(1 << 30, 1000 * MS);
+        gauge.round_harvested(1 << 30, 1000 * MS);
+        assert_eq!(gauge.rate(), 1 << 30);
     }
 }

@@ -10,7 +10,7 @@ use crate::progress::Stage;
 use crate::scanner::Which;
 use crate::session::source::{Facts, SourceEvent};
 use crate::source::driver::{Driver, Over};
-use crate::source::{DowntimeParts, Guest, StateWriter};
+use crate::source::{DowntimeParts, Guest, ROUNDS_MAX, StateWriter};
 use crate::units::{Round, Verify};
 use crate::wire::crc::Crc32c;
 
@@ -49,6 +49,7 @@ impl Driver<'_> {
         }
         let final_at = Instant::now();
         let facts = self.facts()?;
+        self.gauge.forget_ping();
         self.progress.stage(Stage::HandOver);
         self.event(SourceEvent::Drained(facts))?;
         while !self.flags.ask_commit {
@@ -61,7 +62,7 @@ impl Driver<'_> {
         }
         self.flags.ask_commit = false;
         self.parts.load = final_at.elapsed();
-        self.gauge.hooks_took(self.parts.pause + self.parts.load);
+        self.gauge.attempt_took(self.parts.pause, self.parts.load);
         if self.overran(begun.elapsed() + self.gauge.commit_cost()) {
             return self.withdraw(guest, begun, paused_at);
         }
@@ -73,9 +74,9 @@ impl Driver<'_> {
 
     /// Whether so long a pause is to be broken off. Asked of the policy only where the limit is exceeded: it counts.
     fn overran(&mut self, took: Duration) -> bool {
-        let limits = &self.settings.limits;
-        let round_left = self.session.round().0 < limits.rounds_max;
-        took > limits.downtime_limit && round_left && self.policy.overran(took)
+        // Tries have a limit of their own. This one is the wire's: it leaves room for a round, and for those of the pause.
+        let round_left = self.session.round().0 < ROUNDS_MAX;
+        took > self.settings.limits.downtime_limit && round_left && self.policy.overran(took)
     }
 
     /// Lets the guest run on, and waits until the target has answered what it was sent.

@@ -221,7 +221,7 @@ impl SourceBuilder {
         self
     }
 
-    /// Rounds, up to 65,531, after which [`at_limit`](Self::at_limit) says what happens to a guest that outruns the link;
+    /// Rounds, up to 65,530, after which [`at_limit`](Self::at_limit) says what happens to a guest that outruns the link;
     /// 64 unless told otherwise.
     pub fn rounds_max(mut self, rounds: u32) -> Self {
         self.settings.limits.rounds_max = rounds.min(ROUNDS_MAX);

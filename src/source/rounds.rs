@@ -4,6 +4,7 @@
 use std::time::{Duration, Instant};
 
 use crate::error::Failure;
+use crate::memory::Ram;
 use crate::precopy::{AtLimit, Decision, Estimate, Why};
 use crate::scanner::{Chunk, Which, chunks};
 use crate::session::source::SourceEvent;
@@ -11,7 +12,7 @@ use crate::source::Guest;
 use crate::source::driver::{Driver, Over, run_pages_max};
 use crate::source::lanes::EPOCH_ITEMS_MAX;
 use crate::source::pace::Pace;
-use crate::units::Item;
+use crate::units::{Item, PageSize};
 
 /// Runs that are handed to a ring at once: a batch of single 4 KiB pages.
 const PUSH_RUNS_MAX: usize = 256;
@@ -44,6 +45,7 @@ impl Driver<'_> {
             self.show(&now);
             let verdict = self.policy.decide(&now);
             self.set_throttle(guest, verdict.throttle);
+            self.draining = verdict.decision == Decision::Wait;
             match verdict.decision {
                 Decision::Wait => {
                     // The target is asked how far it is: what is on its way to it counts.
@@ -59,6 +61,11 @@ impl Driver<'_> {
                 }
                 Decision::GiveUp(why) => return self.give_up(&now, why),
                 Decision::AnotherRound => return self.another_round(&now),
+                // It fits, as far as is known: a hand-over crosses the link four times, and that has not been measured.
+                Decision::SwitchOver if !self.gauge.knows_the_way() && self.policy.forced().is_none() => {
+                    self.measure_the_way()?;
+                    fresh = false;
+                }
                 Decision::SwitchOver => return Ok(Decision::SwitchOver),
             }
         }
@@ -69,12 +76,24 @@ impl Driver<'_> {
     fn another_round(&mut self, now: &Estimate) -> Result<Decision, Over> {
         let expected = now.downtime().unwrap_or(Duration::MAX);
         if now.fixed_cost * 2 > expected {
-            self.ask_now()?;
-            while self.gauge.awaits_pong() {
-                self.service(true)?;
-            }
+            self.measure_the_way()?;
         }
         Ok(Decision::AnotherRound)
+    }
+
+    /// Waits for the answer to a Ping.
+    fn measure_the_way(&mut self) -> Result<(), Over> {
+        self.ask_now()?;
+        let asked = Instant::now();
+        while self.gauge.awaits_pong() {
+            self.service(true)?;
+            // A target may be heard all the time and never say what it was asked for.
+            if asked.elapsed() > self.settings.timeouts.silence {
+                let ms = asked.elapsed().as_millis() as u64;
+                return self.fail(Failure::Silent { waiting_for: "the answer to a Ping", ms });
+            }
+        }
+        Ok(())
     }
 
     /// A round of a large guest takes long: where the guest is to be left alone when time is up, the round is not waited
@@ -130,13 +149,11 @@ impl Driver<'_> {
 
     /// Counts what is dirty.
     pub fn dirty_bytes(&mut self) -> Result<u64, Over> {
-        // Sources count pages of all blocks together: where sizes differ, the estimate is too high rather than too low.
-        let page_bytes = self.ram.blocks().iter().map(|b| b.page_size().bytes()).max().unwrap_or(0);
         let begun = Instant::now();
         let counted = self.dirty.begin_round();
         self.gauge.counted(begun.elapsed());
         match counted {
-            Ok(pages) => Ok(pages * page_bytes),
+            Ok(pages) => Ok(bytes_at_most(&self.ram, pages)),
             Err(e) => self.fail(Failure::Dirty(e.to_string())).map(|()| 0),
         }
     }
@@ -257,5 +274,37 @@ impl Driver<'_> {
             self.service(true)?;
         }
         Ok(())
+    }
+}
+
+/// Bytes of so many pages at the most. Sources count pages of all blocks together: where sizes differ, the largest are
+/// taken to be dirty first, so that the estimate is too high rather than too low. It is never more than all of RAM.
+fn bytes_at_most(ram: &Ram, pages: u64) -> u64 {
+    let (mut left, mut bytes) = (pages, 0);
+    for size in (12..=16).rev().filter_map(|shift| PageSize::new(1 << shift)) {
+        let there: u64 = ram.blocks().iter().filter(|b| b.page_size() == size).map(|b| b.pages()).sum();
+        let dirty = left.min(there);
+        left -= dirty;
+        bytes += dirty * size.bytes();
+    }
+    bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::{Backing, RamBlock};
+
+    #[test]
+    fn a_small_block_of_large_pages_does_not_make_all_that_is_dirty_seem_large() {
+        let block = |name, address, pages, size: PageSize| {
+            RamBlock::anonymous(name, address, pages * size.bytes(), size, Backing::Base).unwrap()
+        };
+        let small = block("small", 0, 1000, PageSize::SIZE_4K);
+        let large = block("large", 1 << 40, 2, PageSize::SIZE_64K);
+        let ram = Ram::new([small, large]).unwrap();
+        let of = |pages| bytes_at_most(&ram, pages);
+        assert_eq!([of(0), of(1), of(2), of(102)], [0, 65536, 131_072, 131_072 + 409_600]);
+        assert_eq!([of(1002), of(5000), of(u64::MAX)], [ram.bytes(); 3], "a source may count too many");
     }
 }

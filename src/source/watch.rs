@@ -27,7 +27,11 @@ impl Driver<'_> {
                     }
                     (what, limit, self.owed.1)
                 }
-                None => ("a sign of life of the target", timeouts.silence, control.heard()),
+                None => {
+                    // What is owed later under the same name is owed anew: a second attempt waits for Loaded again.
+                    self.owed = ("", now);
+                    ("a sign of life of the target", timeouts.silence, control.heard())
+                }
             };
             let waited = now.saturating_duration_since(since);
             if waited > limit {
@@ -51,7 +55,10 @@ impl Driver<'_> {
         let marks_wait = self.session.round().0.checked_sub(1).is_some_and(|last| !lanes.all_sent(Round(last)));
         // And what has left the worker's hand may lie in socket buffers: lanes that have not passed a round owe it.
         let rounds_wait = self.pongs.iter().any(|p| p.rounds_passed < self.session.round().0);
-        if moved > self.moved_bytes || (lanes.queued_bytes() == 0 && !epochs_wait && !marks_wait && !rounds_wait) {
+        // The policy waits for every byte that was sent.
+        let drain_waits = self.draining && self.in_flight_bytes() > 0;
+        let all_quiet = lanes.queued_bytes() == 0 && !epochs_wait && !marks_wait && !rounds_wait && !drain_waits;
+        if moved > self.moved_bytes || all_quiet {
             self.moved_bytes = moved;
             self.moved_at = now;
         }

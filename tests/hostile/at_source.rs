@@ -172,6 +172,47 @@ fn progress_that_a_target_makes_up_does_not_pass_for_progress() {
     });
 }
 
+/// Answers each Ping with these lanes, and this nonce if it is not the Ping's own.
+fn answer_pings(target: &mut FakeTarget, own_nonce: Option<u64>, lanes: &[LanePong]) {
+    while let Some(frame) = target.control.next() {
+        if let SourceFrame::Ping { nonce } = frame {
+            let nonce = own_nonce.unwrap_or(nonce);
+            target.control.send(&TargetFrame::Pong { nonce, lanes: lanes.to_vec() });
+        }
+    }
+}
+
+fn lane(channel: u8, rounds_passed: u32, bytes: u64) -> LanePong {
+    LanePong { channel: ChannelId(channel), generation: FIRST, rounds_passed, at_barrier: false, bytes }
+}
+
+#[test]
+fn a_target_that_never_says_where_the_bytes_went_is_not_waited_for() {
+    // Everything is read, and the guest is idle: all that is missing is the target's word.
+    let says = [
+        ("no lane", vec![]),
+        ("one lane of two", vec![lane(0, 1000, u64::MAX)]),
+        ("no bytes", vec![lane(0, 1000, 0), lane(1, 1000, 0)]),
+        ("lanes that are not there", vec![lane(2, 1000, u64::MAX), lane(254, 1000, u64::MAX)]),
+    ];
+    for (what, lanes) in says {
+        fails_with(what, "nothing moved for", MANY_PAGES, |listener| {
+            let mut target = FakeTarget::live(listener);
+            target.swallow();
+            answer_pings(&mut target, None, &lanes);
+        });
+    }
+}
+
+#[test]
+fn a_target_that_answers_another_ping_than_the_one_it_got_is_not_waited_for() {
+    fails("the answer to another Ping", "the answer to a Ping", |listener| {
+        let mut target = FakeTarget::live(listener);
+        target.swallow();
+        answer_pings(&mut target, Some(0), &[lane(0, 1000, u64::MAX), lane(1, 1000, u64::MAX)]);
+    });
+}
+
 #[test]
 fn a_target_that_leaves_is_named_at_every_step() {
     /// All connections end at once, and one of them is found first.
