@@ -55,6 +55,17 @@ fn hello(role: HelloRole, side: Side, session: SessionId) -> [u8; HELLO_BYTES] {
     Hello { role, side, generation: Generation(1), session, features: 0 }.encode()
 }
 
+/// A lane that has read whatever was sent, and more.
+fn has_read_all(channel: u8) -> LanePong {
+    LanePong {
+        channel: ChannelId(channel),
+        generation: Generation(1),
+        rounds_passed: 9,
+        at_barrier: false,
+        bytes: u64::MAX,
+    }
+}
+
 /// A target with one channel, up to the moment where the source waits for Loaded: it takes pages and looks at nothing.
 fn fake_target_until_final(listener: &TcpListener) -> Peer<TargetFrame, SourceFrame> {
     let (mut control, _) = listener.accept().unwrap();
@@ -70,7 +81,7 @@ fn fake_target_until_final(listener: &TcpListener) -> Peer<TargetFrame, SourceFr
     peer.say(&TargetFrame::ChannelJoined { channel: ChannelId(0), generation: Generation(1) });
     loop {
         match peer.hear() {
-            Some(SourceFrame::Ping { nonce }) => peer.say(&TargetFrame::Pong { nonce, lanes: Vec::new() }),
+            Some(SourceFrame::Ping { nonce }) => peer.say(&TargetFrame::Pong { nonce, lanes: vec![has_read_all(0)] }),
             Some(SourceFrame::Final(_)) => return peer,
             _ => {}
         }
@@ -84,14 +95,7 @@ fn numbers_that_a_target_made_up_cost_the_migration_and_not_the_source() {
     let target = std::thread::spawn(move || {
         let mut peer = fake_target_until_final(&listener);
         let round = Round(2);
-        let of = |channel| LanePong {
-            channel: ChannelId(channel),
-            generation: Generation(1),
-            rounds_passed: 9,
-            at_barrier: false,
-            bytes: u64::MAX,
-        };
-        peer.say(&TargetFrame::Pong { nonce: 1, lanes: vec![of(0), of(1)] });
+        peer.say(&TargetFrame::Pong { nonce: 1, lanes: vec![has_read_all(0), has_read_all(1)] });
         // The source has looked at the Pong once it has come round to its second heartbeat after it.
         for _ in 0..2 {
             while !matches!(peer.hear(), Some(SourceFrame::Ping { .. })) {}

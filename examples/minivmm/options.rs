@@ -65,7 +65,7 @@ pub struct Shipping {
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub bandwidth_max: Option<u64>,
     /// Rounds before the guest is paused
-    #[arg(long, value_name = "N", default_value_t = 64)]
+    #[arg(long, value_name = "N", default_value_t = 1000)]
     pub max_rounds: u32,
     /// Seconds that rounds may go on before the guest is paused [default: no limit]
     #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]

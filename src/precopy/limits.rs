@@ -47,7 +47,7 @@ impl Default for Limits {
     fn default() -> Limits {
         Limits {
             downtime_limit: Duration::from_millis(300),
-            rounds_max: 64,
+            rounds_max: 1000,
             precopy_time_max: None,
             at_limit: AtLimit::default(),
             throttle_max: 0,

@@ -147,6 +147,7 @@ impl Precopy {
     ///    that is most of it and the guest dirties less meanwhile. That costs the guest nothing.
     /// 2. It would, or nothing is left, but for what is on its way already: wait. Either that lands or more becomes dirty;
     ///    a link on which nothing moves is noticed elsewhere.
+    ///    So does a round that is smaller than what is still in the rings: pages would stand in them twice.
     /// 3. Otherwise another round, unless there were enough of them, or enough time has passed.
     /// 4. A round is *fruitless* if the round that must follow is not 10 % smaller than any before it. After two of them
     ///    the guest is slowed down, and further with each one more, until rounds shrink again. Each step leaves it half of
@@ -166,6 +167,10 @@ impl Precopy {
         } else if time_is_up {
             self.end(Why::Time)
         } else if on_its_way && (now.rate == 0 || nothing_new || self.fits(now, now.unharvested_bytes())) {
+            Decision::Wait
+        } else if now.queued_bytes > now.unharvested_bytes() {
+            // What is in the rings is older: pushed behind it, the next round would wait for its turn, and what the guest
+            // dirties meanwhile would be a round again.
             Decision::Wait
         } else if now.rounds >= self.limits.rounds_max {
             self.end(Why::Rounds)

@@ -49,7 +49,7 @@ pub(super) struct Driver<'a> {
     pub lanes: Option<Lanes>,
     pub digests: Option<Arc<DigestTable>>,
     pub dirty: &'a mut dyn DirtySource,
-    pub armed: bool,
+    armed: bool,
     pub armed_at: Instant,
     pub scanner: Option<Scanner>,
     outcome: Option<Outcome>,
@@ -71,6 +71,8 @@ pub(super) struct Driver<'a> {
     pub dirty_rate: u64,
     /// The cap on bandwidth, while the guest runs.
     pub pace: Option<Pace>,
+    /// Whether a round is being shipped while the guest runs.
+    pub in_round: bool,
     /// Whether what is on its way to the target is waited for.
     pub draining: bool,
     /// When the next wait ends at the latest, beside the next heartbeat.
@@ -133,6 +135,7 @@ pub(super) fn migrate(source: Source, dirty: &mut dyn DirtySource, guest: &mut d
         throttle: 0,
         dirty_rate: 0,
         pace: None,
+        in_round: false,
         draining: false,
         wake_at: None,
         parts: DowntimeParts::default(),

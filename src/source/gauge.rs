@@ -22,8 +22,8 @@ const ASK_AGAIN: Duration = Duration::from_millis(1);
 #[derive(Debug)]
 pub(super) struct Gauge {
     rate: Rate,
-    /// Bytes on the wire, and nanoseconds its channels were busy, when last looked at.
-    sampled: (u64, u64),
+    /// Bytes on the wire, nanoseconds that its channels were busy, one by one added up, and when that was.
+    sampled: (u64, u64, Instant),
     /// The Ping that was sent last, while no answer has come.
     pinged: Option<(u64, Instant)>,
     /// One way and back on the control connection: a mean that forgets, and believes a shorter time at once.
@@ -41,7 +41,7 @@ impl Gauge {
     pub fn new(downtime_limit: Duration) -> Gauge {
         Gauge {
             rate: Rate::default(),
-            sampled: (0, 0),
+            sampled: (0, 0, Instant::now()),
             pinged: None,
             round_trip: None,
             count: Duration::ZERO,
@@ -138,14 +138,15 @@ impl Gauge {
 }
 
 impl Driver<'_> {
-    /// Takes note of what was sent since the last look, and how long the channels were busy with it: a link that is
-    /// idle says nothing of its rate.
+    /// Takes note of what was sent since the last look, and how long that took: a link that is idle says nothing of its
+    /// rate. At least one channel was busy for no longer than all of them were together, and no longer than since then;
+    /// where only some of them had something to send now and then, that makes the link slower than it is, never faster.
     pub fn sample_rate(&mut self) {
-        let counts = self.progress.channels();
-        let (bytes, busy) = self.gauge.sampled;
-        let time = counts.busy_ns.saturating_sub(busy) / u64::from(self.settings.channels.max(1));
-        self.gauge.rate.add(counts.wire_bytes.saturating_sub(bytes), Duration::from_nanos(time));
-        self.gauge.sampled = (counts.wire_bytes, counts.busy_ns);
+        let (counts, now) = (self.progress.channels(), Instant::now());
+        let (bytes, busy_ns, at) = self.gauge.sampled;
+        let together = Duration::from_nanos(counts.busy_ns.saturating_sub(busy_ns));
+        self.gauge.rate.add(counts.wire_bytes.saturating_sub(bytes), together.min(now - at));
+        self.gauge.sampled = (counts.wire_bytes, counts.busy_ns, now);
     }
 
     /// What is known now, with so much dirty that has not been harvested.

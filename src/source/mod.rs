@@ -222,7 +222,7 @@ impl SourceBuilder {
     }
 
     /// Rounds, up to 65,530, after which [`at_limit`](Self::at_limit) says what happens to a guest that outruns the link;
-    /// 64 unless told otherwise.
+    /// 1000 unless told otherwise. Rounds of a guest that writes little take milliseconds.
     pub fn rounds_max(mut self, rounds: u32) -> Self {
         self.settings.limits.rounds_max = rounds.min(ROUNDS_MAX);
         self

@@ -25,7 +25,9 @@ impl Driver<'_> {
         loop {
             let begun = Instant::now();
             let defer_bytes = self.policy.defer_budget_bytes(&self.estimate(0));
+            self.in_round = true;
             self.ship_round(which, defer_bytes, self.settings.batch_bytes as u64)?;
+            self.in_round = false;
             which = Which::Dirty;
             self.sample_rate();
             let dirty_bytes = self.dirty_bytes()?;
@@ -101,7 +103,7 @@ impl Driver<'_> {
     pub fn check_precopy_time(&mut self) -> Result<(), Over> {
         let limits = &self.settings.limits;
         let late = limits.precopy_time_max.is_some_and(|time| self.armed_at.elapsed() > time);
-        if late && limits.at_limit == AtLimit::GiveUp && self.armed && !self.flags.pause {
+        if late && limits.at_limit == AtLimit::GiveUp && self.in_round {
             let dirty_bytes = self.dirty_bytes()?;
             self.give_up(&self.estimate(dirty_bytes), Why::Time)?;
         }

@@ -14,7 +14,7 @@ pub struct Source {
     name: String,
     text: String,
     /// Its text without comments and literals.
-    code: String,
+    pub code: String,
 }
 
 impl Source {

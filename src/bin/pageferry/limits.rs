@@ -22,7 +22,7 @@ pub struct Limits {
     #[arg(long, value_name = "HOW", default_value = "accept")]
     on_overrun: OnOverrun,
     /// Rounds after which --at-limit says what happens to a guest that outruns the link
-    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..))]
     max_rounds: u32,
     /// Seconds of rounds after which --at-limit says what happens [default: none]
     #[arg(long, value_name = "SECONDS")]
