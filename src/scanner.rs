@@ -2,7 +2,7 @@
 //! Walks guest RAM a chunk at a time: harvests dirty bits, leaves out what was never touched, keeps back what is dirty
 //! again and again, remembers what it took.
 
-use crate::dirty::runs::{Runs, count};
+use crate::dirty::runs::{Runs, count, set_range};
 use crate::dirty::{DirtyError, DirtySource};
 use crate::memory::{Ram, RamBlock};
 use crate::memory::presence::PresenceMap;
@@ -150,6 +150,19 @@ impl Scanner {
         })
     }
 
+    /// Takes back runs of pages that were harvested and handed out, and went nowhere: the next round has them.
+    pub fn keep_back(&mut self, runs: &[Run]) {
+        for run in runs {
+            let past = &mut self.past[usize::from(run.block.0)];
+            let (first, pages) = (run.first, u64::from(run.pages));
+            let before = count(&past.deferred[(first / 64) as usize..][..words_of(first, pages)]);
+            set_range(&mut past.deferred, first, first + pages);
+            let after = count(&past.deferred[(first / 64) as usize..][..words_of(first, pages)]);
+            self.deferred_bytes += (after - before) * past.page_bytes;
+        }
+        self.deferred_bytes_max = self.deferred_bytes_max.max(self.deferred_bytes);
+    }
+
     /// Gives everything that was taken since arm back to the source. The first error, if there was one; the rest is
     /// given back all the same.
     pub fn give_back(&mut self, dirty: &mut dyn DirtySource) -> Result<(), DirtyError> {
@@ -202,6 +215,11 @@ pub fn chunks(ram: &Ram) -> impl Iterator<Item = Chunk> + '_ {
             pages: CHUNK_PAGES.min(pages - first),
         })
     })
+}
+
+/// How many words so many pages from `first` on touch.
+fn words_of(first: u64, pages: u64) -> usize {
+    ((first + pages).div_ceil(64) - first / 64) as usize
 }
 
 /// Sets the bits of the first `pages` pages, and clears those behind them.
@@ -296,6 +314,21 @@ mod tests {
         assert_eq!(next(0b0011, u64::MAX), 0, "both were dirty three times");
         assert_eq!(next(0b0001, u64::MAX), 0b0010, "one is no longer dirty, and goes");
         assert_eq!(next(0b1000, 0), 0b1001, "at the end everything goes");
+        assert_eq!(scanner.deferred_bytes(), 0);
+    }
+
+    #[test]
+    fn what_was_handed_out_and_went_nowhere_comes_with_the_next_round() {
+        let ram = ram(200);
+        let mut scanner = Scanner::new(&ram);
+        let run = |first, pages| Run { block: BlockId(0), first, pages };
+        scanner.keep_back(&[run(3, 2), run(60, 10), run(199, 1), run(60, 1)]);
+        assert_eq!(scanner.deferred_bytes(), 13 * 4096);
+        scanner.begin_round(0);
+        let chunk = chunks(&ram).next().unwrap();
+        scanner.harvest(&ram, &mut DirtyBitmap::for_ram(&ram), chunk, Which::Dirty);
+        let handed_out: Vec<_> = scanner.runs(chunk).map(|run| (run.first, run.pages)).collect();
+        assert_eq!(handed_out, [(3, 2), (60, 10), (199, 1)]);
         assert_eq!(scanner.deferred_bytes(), 0);
     }
 

@@ -113,6 +113,16 @@ pub enum Item {
     Flush(Epoch),
 }
 
+impl Item {
+    /// The run, if it is one.
+    pub fn run(self) -> Option<Run> {
+        match self {
+            Item::Run(run) => Some(run),
+            Item::RoundEnd(_) | Item::Flush(_) => None,
+        }
+    }
+}
+
 /// Which digests guard a migration.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub enum Verify {

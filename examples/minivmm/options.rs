@@ -74,7 +74,7 @@ pub struct Shipping {
     #[arg(long, value_name = "WHAT", default_value = "give-up")]
     pub at_limit: AtLimitArg,
     /// What happens when the hand-over takes longer than the downtime limit
-    #[arg(long, value_name = "WHAT", default_value = "accept")]
+    #[arg(long, value_name = "WHAT", default_value = "retry")]
     pub on_overrun: OverrunArg,
 }
 

@@ -74,6 +74,7 @@ pub struct Numbers {
     pub channels: u8,
     pub total_ms: f64,
     pub downtime_ms: f64,
+    pub downtime_expected_ms: Option<f64>,
     pub downtime_parts: Parts,
     pub throughput_gib_s: f64,
     /// Hand-overs that were withdrawn because they took too long, and how long the guest stood still for them.
@@ -153,6 +154,7 @@ impl Departure {
             channels: report.channels,
             total_ms: ms(report.total),
             downtime_ms: ms(report.downtime),
+            downtime_expected_ms: report.downtime_expected.map(ms),
             downtime_parts: Parts {
                 pause_ms: ms(parts.pause),
                 ship_ms: ms(parts.ship),

@@ -186,11 +186,7 @@ impl Precopy {
     /// otherwise the overrun is accepted. From then on more must be to spare before the next try. A try that was due to
     /// [`AtLimit::SwitchOver`] is always accepted: it was not expected to keep the limit.
     pub fn overran(&mut self, took: Duration) -> bool {
-        let tries = match self.limits.overrun {
-            Overrun::Accept => 0,
-            Overrun::Retry { tries } => tries,
-        };
-        if self.forced.is_some() || self.overruns >= tries {
+        if !self.may_retry() {
             return false;
         }
         self.overruns += 1;
@@ -200,6 +196,15 @@ impl Precopy {
         self.caution_percent = (self.caution_percent * over_percent / 100).min(Self::CAUTION_PERCENT_MAX);
         self.begin_count(self.elapsed, u64::MAX);
         true
+    }
+
+    /// Whether a try to hand over that takes too long would be followed by another one.
+    pub fn may_retry(&self) -> bool {
+        let tries = match self.limits.overrun {
+            Overrun::Accept => 0,
+            Overrun::Retry { tries } => tries,
+        };
+        self.forced.is_none() && self.overruns < tries
     }
 
     /// The VMM's hook was told the throttle of the last verdict: whether it did as told. If not, the throttle stays what

@@ -77,6 +77,10 @@ pub(super) struct Driver<'a> {
     pub draining: bool,
     /// When the next wait ends at the latest, beside the next heartbeat.
     pub wake_at: Option<Instant>,
+    /// When an attempt to hand over is broken off, if it would be tried again; and whether it was.
+    pub break_off_at: Option<Instant>,
+    pub broken_off: bool,
+    pub expected: Option<Duration>,
     pub parts: DowntimeParts,
     pub overruns: u32,
     pub interrupted: Duration,
@@ -138,6 +142,9 @@ pub(super) fn migrate(source: Source, dirty: &mut dyn DirtySource, guest: &mut d
         in_round: false,
         draining: false,
         wake_at: None,
+        break_off_at: None,
+        broken_off: false,
+        expected: None,
         parts: DowntimeParts::default(),
         overruns: 0,
         interrupted: Duration::ZERO,
@@ -554,6 +561,7 @@ impl Driver<'_> {
             channels: self.settings.channels,
             total: begun.elapsed(),
             downtime,
+            downtime_expected: self.expected,
             downtime_parts: self.parts,
             overruns: self.overruns,
             interrupted: self.interrupted,

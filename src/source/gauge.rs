@@ -9,7 +9,7 @@ use crate::source::driver::Driver;
 
 /// What the VMM's hooks are taken to cost until an attempt to hand over has shown it: pause, save_state, load_state, run.
 /// Not more than a part of a small limit, which a guess alone must not keep anybody from.
-const HOOKS_ALLOWANCE: Duration = Duration::from_millis(1);
+const HOOKS_ALLOWANCE: Duration = Duration::from_millis(3);
 const HOOKS_PART_OF_LIMIT: u32 = 4;
 /// What an attempt has shown is believed up to this part of the limit: more would rule out every later attempt, for what
 /// may have been a hiccup. Should it be the rule, these attempts show it, and the last one is accepted.
@@ -128,6 +128,12 @@ impl Gauge {
     /// From Commit to Running, should the target's `run` hook take no time.
     pub fn commit_cost(&self) -> Duration {
         self.round_trip.unwrap_or_default()
+    }
+
+    /// From Commit to Running with the target's `run` hook, which is taken for half of what all hooks cost: once Commit is
+    /// out, nothing can be taken back any more.
+    pub fn run_cost(&self) -> Duration {
+        self.commit_cost() + self.hooks / 2
     }
 
     /// What a switchover costs even if nothing is left: what is dirty is counted twice and harvested twice, which finds

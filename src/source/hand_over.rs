@@ -40,11 +40,14 @@ impl Driver<'_> {
         }
         alive?;
         self.event(SourceEvent::GuestPaused)?;
+        self.broken_off = false;
+        self.break_off_at = self.may_withdraw().then_some(begun + self.settings.limits.downtime_limit);
         self.parts = DowntimeParts { pause: begun.elapsed(), ..DowntimeParts::default() };
         self.ship_the_rest(guest)?;
         self.parts.ship = begun.elapsed() - self.parts.pause;
         // What is still to come crosses the link twice.
-        if self.overran(begun.elapsed() + self.gauge.commit_cost() * 2) {
+        let overran = self.overran(begun.elapsed() + self.gauge.commit_cost() + self.gauge.run_cost());
+        if overran || self.broken_off {
             return self.withdraw(guest, begun, paused_at);
         }
         let final_at = Instant::now();
@@ -63,7 +66,7 @@ impl Driver<'_> {
         self.flags.ask_commit = false;
         self.parts.load = final_at.elapsed();
         self.gauge.attempt_took(self.parts.pause, self.parts.load);
-        if self.overran(begun.elapsed() + self.gauge.commit_cost()) {
+        if self.overran(begun.elapsed() + self.gauge.run_cost()) {
             return self.withdraw(guest, begun, paused_at);
         }
         // The one decision between a cancel and the hand-over.
@@ -72,11 +75,15 @@ impl Driver<'_> {
         Ok(Attempt::Committed)
     }
 
+    /// Whether an attempt that takes too long would be tried again.
+    fn may_withdraw(&self) -> bool {
+        // Tries have a limit of their own. This one is the wire's: it leaves room for a round, and for those of the pause.
+        self.session.round().0 < ROUNDS_MAX && self.policy.may_retry()
+    }
+
     /// Whether so long a pause is to be broken off. Asked of the policy only where the limit is exceeded: it counts.
     fn overran(&mut self, took: Duration) -> bool {
-        // Tries have a limit of their own. This one is the wire's: it leaves room for a round, and for those of the pause.
-        let round_left = self.session.round().0 < ROUNDS_MAX;
-        took > self.settings.limits.downtime_limit && round_left && self.policy.overran(took)
+        took > self.settings.limits.downtime_limit && self.may_withdraw() && self.policy.overran(took)
     }
 
     /// Lets the guest run on, and waits until the target has answered what it was sent.
@@ -92,6 +99,7 @@ impl Driver<'_> {
             return self.fail(Failure::Hook { hook: "resume", reason }).map(|()| Attempt::Withdrawn);
         }
         *paused_at = None;
+        (self.break_off_at, self.broken_off) = (None, false);
         self.parts = DowntimeParts::default();
         self.excuse_silence();
         self.interrupted += begun.elapsed();
@@ -126,11 +134,18 @@ impl Driver<'_> {
             return self.fail(Failure::Hook { hook: "save_state", reason: e.to_string() });
         }
         // save_state may have written guest RAM.
-        self.ship_paused_round()?;
+        if !self.breaks_off() {
+            self.ship_paused_round()?;
+        }
         let last = Round(self.session.round().0 - 1);
         while !self.lanes.as_ref().is_some_and(|lanes| lanes.all_sent(last)) || !self.state.is_empty() {
+            if self.breaks_off() {
+                break;
+            }
+            self.wake_at = self.break_off_at;
             self.service(true)?;
         }
+        self.break_off_at = None;
         Ok(())
     }
 

@@ -104,6 +104,8 @@ pub struct SourceReport {
     /// From the call of [`Guest::pause`] until the target said that the guest runs, or until it was resumed here; zero
     /// if it was never paused.
     pub downtime: Duration,
+    /// What it was expected to be when the guest was paused for the last time, as far as that could be known.
+    pub downtime_expected: Option<Duration>,
     /// What it was made of; zero where it was never paused, and up to the end where it was resumed here.
     pub downtime_parts: DowntimeParts,
     /// Attempts to hand over that were withdrawn because they took longer than the downtime limit.

@@ -12,7 +12,7 @@ use crate::source::Guest;
 use crate::source::driver::{Driver, Over, run_pages_max};
 use crate::source::lanes::EPOCH_ITEMS_MAX;
 use crate::source::pace::Pace;
-use crate::units::{Item, PageSize};
+use crate::units::{Item, PageSize, Run};
 
 /// Runs that are handed to a ring at once: a batch of single 4 KiB pages.
 const PUSH_RUNS_MAX: usize = 256;
@@ -68,7 +68,10 @@ impl Driver<'_> {
                     self.measure_the_way()?;
                     fresh = false;
                 }
-                Decision::SwitchOver => return Ok(Decision::SwitchOver),
+                Decision::SwitchOver => {
+                    self.expected = now.downtime();
+                    return Ok(Decision::SwitchOver);
+                }
             }
         }
     }
@@ -179,6 +182,10 @@ impl Driver<'_> {
             scanner.begin_round(defer_bytes);
         }
         for chunk in chunks(&ram) {
+            // What has not been harvested stays dirty where it is.
+            if self.breaks_off() {
+                break;
+            }
             harvest_time += self.ship_chunk(chunk, which, batch_bytes, &mut batch)?;
             // Frames and ended workers are looked after between chunks even if no ring is ever full.
             self.service(false)?;
@@ -215,28 +222,38 @@ impl Driver<'_> {
         }
         let harvest_time = begun.elapsed();
         let mut bytes = 0;
-        let mut result = Ok(());
-        for run in scanner.runs(chunk).flat_map(|run| run.pieces(pages_max)) {
+        let mut result = Ok(true);
+        let mut runs = scanner.runs(chunk).flat_map(|run| run.pieces(pages_max));
+        for run in runs.by_ref() {
             batch.push(Item::Run(run));
             bytes += u64::from(run.pages) * page_bytes;
             if batch.len() == PUSH_RUNS_MAX || bytes >= batch_bytes {
                 result = self.push(batch, &mut bytes);
-                if result.is_err() {
+                if !matches!(result, Ok(true)) {
                     break;
                 }
             }
         }
-        self.scanner = Some(scanner);
-        result?;
-        if !batch.is_empty() {
-            self.push(batch, &mut bytes)?;
+        if matches!(result, Ok(true)) && !batch.is_empty() {
+            result = self.push(batch, &mut bytes);
         }
-        Ok(harvest_time)
+        // Harvested and not pushed: kept back for the next round. Allocates, where nothing is in a hurry any more.
+        let broken_off = matches!(result, Ok(false));
+        let rest: Vec<Run> = batch.drain(..).filter_map(Item::run).chain(runs).take_while(|_| broken_off).collect();
+        scanner.keep_back(&rest);
+        self.scanner = Some(scanner);
+        result.map(|_| harvest_time)
+    }
+
+    /// Whether the guest has stood still for too long, and this attempt to hand it over is withdrawn for that.
+    pub fn breaks_off(&mut self) -> bool {
+        self.broken_off |= self.break_off_at.is_some_and(|at| Instant::now() >= at);
+        self.broken_off
     }
 
     /// Pushes a batch to the ring with the fewest queued bytes; waits for room, and for the cap on bandwidth, and looks
-    /// after the rest meanwhile.
-    fn push(&mut self, batch: &mut Vec<Item>, bytes: &mut u64) -> Result<(), Over> {
+    /// after the rest meanwhile. False, and nothing is pushed, if the attempt is broken off.
+    fn push(&mut self, batch: &mut Vec<Item>, bytes: &mut u64) -> Result<bool, Over> {
         let items = batch.len() as u64;
         let full = self.epoch_bytes + *bytes > self.settings.epoch_bytes || self.epoch_items + items > EPOCH_ITEMS_MAX;
         if full && self.epoch_items > 0 {
@@ -247,6 +264,10 @@ impl Driver<'_> {
             self.service(true)?;
         }
         while !self.lanes.as_mut().is_some_and(|lanes| lanes.push(batch, *bytes)) {
+            if self.breaks_off() {
+                return Ok(false);
+            }
+            self.wake_at = self.break_off_at;
             self.service(true)?;
         }
         if let Some(pace) = &mut self.pace {
@@ -258,7 +279,7 @@ impl Driver<'_> {
         self.progress.set(|c| &c.pushed_bytes, self.pushed_bytes);
         batch.clear();
         *bytes = 0;
-        Ok(())
+        Ok(true)
     }
 
     fn close_epoch(&mut self) -> Result<(), Over> {

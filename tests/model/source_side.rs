@@ -137,7 +137,9 @@ impl SourceSide {
     /// Whether the driver may find that the guest has stood still for too long: whenever it looks before the gate.
     pub fn may_overrun(&self, bounds: &Bounds) -> bool {
         let looks = match self.step {
-            Step::Drain => self.saved && self.all_sent(bounds),
+            Step::Drain => self.saved,
+            // In the middle of a round: it is ended where it stands.
+            Step::First(_) | Step::Last(_) => self.saved && self.has_room_for_marks(bounds),
             Step::HandOver => self.session.awaits_loaded(),
             Step::Gate => true,
             _ => false,
@@ -349,6 +351,9 @@ impl World {
         self.source.overruns_left -= 1;
         self.source.guest = Guest::Running;
         self.source.saved = false;
+        if self.source.scans().is_some() {
+            self.source_event(bounds, SourceEvent::RoundPushed);
+        }
         self.source.step = Step::Withdraw;
         self.source_event(bounds, SourceEvent::Overran);
     }

@@ -66,7 +66,9 @@ pub struct Report {
     pub channels: u8,
     pub total_ms: f64,
     pub downtime_ms: f64,
-    /// What the downtime was made of, at a source.
+    /// What the downtime was expected to be when the guest was paused, and what it was made of, at a source.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub downtime_expected_ms: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub downtime_parts: Option<PartsMs>,
     /// RAM that was ever touched, over the time from the first connection to the end.
@@ -179,6 +181,7 @@ impl Report {
             channels: 0,
             total_ms: 0.0,
             downtime_ms: 0.0,
+            downtime_expected_ms: None,
             downtime_parts: None,
             throughput_gib_s: 0.0,
             cpu_s: 0.0,
@@ -197,6 +200,7 @@ impl Report {
         let error = error_of(&report.outcome);
         let convergence = Some(Convergence::from(&report));
         Report {
+            downtime_expected_ms: report.downtime_expected.map(ms),
             downtime_parts: Some(PartsMs::from(report.downtime_parts)),
             convergence,
             verify: verify_word(report.verify),
