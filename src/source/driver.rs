@@ -19,8 +19,8 @@ use crate::precopy::Precopy;
 use crate::progress::{Progress, Stage};
 use crate::scanner::{CHUNK_PAGES, Scanner, Which};
 use crate::session::source::{FIRST_GENERATION, SourceAction, SourceEvent, SourceSession};
+use crate::source::ends::{Attempt, Over};
 use crate::source::gauge::Gauge;
-use crate::source::hand_over::Attempt;
 use crate::source::lanes::Lanes;
 use crate::source::pace::Pace;
 use crate::source::{DowntimeParts, Guest, Settings, Source, SourceReport};
@@ -29,10 +29,6 @@ use crate::units::{BlockId, ChannelId, Generation, SessionId, Verify};
 use crate::wire::control::{BlockInfo, LanePong, Setup, SourceFrame, TargetFrame};
 use crate::wire::crc::Crc32c;
 use crate::wire::hello::{HELLO_BYTES, Hello, HelloRole, Side};
-
-/// The session has ended: whoever sees it goes back to [`migrate`], and does nothing else.
-#[derive(Debug)]
-pub(super) struct Over;
 
 pub(super) struct Driver<'a> {
     pub ram: Ram,

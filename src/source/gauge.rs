@@ -4,8 +4,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::precopy::{Estimate, Rate};
-use crate::source::driver::Driver;
+use crate::precopy::Rate;
 
 /// What the VMM's hooks are taken to cost until an attempt to hand over has shown it: pause, save_state, load_state, run.
 /// Not more than a part of a small limit, which a guess alone must not keep anybody from.
@@ -104,8 +103,19 @@ impl Gauge {
         }
     }
 
+    /// Takes note of what was sent so far, and for how long channels were busy with it, one by one added up: a link that is
+    /// idle says nothing of its rate. At least one channel was busy for no longer than all of them were together, and no
+    /// longer than since the last look; where only some of them had something to send now and then, that makes the link
+    /// slower than it is, never faster.
+    pub fn sample(&mut self, wire_bytes: u64, busy_ns: u64) {
+        let (bytes, busy_before, at) = self.sampled;
+        let (now, together) = (Instant::now(), Duration::from_nanos(busy_ns.saturating_sub(busy_before)));
+        self.rate.add(wire_bytes.saturating_sub(bytes), together.min(now - at));
+        self.sampled = (wire_bytes, busy_ns, now);
+    }
+
     /// Bytes a second that can be harvested and sent, the one beside the other; 0 while it is unknown.
-    fn rate(&self) -> u64 {
+    pub fn rate(&self) -> u64 {
         match (self.rate.bytes_per_second(), self.harvest.bytes_per_second()) {
             (link, 0) => link,
             (link, harvest) => link.min(harvest),
@@ -140,56 +150,6 @@ impl Gauge {
     /// nothing in about the time of a count; Final and Loaded, Commit and Running cross the link; hooks run.
     pub fn fixed_cost(&self) -> Duration {
         self.count * 4 + self.commit_cost() * 2 + self.hooks
-    }
-}
-
-impl Driver<'_> {
-    /// Takes note of what was sent since the last look, and how long that took: a link that is idle says nothing of its
-    /// rate. At least one channel was busy for no longer than all of them were together, and no longer than since then;
-    /// where only some of them had something to send now and then, that makes the link slower than it is, never faster.
-    pub fn sample_rate(&mut self) {
-        let (counts, now) = (self.progress.channels(), Instant::now());
-        let (bytes, busy_ns, at) = self.gauge.sampled;
-        let together = Duration::from_nanos(counts.busy_ns.saturating_sub(busy_ns));
-        self.gauge.rate.add(counts.wire_bytes.saturating_sub(bytes), together.min(now - at));
-        self.gauge.sampled = (counts.wire_bytes, counts.busy_ns, now);
-    }
-
-    /// What is known now, with so much dirty that has not been harvested.
-    pub fn estimate(&self, dirty_bytes: u64) -> Estimate {
-        Estimate {
-            rounds: self.session.round().0,
-            elapsed: self.armed_at.elapsed(),
-            queued_bytes: self.lanes.as_ref().map_or(0, |lanes| lanes.queued_bytes()),
-            in_flight_bytes: self.in_flight_bytes(),
-            dirty_bytes,
-            // What was dirty in each round so far is taken to be dirty again, and is counted once.
-            deferred_bytes: self.scanner.as_ref().map_or(0, |s| s.deferred_bytes()).saturating_sub(dirty_bytes),
-            rate: self.gauge.rate(),
-            dirty_rate: self.dirty_rate,
-            fixed_cost: self.gauge.fixed_cost(),
-        }
-    }
-
-    /// Bytes that were sent and that the target had not read when it last said how far it is: never too few, and exact
-    /// where nothing was sent since.
-    pub fn in_flight_bytes(&self) -> u64 {
-        let of = |index: usize| {
-            let sent = self.progress.channel(index).map_or(0, |counts| counts.wire_bytes);
-            let read = self.pongs.iter().find(|pong| usize::from(pong.channel.0) == index).map_or(0, |pong| pong.bytes);
-            sent.saturating_sub(read)
-        };
-        (0..usize::from(self.settings.channels)).map(of).sum()
-    }
-
-    /// Shows what the policy goes by.
-    pub fn show(&self, now: &Estimate) {
-        let left = now.left_bytes();
-        self.progress.set(|c| &c.rate, now.rate);
-        self.progress.set(|c| &c.bytes_left, left);
-        self.progress.set(|c| &c.dirty_rate, now.dirty_rate);
-        let expected = now.downtime().map_or(u64::MAX, |d| d.as_micros() as u64);
-        self.progress.set(|c| &c.expected_downtime_us, expected);
     }
 }
 

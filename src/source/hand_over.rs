@@ -9,19 +9,11 @@ use crate::memory::full;
 use crate::progress::Stage;
 use crate::scanner::Which;
 use crate::session::source::{Facts, SourceEvent};
-use crate::source::driver::{Driver, Over};
+use crate::source::driver::Driver;
+use crate::source::ends::{Attempt, Over};
 use crate::source::{DowntimeParts, Guest, ROUNDS_MAX, StateWriter};
 use crate::units::{Round, Verify};
 use crate::wire::crc::Crc32c;
-
-/// How an attempt to hand over ended, where the migration has not.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Attempt {
-    /// Commit is sent: the guest belongs to the target, or nobody knows.
-    Committed,
-    /// It took longer than the downtime limit: the guest runs again.
-    Withdrawn,
-}
 
 impl Driver<'_> {
     /// Pauses the guest and hands it over. `paused_at` is set for as long as it stands still.

@@ -2,6 +2,8 @@
 //! The source of a migration: what a VMM calls to send its guest away.
 
 mod driver;
+mod ends;
+mod estimate;
 mod gauge;
 mod hand_over;
 mod hooks;

@@ -4,7 +4,8 @@
 use std::time::{Duration, Instant};
 
 use crate::error::Failure;
-use crate::source::driver::{Driver, Over};
+use crate::source::driver::Driver;
+use crate::source::ends::Over;
 use crate::units::{ChannelId, Round};
 
 impl Driver<'_> {

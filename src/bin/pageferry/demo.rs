@@ -17,9 +17,9 @@ use crate::interrupt::Interrupt;
 use crate::limits::Limits;
 use crate::output::Output;
 use crate::progress::{Side, Watch};
-use crate::report::{DemoPart, End, Report, TargetPart, ms};
+use crate::report::{DemoPart, End, Report, TargetPart};
 use crate::send::VerifyArg;
-use crate::sizes::{Cpus, human, parse_ram_size};
+use crate::sizes::{Cpus, human, ms, parse_ram_size};
 use crate::writers::{Work, Writers};
 
 /// Migrate a made-up guest, which keeps writing, to a process started for it; prove that every byte arrived.

@@ -9,8 +9,7 @@ use pageferry::precopy::{AtLimit, Overrun};
 use pageferry::source::SourceBuilder;
 use serde::Serialize;
 
-use crate::report::ms;
-use crate::sizes::{human, human_rate, parse_size};
+use crate::sizes::{human, human_rate, ms, parse_size};
 
 /// Limits, and what happens at each.
 #[derive(Clone, Debug, clap::Args)]

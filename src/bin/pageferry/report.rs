@@ -9,7 +9,7 @@ use pageferry::{Outcome, SourceReport, TargetReport, Verify};
 use serde::{Deserialize, Serialize};
 
 use crate::limits::Convergence;
-use crate::sizes::{Cpus, human};
+use crate::sizes::{Cpus, human, ms};
 
 /// How it ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -146,11 +146,6 @@ impl From<DowntimeParts> for PartsMs {
         let DowntimeParts { pause, ship, load, run } = parts;
         PartsMs { pause_ms: ms(pause), ship_ms: ms(ship), load_ms: ms(load), run_ms: ms(run) }
     }
-}
-
-/// Milliseconds for machines.
-pub fn ms(time: Duration) -> f64 {
-    (time.as_secs_f64() * 1e6).round() / 1e3
 }
 
 pub fn verify_word(verify: Verify) -> &'static str {

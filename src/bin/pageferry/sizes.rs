@@ -1,5 +1,7 @@
 //! Sizes, rates and CPU lists, as people write and read them.
 
+use std::time::Duration;
+
 use pageferry::Failure;
 use pageferry::config::parse_cpus;
 
@@ -46,6 +48,11 @@ impl std::str::FromStr for Cpus {
     fn from_str(text: &str) -> Result<Cpus, Failure> {
         parse_cpus(text).map(Cpus)
     }
+}
+
+/// Milliseconds for machines.
+pub fn ms(time: Duration) -> f64 {
+    (time.as_secs_f64() * 1e6).round() / 1e3
 }
 
 /// Bytes for people: three digits that count, and a unit.
