@@ -228,10 +228,12 @@ fn a_lost_word_of_dirty_bits_is_found() {
 #[test]
 fn a_guest_that_outruns_the_link_is_held_back() {
     let options = [
-        ["--ram", "64M", "--hot", "24", "--dirty-rate", "200"],
-        ["--bandwidth-max", "100M", "--downtime-limit", "30", "--throttle-max", "99"],
+        // Five milliseconds carry no 40 MiB.
+        ["--ram", "64M", "--hot", "40", "--dirty-rate", "200"],
+        ["--bandwidth-max", "100M", "--downtime-limit", "5", "--throttle-max", "99"],
     ];
-    let Some(ended) = demo("a_guest_that_outruns_the_link_is_held_back", &options.concat()) else { return };
+    let options = [&options.concat()[..], &["--at-limit", "switch-over"]].concat();
+    let Some(ended) = demo("a_guest_that_outruns_the_link_is_held_back", &options) else { return };
     let report = ended.expect_completed();
     assert!(report["throttle_percent"].as_u64().unwrap() > 0, "{report:#}");
 }
