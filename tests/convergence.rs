@@ -281,20 +281,22 @@ fn an_attempt_that_takes_too_long_lets_the_guest_run_on_and_is_tried_again() {
 
 #[test]
 fn an_attempt_is_broken_off_in_the_middle_of_its_round_and_nothing_is_lost() {
-    let mut guest = guest_of(HOT_PAGES);
+    // 400 MiB in 20 ms: more than any link has time for, and nobody could see it coming.
+    let pages = 100_000;
+    let mut guest = guest_of(pages);
     let (bitmap, mut first) = (guest.dirty.clone(), true);
-    // More than the limit has time for, which nobody could see coming.
     guest.on_pause = Some(Box::new(move || {
         if std::mem::take(&mut first) {
-            bitmap.mark_range(BlockId(0), 0, HOT_PAGES);
+            bitmap.mark_range(BlockId(0), 0, pages);
         }
     }));
-    let builder = Source::builder(guest.ram.clone()).downtime_limit(ms(20)).overrun(Overrun::Retry { tries: 9 });
+    let builder = quick(&guest).downtime_limit(ms(20)).overrun(Overrun::Retry { tries: 9 });
     let (source, target) = Transport::Unix.connect(builder, Target::builder(), 2);
     let mut dirty = guest.dirty.clone();
     let trip = vmm::travel(source, &mut dirty, &mut guest, target, TestIncoming::new());
     assert_arrived(&guest, &trip);
-    assert!(trip.sent.overruns > 0 && trip.sent.deferred_bytes > 0, "{:?}", trip.sent);
+    // Where in its round the clock finds it is chance: between two chunks, in one, or behind the last.
+    assert!(trip.sent.overruns > 0, "{:?}", trip.sent);
 }
 
 #[test]
