@@ -120,7 +120,10 @@ impl Drop for Vcpus {
 impl Shared {
     /// A vCPU's thread.
     fn run(&self, id: usize) {
-        go_first();
+        // Where vCPUs take all CPUs, going first would leave none for the threads that ship.
+        if thread::available_parallelism().is_ok_and(|cpus| self.vcpus.len() < cpus.get()) {
+            go_first();
+        }
         let vcpu = &self.vcpus[id];
         while self.control.wait_to_enter(|| vcpu.immediate_exit.set(false)) {
             let mut fd = vcpu.fd.lock().unwrap_or_else(PoisonError::into_inner);
