@@ -18,7 +18,7 @@
 //! #     pub struct Tube;
 //! #     impl Tube {
 //! #         pub fn send<T>(&self, _: &T) -> std::io::Result<()> { Ok(()) }
-//! #         pub fn recv<T>(&self) -> std::io::Result<T> { unimplemented!() }
+//! #         pub fn recv<T>(&self) -> std::io::Result<T> { panic!("a stub of crosvm's") }
 //! #     }
 //! # }
 //! # mod vm_control {
@@ -29,7 +29,7 @@
 //! #     #[derive(Clone, Copy)] pub struct GuestAddress(pub u64);
 //! #     impl GuestAddress { pub fn offset(&self) -> u64 { self.0 } }
 //! #     pub struct BackingObject;
-//! #     impl BackingObject { pub fn as_raw_descriptor(&self) -> i32 { unimplemented!() } }
+//! #     impl BackingObject { pub fn as_raw_descriptor(&self) -> i32 { panic!("a stub of crosvm's") } }
 //! #     pub struct MemoryRegionInformation<'a> {
 //! #         pub index: usize, pub guest_addr: GuestAddress, pub size: usize, pub host_addr: usize,
 //! #         pub shm: &'a BackingObject, pub shm_offset: u64,

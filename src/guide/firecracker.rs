@@ -34,8 +34,8 @@
 //! # type GuestMemoryMmap = GuestRegionCollection<GuestRegionMmapExt>;
 //! # pub struct Vm;
 //! # impl Vm {
-//! #     fn guest_memory(&self) -> &GuestMemoryMmap { unimplemented!() }
-//! #     fn get_dirty_bitmap(&self) -> io::Result<HashMap<u32, Vec<u64>>> { unimplemented!() }
+//! #     fn guest_memory(&self) -> &GuestMemoryMmap { panic!("a stub of Firecracker's") }
+//! #     fn get_dirty_bitmap(&self) -> io::Result<HashMap<u32, Vec<u64>>> { panic!("a stub of Firecracker's") }
 //! #     fn reset_dirty_bitmap(&self) {}
 //! # }
 //! # pub struct Vmm { pub vm: Arc<Vm> }
