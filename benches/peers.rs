@@ -5,9 +5,10 @@
 //! The figures are taken by `perf/peers/run.sh`, which runs all rivals by turns over the same memory. This program is one
 //! side of a run, the library's or the bare loop's, and talks to that script line by line:
 //!
-//! `--as target` maps the memory, says `at ADDRESS`, receives, and says `done NAME=FIGURE...`. `--as source` maps the
-//! memory, says `ready`, waits for `go ADDRESS`, ships, and says the same. Both live on until their input ends, so that
-//! their CPU time can be read. `--fill FILE --with noise|zeros` and `--spoil FILE` make the memory.
+//! `--as target` maps the memory (`--file FILE`, or `--anonymous-mib N`), says `at ADDRESS`, receives, and says
+//! `done NAME=FIGURE...`. `--as source` maps the memory, says `ready`, waits for `go ADDRESS`, ships, and says the same.
+//! Both live on until their input ends, so that their CPU time can be read. `--fill FILE --with noise|zeros` and
+//! `--spoil FILE` make the memory.
 //!
 //! Without a role it runs a few small pairs and checks that every page arrived: it may not rot.
 // UNSAFETY: guest RAM is a file in /dev/shm that several processes map: mmap(2), and madvise(2) as QEMU does it.
@@ -27,7 +28,7 @@ use std::os::unix::fs::FileExt;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use pageferry::memory::{Initial, Ram, RamBlock};
+use pageferry::memory::{Backing, Initial, Ram, RamBlock};
 use pageferry::progress::Progress;
 use pageferry::units::{BlockId, PageSize};
 use pageferry::wire::control::Setup;
@@ -86,13 +87,18 @@ fn spoil(path: &str) -> io::Result<()> {
     Ok(())
 }
 
-/// The file as guest RAM, mapped as QEMU maps it: shared, aligned to a huge page, and advised for huge pages, which a
+/// The guest's RAM: private memory that nobody has touched, or a file, mapped as QEMU maps it: shared, aligned to a huge page, and advised for huge pages, which a
 /// tmpfs gives to new memory only and only where the system lets it.
 ///
 /// Its initial state is [`Initial::Zeroed`]. Where the file is new, that is so. Where it is not, no page of the source is
 /// zero, so every page is overwritten by data and none is left alone on the strength of reading as zero; each run is
 /// checked to have brought all of them. No rival makes its memory zero either.
 fn ram(options: &Options) -> Ram {
+    if let Some(mib) = options.number("--anonymous-mib") {
+        let (bytes, huge) = ((mib as u64) << 20, Backing::TransparentHuge);
+        let block = RamBlock::anonymous("ram", 0, bytes, PageSize::SIZE_4K, huge).expect("memory for the benchmark");
+        return Ram::new([block.with_initial(Initial::Zeroed)]).expect("one block is RAM");
+    }
     let path = options.value("--file").expect("--file is given");
     let file = OpenOptions::new().read(true).write(true).open(path).expect("the memory's file can be opened");
     let bytes = file.metadata().expect("the file has a length").len();

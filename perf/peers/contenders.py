@@ -21,6 +21,7 @@ class Task:
     map_source: bool
     map_target: bool
     again_every: int = 0
+    anonymous: bool = False  # no files: private memory that nobody has touched
 
 
 class Failed(Exception):
@@ -70,13 +71,11 @@ class Pair:
     """A contender whose two sides speak the protocol at the head of benches/peers.rs."""
 
     def __init__(self, command):
-        """`command(role, file, task)` gives the words that start a side."""
+        """`command(role, task)` gives the words that start a side."""
         self.command = command
 
     def run(self, task):
-        target_command = self.command("target", task.target, task.channels, task.map_target, 0)
-        source_command = self.command("source", task.source, task.channels, task.map_source, task.again_every)
-        with Side(target_command) as target, Side(source_command) as source:
+        with Side(self.command("target", task)) as target, Side(self.command("source", task)) as source:
             address = target.line().removeprefix("at ")
             if (said := source.line()) != "ready":
                 raise Failed(f"the source said {said!r}")
@@ -98,10 +97,13 @@ class Pair:
 class Qmp(Side):
     """A QEMU without a machine: no CPU, no device, nothing but RAM."""
 
-    def __init__(self, program, file, mib, populate, *more):
-        memory = f"memory-backend-file,id=ram,mem-path={file},size={mib}M,share=on,prealloc={'on' if populate else 'off'}"
+    def __init__(self, program, task, file, populate, *more):
+        memory = f"memory-backend-file,mem-path={file},share=on,prealloc={'on' if populate else 'off'}"
+        if task.anonymous:
+            memory = "memory-backend-ram"
         super().__init__(
-            [program, "-accel", "tcg", "-machine", "none,memory-backend=ram", "-m", f"{mib}M", "-object", memory]
+            [program, "-accel", "tcg", "-machine", "none,memory-backend=ram", "-m", f"{task.mib}M"]
+            + ["-object", f"{memory},id=ram,size={task.mib}M"]
             + ["-S", "-nodefaults", "-no-user-config", "-display", "none", "-qmp", "stdio", *more]
         )
         self.events = []
@@ -142,8 +144,8 @@ class Qemu:
 
     def run(self, task):
         with (
-            Qmp(self.program, task.source, task.mib, task.map_source) as source,
-            Qmp(self.program, task.target, task.mib, task.map_target, "-incoming", "defer") as target,
+            Qmp(self.program, task, task.source, task.map_source) as source,
+            Qmp(self.program, task, task.target, task.map_target, "-incoming", "defer") as target,
         ):
             for side in (source, target):
                 on = [{"capability": name, "state": True} for name in ("multifd", "events")]
@@ -155,30 +157,41 @@ class Qemu:
             begun = time.monotonic()
             source.do("migrate", uri=f"tcp:127.0.0.1:{port}")
             source.until_migrated()
-            wall = time.monotonic() - begun
             target.until_migrated()
+            wall = time.monotonic() - begun
             cpu = (source.cpu() - cpu[0], target.cpu() - cpu[1])
             said = source.do("query-migrate")
             ram_phase = (said["total-time"] - said["setup-time"]) / 1e3
-            # Whichever flatters QEMU; its own clock ticks in milliseconds.
-            return {"seconds": min(ram_phase, wall), "ram_phase": ram_phase, "wall": wall} | {
+            # Whichever flatters QEMU: its own clock leaves its target's work at the end out.
+            return {
+                "seconds": min(ram_phase, wall),
+                "ram_phase": ram_phase,
+                "wall": wall,
                 "cpu_source": cpu[0],
                 "cpu_target": cpu[1],
                 "normal_pages": said["ram"]["normal"],
             }
 
 
-def bare_c(role, file, channels, populate, _):
-    return [OUT / "bare", role, file, channels] + (["populate"] if populate else [])
+def side_of(role, task):
+    """The file of a side, and whether it is mapped before the clock runs."""
+    return (task.source, task.map_source) if role == "source" else (task.target, task.map_target)
+
+
+def bare_c(role, task):
+    file, populate = side_of(role, task)
+    return [OUT / "bare", role, file, task.channels] + (["populate"] if populate else [])
 
 
 def ours(program, by, *more):
     """A side that `benches/peers.rs` plays; `more` are settings of the source."""
 
-    def command(role, file, channels, populate, again_every):
-        words = [program, "--as", role, "--by", by, "--file", file, "--channels", channels]
+    def command(role, task):
+        file, populate = side_of(role, task)
+        words = [program, "--as", role, "--by", by, "--channels", task.channels]
+        words += ["--anonymous-mib", task.mib] if task.anonymous else ["--file", file]
         words += ["--populate"] if populate else []
-        words += ["--again-every", again_every] if again_every else []
+        words += ["--again-every", task.again_every] if task.again_every and role == "source" else []
         return words + (list(more) if role == "source" else [])
 
     return command

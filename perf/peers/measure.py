@@ -30,6 +30,7 @@ class Kind:
     target: str = "spoiled"  # the file is full of something else; or "fresh": nothing in the file
     target_mapped: bool = True
     again_every: int = 0  # what is measured is one more round, of every so many-th page
+    anonymous: bool = False  # no files: private memory that nobody has touched
 
 
 EVERYBODY = ("qemu7", "qemu10", "bare-c", "bare-rust", "pageferry", "pageferry-verify-off")
@@ -45,6 +46,7 @@ KINDS = {
     "untouched": Kind(
         "never touched", NOT_BARE, source="holes", source_mapped=False, target="fresh", target_mapped=False
     ),
+    "anonymous": Kind("never touched, private memory without a file", NOT_BARE, anonymous=True),
     "zeros": Kind("zeros that were touched", NOT_BARE, source="zeros", target="fresh", target_mapped=False),
 }
 # Measured in one interleaved run, because they are compared with each other.
@@ -81,6 +83,8 @@ class Memory:
 
     def prepare(self, kind):
         """Makes the memory what the kind says. A file that has no data is made anew each time: reading may fill it."""
+        if kind.anonymous:
+            return
         if self.source_holds != kind.source or kind.source == "holes":
             self._make(self.source, kind.source)
         if kind.target == "fresh":
@@ -92,9 +96,9 @@ class Memory:
         self.source_holds = kind.source
         self.target_holds = "noise" if kind.target == "spoiled" else None
 
-    def arrived(self):
-        """Whether the target holds what the source holds, byte for byte."""
-        return subprocess.run(["cmp", "-s", self.source, self.target], check=False).returncode == 0
+    def arrived(self, kind):
+        """Whether the target holds what the source holds, byte for byte. Memory without a file nobody can look at."""
+        return kind.anonymous or subprocess.run(["cmp", "-s", self.source, self.target], check=False).returncode == 0
 
 
 def machine(options):
@@ -139,23 +143,29 @@ def table(memory, everybody, kind_name, channels, options, first_turn, write):
     runs = [(kind, who) for kind in kinds for who in KINDS[kind].who if who in everybody]
     runs = [(kind, who) for kind, who in runs if not options.only or who in options.only]
     for turn in range(-1, options.turns):
-        for kind_name, who in runs if turn % 2 == 0 else reversed(runs):
+        for kind_name, who in runs if (first_turn + turn) % 2 == 0 else reversed(runs):
             kind = KINDS[kind_name]
             memory.prepare(kind)
             task = Task(
-                memory.source, memory.target, memory.mib, channels, kind.source_mapped, kind.target_mapped, kind.again_every
+                source=memory.source,
+                target=memory.target,
+                mib=memory.mib,
+                channels=channels,
+                map_source=kind.source_mapped and not kind.anonymous,
+                map_target=kind.target_mapped and not kind.anonymous,
+                again_every=kind.again_every,
+                anonymous=kind.anonymous,
             )
             result = everybody[who].run(task)
-            if not memory.arrived():
+            if not memory.arrived(kind):
                 raise Failed(f"{who}, {kind_name}, {channels} channels: the target does not hold what the source holds")
             if turn >= 0:
                 write({"kind": kind_name, "who": who, "channels": channels, "turn": first_turn + turn} | result)
-            cpu = result["cpu_source"] + result["cpu_target"]
-            print(
-                f"{kind_name:<10} {channels} channels  {'warm-up' if turn < 0 else f'turn {first_turn + turn}':<8} {who:<22}"
-                f"{memory.mib / 1024 / result['seconds']:8.2f} GiB/s {cpu / memory.mib * 1024:7.2f} CPU s/GiB",
-                flush=True,
-            )
+            gib = memory.mib / 1024 / (kind.again_every or 1)
+            cpu = (result["cpu_source"] + result["cpu_target"]) / gib
+            which = "warm-up" if turn < 0 else f"turn {first_turn + turn}"
+            rate = gib / result["seconds"]
+            print(f"{kind_name:<10} {channels} ch {which:<8} {who:<22}{rate:9.2f} GiB/s{cpu:7.2f} CPU s/GiB", flush=True)
 
 
 def main():
@@ -165,7 +175,7 @@ def main():
     parser.add_argument("--ram", type=int, default=2048, help="MiB of memory; twice that is needed")
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--quick", action="store_true", help="256 MiB, 2 turns: does everything work?")
-    parser.add_argument("--only", type=lambda text: text.split(","), help="contenders, by name")
+    parser.add_argument("--only", type=lambda text: text.split(","), help="contenders, by name: " + ", ".join(EVERYBODY))
     parser.add_argument("--kinds", type=lambda text: text.split(","), default=names, help=", ".join(names))
     parser.add_argument("--channels", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2, 4])
     parser.add_argument("--append", action="store_true", help="add to the runs that are there")
@@ -188,7 +198,8 @@ def main():
             file.write(json.dumps(run) + "\n")
             file.flush()
 
-        write({"machine": machine(options), "command": " ".join(sys.argv[1:])})
+        asked = " ".join(sys.argv[1:]).replace(options.program, "").replace("--program", "").strip()
+        write({"machine": machine(options), "command": asked})
         with Memory(options.program, options.folder, options.ram) as memory:
             for kind in options.kinds:
                 for channels in options.channels:
