@@ -90,7 +90,8 @@ def limits(tables, channels, machine):
             kept.append(good)
             digits = 0 if ratio.middle >= 100 else 3
             texts.append(f"{'' if good else '**missed** '}{ratio.text(digits)}{against}")
-        verdict = "not measured" if not kept else "kept" if all(kept) else "**missed**"
+        complete = len(kept) == len(cells)
+        verdict = "**missed**" if not all(kept) else "kept" if complete else "not measured"
         rows.append(f"| {what} | {'at most' if at_most else 'at least'} {demanded} | {' | '.join(texts)} | {verdict} |")
 
     def against(kind, among, figure="rate"):

@@ -1,5 +1,6 @@
 """Who can ship memory from one process to another: QEMU, the bare loop, pageferry. Each run takes two processes."""
 
+import contextlib
 import json
 import subprocess
 import time
@@ -61,10 +62,16 @@ class Side:
     def __exit__(self, kind, *_):
         if kind:
             self.process.kill()
-        self.process.stdin.close()
-        if self.process.wait(30) and not kind:
-            raise Failed(f"{self.process.args}: exit code {self.process.returncode}")
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        try:
+            status = self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            status = self.process.wait()
         self.process.stdout.close()
+        if status and not kind:
+            raise Failed(f"{self.process.args}: exit code {status}")
 
 
 class Pair:

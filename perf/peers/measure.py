@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 from contenders import OUT, Failed, Task, contenders
 
 RUNS = OUT / "runs.jsonl"
+RUN_SECONDS_MAX = 300  # Nothing that is measured takes that long: whoever does has hung.
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,9 @@ def table(memory, everybody, kind_name, channels, options, first_turn, write):
                 again_every=kind.again_every,
                 anonymous=kind.anonymous,
             )
+            signal.alarm(RUN_SECONDS_MAX)
             result = everybody[who].run(task)
+            signal.alarm(0)
             if not memory.arrived(kind):
                 raise Failed(f"{who}, {kind_name}, {channels} channels: the target does not hold what the source holds")
             if turn >= 0:
@@ -207,7 +211,14 @@ def main():
                     table(memory, everybody, kind, channels, options, done, write)
 
 
+def stop(number, _):
+    """Ends it as a failure does, so that the processes and the memory go, too."""
+    raise Failed(signal.Signals(number).name)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGALRM, stop)
     try:
         main()
     except Failed as failed:
