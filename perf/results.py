@@ -144,14 +144,15 @@ def heading(machines):
 
 def peers(lines_of_file):
     """The part about the rivals."""
-    machines, runs = [], []
+    machine, machines, runs = None, [], []
     for line in lines_of_file:
         entry = json.loads(line)
         if "machine" in entry:
-            machines.append(entry["machine"])
-            machines[-1]["command"] = entry["command"]
+            machine = entry["machine"] | {"command": entry["command"]}
         else:
-            runs.append(entry | {"mib": machines[-1]["mib"]})
+            if machine not in machines:  # One that was broken off before its first run has nothing to tell.
+                machines.append(machine)
+            runs.append(entry | {"mib": machine["mib"]})
     channels = sorted({run["channels"] for run in runs})
     tables = {(kind, n): Table(runs, kind, n) for kind in KINDS for n in channels}
     machine = machines[-1]

@@ -196,6 +196,8 @@ def main():
             print(f"SKIPPED {name}: it is not here", file=sys.stderr)
     OUT.mkdir(parents=True, exist_ok=True)
     there = [json.loads(line) for line in RUNS.read_text().splitlines()] if options.append and RUNS.exists() else []
+    if any(line.get("machine", {}).get("mib", options.ram) != options.ram for line in there):
+        parser.error("--append: what is there was taken with another --ram")
     with RUNS.open("a" if there else "w") as file:
 
         def write(run):
