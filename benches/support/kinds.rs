@@ -4,11 +4,15 @@
 // Each benchmark uses a part of it.
 #![allow(dead_code)]
 
+use std::io::{self, Read};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Instant;
 
 use pageferry::memory::{Backing, Initial, Ram, RamBlock, words};
 use pageferry::units::{BlockId, PageSize};
-use pageferry::{DirtyError, DirtySource, Guest, HookError, StateWriter};
+use pageferry::wire::control::Setup;
+use pageferry::{DirtyError, DirtySource, Guest, HookError, Incoming, StateWriter};
 
 /// Bytes of a page.
 pub const PAGE: u64 = 4096;
@@ -151,12 +155,12 @@ pub fn passed_off_as_untouched(ram: &Ram) -> Ram {
 }
 
 /// When pages become dirty.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Debug)]
 pub enum DirtyAt {
     /// In round 0.
     RoundZero,
-    /// In the last instant before the guest stands still.
-    Pause,
+    /// In the last instant before the guest stands still: when this is set, by [`Pausing`].
+    Pause(Arc<AtomicBool>),
 }
 
 /// A guest that dirties some pages once, and as a dirty source tells when their round begins.
@@ -183,7 +187,7 @@ impl Still {
     }
 
     /// The guest writes its pages.
-    pub fn write(&mut self) {
+    fn write(&mut self) {
         self.pages.drain(..).for_each(|page| self.words[(page / 64) as usize] |= 1 << (page % 64));
     }
 }
@@ -197,8 +201,10 @@ impl DirtySource for Still {
     }
 
     fn begin_round(&mut self) -> Result<u64, DirtyError> {
-        if !self.counted && self.at == DirtyAt::RoundZero {
-            self.write();
+        match &self.at {
+            DirtyAt::RoundZero if !self.counted => self.write(),
+            DirtyAt::Pause(paused) if paused.load(Relaxed) => self.write(),
+            _ => {}
         }
         self.counted = true;
         Ok(self.words.iter().map(|word| u64::from(word.count_ones())).sum())
@@ -237,4 +243,56 @@ impl Guest for NoDevices {
     fn save_state(&mut self, _: &mut StateWriter) -> Result<(), HookError> {
         Ok(())
     }
+}
+
+/// A guest without devices that says when it stands still.
+pub struct Pausing(pub Arc<AtomicBool>);
+
+impl Guest for Pausing {
+    fn pause(&mut self) -> Result<(), HookError> {
+        self.0.store(true, Relaxed);
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), HookError> {
+        Ok(())
+    }
+
+    fn save_state(&mut self, _: &mut StateWriter) -> Result<(), HookError> {
+        Ok(())
+    }
+}
+
+/// A target that has its memory already.
+pub struct Vmm(pub Ram);
+
+impl Incoming for Vmm {
+    fn prepare(&mut self, _: &Setup) -> Result<Ram, HookError> {
+        Ok(self.0.clone())
+    }
+
+    fn load_state(&mut self, state: &mut dyn Read) -> Result<(), HookError> {
+        io::copy(state, &mut io::sink())?;
+        Ok(())
+    }
+
+    fn run(&mut self) -> Result<(), HookError> {
+        Ok(())
+    }
+}
+
+/// Spoils one word of each of these pages that holds something, so that [`all_arrived`] proves that the run brought it.
+/// What is to be zero stays so: see [`ram`].
+pub fn spoil(block: &RamBlock, content: Content, pages: &[u64], at: u64) {
+    for &page in pages {
+        if content.word(page, at) != 0 {
+            words::store(block, page, at, 0);
+        }
+    }
+}
+
+/// Whether each of these pages has, in two places, what the source has there.
+pub fn all_arrived(block: &RamBlock, content: Content, pages: &[u64], at: u64) -> bool {
+    let same = |page, at| words::load(block, page, at) == Some(content.word(page, at));
+    pages.iter().all(|&page| same(page, at) && same(page, WORDS - 1 - at))
 }

@@ -5,6 +5,8 @@
 //! The receiver joins neighbours, so that a list of all pages is received as the bare loop receives them.
 // UNSAFETY: sendmsg(2) and recvmsg(2) on memory of a RAM block, which is a pointer and a length.
 #![expect(unsafe_code)]
+// Each benchmark uses a part of it.
+#![allow(dead_code)]
 
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};

@@ -1,15 +1,14 @@
 //! The target of `ship`, in a process of its own: the benchmark's program again, told what to do line by line.
 
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Write};
 use std::net::TcpListener;
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
 
-use pageferry::memory::{Ram, words};
-use pageferry::wire::control::Setup;
-use pageferry::{HookError, Incoming, Outcome, Target};
+use pageferry::memory::Ram;
+use pageferry::{Outcome, Target};
 
 use super::bare;
-use super::kinds::{Content, Kind, WORDS, ram};
+use super::kinds::{Content, Kind, Vmm, WORDS, all_arrived, ram, spoil};
 use super::pages_loop::{self, Listener, Over};
 use super::support::cpu_seconds;
 
@@ -85,40 +84,6 @@ pub struct Received {
     pub syscalls: u64,
 }
 
-/// Spoils one word of each of these pages that holds something, so that [`all_arrived`] proves that the run brought it.
-/// What is to be zero stays so: see [`ram`].
-fn spoil(ram: &Ram, kind: Kind, pages: &[u64], at: u64) {
-    let block = &ram.blocks()[0];
-    for &page in pages {
-        if kind.content().word(page, at) != 0 {
-            words::store(block, page, at, 0);
-        }
-    }
-}
-
-/// Whether each of these pages has, in two places, what the source has there.
-fn all_arrived(ram: &Ram, kind: Kind, pages: &[u64], at: u64) -> bool {
-    let same = |page, at| words::load(&ram.blocks()[0], page, at) == Some(kind.content().word(page, at));
-    pages.iter().all(|&page| same(page, at) && same(page, WORDS - 1 - at))
-}
-
-struct Vmm(Ram);
-
-impl Incoming for Vmm {
-    fn prepare(&mut self, _: &Setup) -> Result<Ram, HookError> {
-        Ok(self.0.clone())
-    }
-
-    fn load_state(&mut self, state: &mut dyn Read) -> Result<(), HookError> {
-        io::copy(state, &mut io::sink())?;
-        Ok(())
-    }
-
-    fn run(&mut self) -> Result<(), HookError> {
-        Ok(())
-    }
-}
-
 /// Is the target until the parent closes the pipe.
 pub fn serve(ram_bytes: u64, content: Content) -> ExitCode {
     let kept = ram(ram_bytes);
@@ -131,10 +96,10 @@ pub fn serve(ram_bytes: u64, content: Content) -> ExitCode {
         let pages = order.kind.pages(ram.pages());
         turn = (turn + 37) % WORDS;
         if order.memory == Memory::Warm {
-            spoil(&ram, order.kind, &pages, turn);
+            spoil(&ram.blocks()[0], content, &pages, turn);
         }
         let (cpu, syscalls) = receive(&order, &ram, &pages);
-        assert!(all_arrived(&ram, order.kind, &pages, turn), "{line}: a page is not what was sent");
+        assert!(all_arrived(&ram.blocks()[0], content, &pages, turn), "{line}: a page is not what was sent");
         drop(ram);
         say(&format!("done {cpu} {syscalls}"));
     }
