@@ -8,7 +8,7 @@
 //! for 200 us when it is rung, which lets its CPU go to sleep, too; its wake-up counts from before the ring until it
 //! runs, and beside it stands what the ring took from the one who rang. Both have real-time priority where that is
 //! allowed.
-// UNSAFETY: the rivals make their system calls themselves: futex(2), eventfd(2), poll(2).
+// Unsafe because the rivals make their system calls themselves: futex(2), eventfd(2), poll(2).
 #![expect(unsafe_code)]
 
 mod support;

@@ -14,7 +14,7 @@
 //! which is source and target. Sizes are interleaved; a slope is fitted to each turn.
 //!
 //! `--blocks 1,8`, `--channels N`, `--turns N`, `--mib 256,512` choose what is measured.
-// UNSAFETY: maps one file at many addresses, and vouches for the mapping to `RamBlock::new`.
+// Unsafe because it maps one file at many addresses, and vouches for the mapping to `RamBlock::new`.
 #![expect(unsafe_code)]
 
 #[path = "support/kinds.rs"]

@@ -214,8 +214,8 @@ impl DirtySource for Still {
         if self.counted && self.begun.is_none() {
             self.begun = Some(Instant::now());
         }
-        let held = &mut self.words[(first / 64) as usize..];
-        for (word, held) in words.iter_mut().zip(held) {
+        // A guest that dirties nothing has no words.
+        for (word, held) in words.iter_mut().zip(self.words.iter_mut().skip((first / 64) as usize)) {
             *word |= std::mem::take(held);
         }
         Ok(())

@@ -147,23 +147,28 @@ pub fn send(block: &RamBlock, pages: &[u64], to: &str, channels: usize) -> io::R
                 let pages = share(pages, channel, channels);
                 scope.spawn(move || {
                     start.wait();
+                    let begun = Instant::now();
                     let fd = socket.as_raw_fd();
                     // SAFETY: `in_calls` made every iovec of the message from a range of the block.
                     let calls = in_calls(block, pages, false, |message| unsafe {
                         libc::sendmsg(fd, message, libc::MSG_NOSIGNAL)
                     })?;
                     socket.read_exact(&mut [0])?;
-                    Ok::<u64, io::Error>(calls)
+                    Ok::<_, io::Error>((begun, Instant::now(), calls))
                 })
             })
             .collect();
         start.wait();
-        let begun = Instant::now();
         let mut syscalls = 0;
+        let (mut first, mut last) = (None, None);
         for sender in senders {
-            syscalls += sender.join().expect("the loop does not panic")?;
+            let (begun, ended, calls) = sender.join().expect("the loop does not panic")?;
+            syscalls += calls;
+            first = first.into_iter().chain([begun]).min();
+            last = last.into_iter().chain([ended]).max();
         }
-        Ok((begun.elapsed(), syscalls))
+        let took = first.zip(last).map_or(Duration::ZERO, |(first, last)| last.duration_since(first));
+        Ok((took, syscalls))
     })
 }
 
