@@ -131,12 +131,15 @@ impl Sleep for EventFd {
     fn wait(&mut self) {
         let mut fd = libc::pollfd { fd: self.0.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         let mut count = 0u64;
-        // SAFETY: one descriptor, and eight bytes, both locals.
-        while unsafe {
-            libc::poll(&raw mut fd, 1, -1);
-            libc::read(fd.fd, (&raw mut count).cast(), 8)
-        } != 8
-        {}
+        loop {
+            // SAFETY: one descriptor, a local.
+            unsafe { libc::poll(&raw mut fd, 1, -1) };
+            // SAFETY: writes eight bytes to a local.
+            let got = unsafe { libc::read(fd.fd, (&raw mut count).cast(), 8) };
+            if got == 8 {
+                return;
+            }
+        }
     }
 }
 

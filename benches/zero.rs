@@ -84,8 +84,11 @@ fn loop_over_words(page: &mut Page) -> bool {
     page.iter().all(|word| *word == 0)
 }
 
+/// Whether a page holds nothing but zeros.
+type Look = fn(&mut Page) -> bool;
+
 /// Ours is the first.
-const CONTENDERS: [(&str, fn(&mut Page) -> bool); 4] =
+const CONTENDERS: [(&str, Look); 4] =
     [("is_zero", ours), ("memcmp", memcmp), ("memcmp with itself", memcmp_with_itself), ("loop", loop_over_words)];
 
 /// Pages, and where the next sample begins.
@@ -102,7 +105,7 @@ impl Field {
     }
 
     /// Nanoseconds a page, of so many; goes on where the last sample ended.
-    fn sample(&mut self, count: usize, look: fn(&mut Page) -> bool) -> f64 {
+    fn sample(&mut self, count: usize, look: Look) -> f64 {
         let begun = Instant::now();
         for _ in 0..count {
             consume(look(black_box(&mut self.pages[self.next])));
