@@ -1,5 +1,6 @@
-#!/bin/sh
+#!/usr/bin/env bash
 # Counts what the kernel counts for both processes: stat.sh [bare|pageferry] [channels] [runs]
+# shellcheck source-path=SCRIPTDIR source=common.sh
 . "$(dirname "$0")/common.sh"
 need perf linux-perf
 
@@ -10,5 +11,5 @@ if perf stat --event cycles true 2>&1 | grep -q '[0-9] *cycles'; then
 else
     say "no hardware counters here: software events only"
 fi
-perf stat --event "$events" --output "$out/$label.stat" "$(program)" "$@" >&2
+perf stat --event "$events" --output "$out/$label.stat" "$(program)" "${arguments[@]}" >&2
 cat "$out/$label.stat"
