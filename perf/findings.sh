@@ -39,7 +39,7 @@ done
 # What the pictures say
 
 Written by \`perf/findings.sh\`; the words to it are in README.md.
-$(date -u +%F), commit $(commit), Linux $(uname -r), $(nproc) CPUs: $(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -1).
+$(date -u +%F), commit $(commit), Linux $(uname -r), $(nproc) CPUs: $(sed -n '/^model name/ { s/^[^:]*: //p; q }' /proc/cpuinfo).
 $runs runs of 1 GiB each, warm memory, default settings, loopback TCP with $(cat /proc/sys/net/ipv4/tcp_congestion_control).
 
 ## CPU time, in milliseconds a GiB

@@ -6,7 +6,7 @@ need perf linux-perf
 
 events=cpu-clock,context-switches,cpu-migrations,page-faults
 # Hardware counters where the machine has them: a count of nothing is worse than none.
-if perf stat --event cycles true 2>&1 | grep -q '[0-9] *cycles'; then
+if [[ $(perf stat --event cycles true 2>&1) =~ [0-9]\ +cycles ]]; then
     events=$events,cycles,instructions,cache-references,cache-misses,dTLB-load-misses
 else
     say "no hardware counters here: software events only"

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Measures what the model is fed with, and writes costs.json and, by the model, RESULTS.md: measure.sh [runs]
 #
-# Runs the benchmarks scan, ring, bell and ship and takes the pictures of one channel; about three minutes on a quiet
-# machine, where everything is built.
-set -- pageferry 1 "${1:-8}"
+# Runs the benchmarks scan, ring, bell and ship and takes the pictures of one channel; less than two minutes on a quiet
+# machine where everything is built.
+set -- pageferry 1 "${1:-16}"
 # shellcheck source-path=SCRIPTDIR source=../common.sh
 . "$(dirname "$0")/../common.sh"
 
@@ -19,7 +19,7 @@ bench() {
 bench scan --quick
 bench ring --quick
 bench bell --quick
-bench ship --kinds full,every-2nd --channels 1,2,4 --over tcp --memory warm --turns 5
+bench ship --kinds full,every-2nd --channels 1,2,4 --over tcp --memory warm --turns 9
 
 say "pictures of one channel"
 "$here/record.sh" "$which" "$channels" "$runs" >/dev/null 2>&1
