@@ -35,6 +35,7 @@ pub struct SendRole {
     controller: Ringer<PollSleeper>,
     /// The controller is rung when no more than this is queued: often enough to keep the link busy, not once a batch.
     low_water_bytes: u64,
+    takes_turns: bool,
     progress: Progress,
     round: Round,
     epoch: Epoch,
@@ -75,6 +76,9 @@ pub struct SendGear {
     pub batch_bytes: usize,
     /// See [`SendRole`].
     pub low_water_bytes: u64,
+    /// Whether the CPU is offered to other threads after each batch: where the peer is on this host, its lane may be
+    /// waiting for this very CPU, with the batch still in its cache.
+    pub takes_turns: bool,
     /// Counters.
     pub progress: Progress,
 }
@@ -90,6 +94,9 @@ impl SendRole {
     pub fn new(gear: SendGear) -> SendRole {
         let SendGear { channel, socket, ring, journal, ram, look, digests, sent, controller, .. } = gear;
         socket.set_unsent_max(UNSENT_BYTES_MAX);
+        if socket.is_within_host() {
+            socket.tune_within_host();
+        }
         let batch = Batch {
             packet: Gather::new(ram.clone(), HEADER_AND_TABLE_BYTES_MAX),
             table: Vec::with_capacity(RUNS_PER_PACKET_MAX),
@@ -100,10 +107,23 @@ impl SendRole {
             bytes_max: gear.batch_bytes.min(PAYLOAD_BYTES_MAX as usize),
         };
         let eyes = Eyes { ram, look, digests };
-        let (low_water_bytes, progress) = (gear.low_water_bytes, gear.progress);
+        let (low_water_bytes, takes_turns, progress) = (gear.low_water_bytes, gear.takes_turns, gear.progress);
         let (round, epoch, sequence) = (Round(0), Epoch(0), 0);
         SendRole {
-            channel, socket, ring, journal, eyes, batch, sent, controller, low_water_bytes, progress, round, epoch, sequence,
+            channel,
+            socket,
+            ring,
+            journal,
+            eyes,
+            batch,
+            sent,
+            controller,
+            low_water_bytes,
+            takes_turns,
+            progress,
+            round,
+            epoch,
+            sequence,
         }
     }
 
@@ -178,6 +198,10 @@ impl SendRole {
         self.batch.clear();
         if self.ring.queued_bytes() <= self.low_water_bytes {
             self.ring_controller();
+        }
+        if self.takes_turns {
+            add(&self.progress.cells(self.channel.0.into()).syscalls, 1);
+            std::thread::yield_now();
         }
         Ok(())
     }
