@@ -286,6 +286,26 @@ impl<T: Send> Consumer<T> {
         Some(item)
     }
 
+    /// The oldest item, if there is one; it stays where it is.
+    ///
+    /// ```
+    /// let (mut producer, mut consumer) = pageferry::ring::ring(4);
+    /// producer.push_batch(&[1, 2]);
+    /// assert_eq!([consumer.peek(), consumer.pop(), consumer.peek(), consumer.pop()], [Some(1), Some(1), Some(2), Some(2)]);
+    /// assert_eq!(consumer.peek(), None);
+    /// ```
+    #[inline]
+    pub fn peek(&mut self) -> Option<T>
+    where
+        T: Copy,
+    {
+        if self.ready(1) == 0 {
+            return None;
+        }
+        // SAFETY: as in `pop`, but the head stays, so the item is read again: it is Copy, and reading leaves it there.
+        Some(unsafe { self.shared.slot(self.head).take() })
+    }
+
     /// Pops up to `max` items, oldest first, into `each`, and gives their slots back all at once. Returns how many.
     ///
     /// If `each` panics, the items it was given are gone and the others stay in the ring.

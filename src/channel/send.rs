@@ -164,6 +164,9 @@ impl SendRole {
         self.batch.continue_rest(&self.eyes)?;
         while self.batch.rest.is_none() && !self.batch.was_full() {
             let Some(item) = self.ring.pop() else { return Ok(Filled::RingEmpty) };
+            if let Some(Item::Run(next)) = self.ring.peek() {
+                self.eyes.expect(&next);
+            }
             if let Some(mark) = self.take(item)? {
                 return Ok(Filled::UpTo(mark));
             }
@@ -301,6 +304,15 @@ struct Eyes {
     ram: Ram,
     look: Look,
     digests: Option<Arc<DigestTable>>,
+}
+
+impl Eyes {
+    /// Has the first page of a run fetched, while another one is looked at.
+    fn expect(&self, run: &Run) {
+        if let Some(block) = self.ram.block(run.block) {
+            self.look.expect(block, run.first);
+        }
+    }
 }
 
 /// Zero pages cost a look each and no bytes: after this many the batch goes out, so that others are not kept waiting.

@@ -10,8 +10,8 @@
 //! changes the protocol's version. A page of zeros has the hash [`ZERO_HASH`], whatever its size.
 //!
 //! Measured by `benches/hash.rs` (4 KiB pages, 2 cores of an EPYC Zen 4, virtual): in cache 51 GB/s with AVX2, 25 with
-//! SSE2, 13 by words; out of cache 21 GB/s, no slower than `memcpy`. Prefetching, within the page or into the next,
-//! gained nothing in either, in order or at random, so there is none.
+//! SSE2, 13 by words; out of cache 21 GB/s, no slower than `memcpy`. Prefetching into the first-level cache, within the
+//! page or into the next, gained nothing in either, in order or at random; into the second level see `look.rs`.
 
 // UNSAFETY: guest RAM is read through raw pointers while others write to it. All such reads are those of `zero.rs`,
 // whose UNSAFETY text says why they are sound and what a torn value means: here, a hash of a page that was never

@@ -5,6 +5,10 @@
 use crate::memory::hash::PageHash;
 use crate::memory::{RamBlock, zero};
 
+/// Of a page that is longer, the CPU fetches the rest by itself.
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+const AHEAD_BYTES: usize = 4096;
+
 /// What a page holds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Seen {
@@ -25,6 +29,24 @@ impl Look {
     /// Looks for zeros if `zero_test`, and hashes if `hash`.
     pub fn new(hash: bool, zero_test: bool) -> Look {
         Look { hash: hash.then(PageHash::detect), zero_test }
+    }
+
+    /// Has a page fetched into the second-level cache, to be looked at next: its first 4 KiB. The CPU does so by
+    /// itself for pages in order, but learns too late what a page is like that stands alone.
+    /// (Measured on Zen 4, every second page: 370 ns to read one, 230 so. Into the first level it gains nothing: few
+    /// lines can be on their way there. `benches/ship.rs`: 6 to 10 % more of every second page.)
+    #[inline]
+    pub fn expect(&self, block: &RamBlock, page: u64) {
+        #[cfg(all(target_arch = "x86_64", not(miri)))]
+        if let Some(range) = block.range(page, 1) {
+            use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+            for line in (0..range.len.min(AHEAD_BYTES)).step_by(64) {
+                // SAFETY: every x86-64 has the instruction; it gives the program nothing to see, and never faults.
+                unsafe { _mm_prefetch::<_MM_HINT_T1>(range.ptr.wrapping_add(line).cast()) };
+            }
+        }
+        #[cfg(not(all(target_arch = "x86_64", not(miri))))]
+        let _ = (block, page);
     }
 
     /// Looks at a page; `None` if the block has no such page.
