@@ -122,7 +122,7 @@ with_a_kernel! {
     pub mod wire;
 
     pub use cancel::CancelHandle;
-    pub use config::{Pin, Timeouts};
+    pub use config::{Pin, Timeouts, ZeroCopy};
     pub use dirty::bitmap::DirtyBitmap;
     #[cfg(feature = "kvm")]
     pub use dirty::kvm::{KvmDirtyLog, KvmDirtyRing, KvmSlot};

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use crate::barrier::Barrier;
 use crate::bell::{Ringer, Wake};
+use crate::channel::zero_copy::{ByReference, WhyCopied};
 use crate::channel::{ChannelError, ShutDown};
 use crate::crew::{Cx, Interrupt, Role};
 use crate::digest::DigestTable;
@@ -15,6 +16,7 @@ use crate::memory::look::{Look, Seen};
 use crate::memory::Ram;
 use crate::progress::{Progress, add};
 use crate::ring::{Consumer, Producer};
+use crate::sync::Ordering::Relaxed;
 use crate::sys::socket::Socket;
 use crate::units::{BlockId, ChannelId, Epoch, Item, Round, Run};
 use crate::wire::packet::{
@@ -30,7 +32,10 @@ pub struct SendRole {
     journal: Producer<Item>,
     eyes: Eyes,
     batch: Batch,
-    /// Rounds whose end this worker has sent: how the controller learns that rings and hands are empty.
+    by_reference: ByReference,
+    /// The round whose end this worker has sent, and that is not yet published.
+    ended: Option<Round>,
+    /// Rounds whose end this worker has sent, and of whose pages the kernel needs none any more: how the controller learns that rings and hands are empty.
     sent: Arc<Barrier>,
     controller: Ringer<PollSleeper>,
     /// The controller is rung when no more than this is queued: often enough to keep the link busy, not once a batch.
@@ -46,6 +51,8 @@ pub struct SendRole {
 pub struct SendEnd {
     /// The ring's other end: what is left in it is dirty again.
     pub ring: Consumer<Item>,
+    /// Why it copied in the end, if it did.
+    pub why_copied: Option<WhyCopied>,
     /// How it ended.
     pub result: Result<(), ChannelError>,
 }
@@ -57,6 +64,8 @@ pub struct SendGear {
     pub channel: ChannelId,
     /// Its socket, blocking.
     pub socket: Arc<Socket>,
+    /// How it hands its payload over.
+    pub by_reference: ByReference,
     /// Where runs and marks come from.
     pub ring: Consumer<Item>,
     /// Where they are noted as they are popped.
@@ -88,7 +97,7 @@ const UNSENT_BYTES_MAX: u32 = 192 << 10;
 impl SendRole {
     /// A worker that is ready to start.
     pub fn new(gear: SendGear) -> SendRole {
-        let SendGear { channel, socket, ring, journal, ram, look, digests, sent, controller, .. } = gear;
+        let SendGear { channel, socket, by_reference, ring, journal, ram, look, digests, sent, controller, .. } = gear;
         socket.set_unsent_max(UNSENT_BYTES_MAX);
         let batch = Batch {
             packet: Gather::new(ram.clone(), HEADER_AND_TABLE_BYTES_MAX),
@@ -103,7 +112,8 @@ impl SendRole {
         let (low_water_bytes, progress) = (gear.low_water_bytes, gear.progress);
         let (round, epoch, sequence) = (Round(0), Epoch(0), 0);
         SendRole {
-            channel, socket, ring, journal, eyes, batch, sent, controller, low_water_bytes, progress, round, epoch, sequence,
+            channel, socket, ring, journal, eyes, batch, by_reference, ended: None, sent, controller, low_water_bytes,
+            progress, round, epoch, sequence,
         }
     }
 
@@ -126,15 +136,19 @@ impl SendRole {
             match end {
                 Filled::UpTo(mark) => self.ship_mark(mark)?,
                 Filled::Full => {}
-                Filled::RingEmpty => match self.sleep(cx) {
-                    Wake::Rung | Wake::Elsewhere => {}
-                    Wake::Abort => return Err(ChannelError::Aborted),
-                    // Drain is rung after the last push: one more look at the ring, then the end mark.
-                    Wake::Drain => match self.ring.pop() {
-                        Some(item) => self.take(item)?.map_or(Ok(()), |mark| self.ship_mark(mark))?,
-                        None => return self.bye(),
-                    },
-                },
+                Filled::RingEmpty => {
+                    // Nothing else is to be done now: time to wait for the kernel.
+                    self.settle_round()?;
+                    match self.sleep(cx) {
+                        Wake::Rung | Wake::Elsewhere => {}
+                        Wake::Abort => return Err(ChannelError::Aborted),
+                        // Drain is rung after the last push: one more look at the ring, then the end mark.
+                        Wake::Drain => match self.ring.pop() {
+                            Some(item) => self.take(item)?.map_or(Ok(()), |mark| self.ship_mark(mark))?,
+                            None => return self.bye(),
+                        },
+                    }
+                }
             }
         }
     }
@@ -187,8 +201,10 @@ impl SendRole {
             Item::RoundEnd(round) => {
                 self.send(&PacketHeader::round_end(round, self.epoch, self.sequence))?;
                 self.round = Round(round.0 + 1);
-                self.sent.pass(self.channel.0.into(), round);
-                self.ring_controller();
+                self.ended = Some(round);
+                if !self.by_reference.is_outstanding() {
+                    self.settle_round()?;
+                }
             }
             Item::Flush(epoch) => {
                 self.send(&PacketHeader::flush(epoch, self.round, self.sequence))?;
@@ -199,7 +215,35 @@ impl SendRole {
         Ok(())
     }
 
+    /// Waits until the kernel has read all pages of the round that was ended last, and says that it has been sent.
+    /// While the ring holds items of the next one nobody needs to know, and the link is not kept waiting.
+    fn settle_round(&mut self) -> Result<(), ChannelError> {
+        if let Some(round) = self.ended {
+            self.settle()?;
+            self.ended = None;
+            self.sent.pass(self.channel.0.into(), round);
+            self.ring_controller();
+        }
+        Ok(())
+    }
+
+    fn settle(&mut self) -> Result<(), ChannelError> {
+        let settled = self.by_reference.settle(&self.socket);
+        self.count_references();
+        let calls = settled.map_err(|source| ChannelError::Io { doing: "waiting for pages to be sent", source })?;
+        add(&self.progress.cells(self.channel.0.into()).syscalls, calls);
+        Ok(())
+    }
+
+    fn count_references(&self) {
+        let (sent, copied) = self.by_reference.counts();
+        let cells = self.progress.cells(self.channel.0.into());
+        cells.by_reference_bytes.store(sent, Relaxed);
+        cells.copied_after_all_bytes.store(copied, Relaxed);
+    }
+
     fn bye(&mut self) -> Result<(), ChannelError> {
+        self.settle()?;
         let round = Round(self.round.0.min(Round::MAX.0));
         self.send(&PacketHeader::bye(round, self.epoch, self.sequence))
     }
@@ -208,14 +252,16 @@ impl SendRole {
         let Batch { packet, table, .. } = &mut self.batch;
         let table: &[RunEntry] = if header.kind == PacketKind::Pages { table } else { &[] };
         let head_len = header.encode_into(table, packet.head_mut())?;
-        let sent = packet
-            .send(head_len, &self.socket)
+        let sent = self
+            .by_reference
+            .send(packet, head_len, &self.socket)
             .map_err(|source| ChannelError::Io { doing: "sending pages", source })?;
         let cells = self.progress.cells(self.channel.0.into());
         add(&cells.wire_bytes, sent.bytes as u64);
         add(&cells.packets, 1);
         add(&cells.syscalls, sent.calls);
         self.sequence += 1;
+        self.count_references();
         Ok(())
     }
 
@@ -243,7 +289,7 @@ impl Role for SendRole {
         let result = self.work(cx);
         // An abort shuts the socket down under a send: that is the abort, not a failure of the network.
         let result = if cx.bell().aborted() { result.map_err(|_| ChannelError::Aborted) } else { result };
-        SendEnd { ring: self.ring, result }
+        SendEnd { ring: self.ring, why_copied: self.by_reference.why_copied(), result }
     }
 }
 
