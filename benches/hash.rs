@@ -1,14 +1,12 @@
-//! Question: how fast are pages hashed and tested for zeros, in cache and out of it, in every way this CPU can?
+//! Question: how fast are pages hashed, in cache and out of it, in every way this CPU can?
 //!
-//! Rivals, off the shelf: std's `DefaultHasher` for the hash, libc's `memcmp` against a page of zeros for the zero
-//! test; and `memcpy`, the price of looking at a page at all.
+//! Rivals, off the shelf: std's `DefaultHasher`; and `memcpy`, the price of looking at a page at all.
 //! Limit: the hash must do 40 GB/s on a page in cache where there is AVX2, so that it hides behind the kernel's copy.
 // Unsafe because the functions measured read through raw pointers; the buffers are the benchmark's own.
 #![expect(unsafe_code)]
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use pageferry::memory::hash::PageHash;
-use pageferry::memory::zero::is_zero;
 use std::hash::Hasher;
 use std::hint::black_box;
 use std::time::Duration;
@@ -89,17 +87,5 @@ fn hash(c: &mut Criterion) {
     }
 }
 
-fn zero(c: &mut Criterion) {
-    let zeros = vec![0; PAGE];
-    // SAFETY: as in `hash`.
-    let mut ours = |page| consume(unsafe { is_zero(page, PAGE) });
-    let mut memcmp = |page| consume(bytes(page) == black_box(&zeros[..]));
-    let mut ways: [(&str, &mut dyn FnMut(*const u8)); 2] = [("is_zero", &mut ours), ("rival: memcmp", &mut memcmp)];
-    measure(c, "zero test, zeros in cache", &mut Pages::new(4, |_| 0), &mut ways);
-    measure(c, "zero test, zeros out of cache", &mut Pages::new(COLD_PAGES, |_| 0), &mut ways);
-    measure(c, "zero test, noise in cache", &mut Pages::new(4, noise), &mut ways);
-    measure(c, "zero test, noise out of cache", &mut Pages::new(COLD_PAGES, noise), &mut ways);
-}
-
-criterion_group!(benches, hash, zero);
+criterion_group!(benches, hash);
 criterion_main!(benches);

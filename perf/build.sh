@@ -1,5 +1,6 @@
-#!/bin/sh
-# Builds the benchmark that ships pages, with everything a profiler wants to know, and remembers where it is.
+#!/usr/bin/env bash
+# Builds the benchmark that ships pages, with everything a profiler wants to know, and remembers where it is: build.sh
+# shellcheck source-path=SCRIPTDIR source=common.sh
 . "$(dirname "$0")/common.sh"
 
 cd "$root"

@@ -1,9 +1,11 @@
+# shellcheck shell=bash
 # What the scripts of this folder share: where things are, and the program that is measured. Sourced, not run.
-set -eu
+set -euo pipefail
 
-here=$(cd "$(dirname "$0")" && pwd)
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(dirname "$here")
 out="$here/out"
+# shellcheck disable=SC2034  # for build.sh
 target=${CARGO_TARGET_DIR:-$root/target}
 tools="$root/target/tools"
 mkdir -p "$out"
@@ -24,10 +26,31 @@ need() {
     fi
 }
 
+need_inferno() {
+    [ -x "$tools/bin/inferno-flamegraph" ] && return
+    say "building inferno into $tools"
+    cargo install --quiet --locked --root "$tools" --no-default-features --features cli inferno
+}
+
 # The benchmark that ships pages; build.sh has left its path.
 program() {
-    [ -s "$out/program" ] || "$here/build.sh" >/dev/null
+    if [ ! -s "$out/program" ] || [ ! -x "$(cat "$out/program")" ]; then "$here/build.sh" >/dev/null; fi
     cat "$out/program"
+}
+
+# Whether this recording is there, and of the program as it is now.
+is_current() { [ -s "$1" ] && [ -s "$out/program" ] && [ "$1" -nt "$(cat "$out/program")" ]; }
+
+commit() { git -C "$root" rev-parse --short HEAD 2>/dev/null || echo unknown; }
+
+# record RECORDING PERF-OPTION...: runs the program under perf record. Which of its two processes is the source stands in
+# RECORDING.source; the target is the other one.
+record() {
+    local recording=$1
+    shift
+    # shellcheck disable=SC2016  # the inner shell expands them
+    perf record --quiet --output "$recording" "$@" \
+        bash -c 'echo $$ >"$0"; exec "$@"' "$recording.source" "$(program)" "${arguments[@]}"
 }
 
 # What is run: `bare` or `pageferry`, the channels, and how often 1 GiB is shipped.
@@ -41,5 +64,6 @@ bare | pageferry) ;;
     exit 2
     ;;
 esac
+# shellcheck disable=SC2034  # for the others, too
 label="$which-$channels"
-set -- --bench --profile "$which" --channels "$channels" --runs "$runs"
+arguments=(--bench --profile "$which" --channels "$channels" --runs "$runs")

@@ -8,14 +8,20 @@ use std::time::Duration;
 use crate::crew::{Spawn, StartError, StartHook, Starting, StdSpawn};
 use crate::error::Failure;
 use crate::sys;
+use crate::sys::socket::Socket;
 
 /// Where workers run.
 ///
 /// Worker `i` is pinned to CPU `i % n` of the list. What each obtained is in the report.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub enum Pin {
-    /// Wherever the scheduler puts them.
+    /// Wherever the scheduler puts them, but for one case: the peer is on this host, and the threads that ship, one on
+    /// each side of each channel, outnumber the CPUs that this process may use. Then both ends of a channel share a CPU
+    /// and take turns on it, a batch at a time: what one end has put into the socket, the other finds in the cache, and
+    /// neither has to be woken on another CPU.
     #[default]
+    Auto,
+    /// Wherever the scheduler puts them.
     Off,
     /// On these CPUs where that can be had; elsewhere otherwise.
     BestEffort(Vec<usize>),
@@ -167,7 +173,7 @@ pub(crate) struct CrewOptions {
 
 impl Default for CrewOptions {
     fn default() -> CrewOptions {
-        CrewOptions { pin: Pin::Off, spawn: Arc::new(StdSpawn), hook: None }
+        CrewOptions { pin: Pin::Auto, spawn: Arc::new(StdSpawn), hook: None }
     }
 }
 
@@ -178,16 +184,18 @@ impl fmt::Debug for CrewOptions {
 }
 
 impl CrewOptions {
-    /// The start hook of every worker: pins it, then runs the VMM's own hook (a seccomp filter, which may forbid
-    /// pinning, comes after it).
-    pub fn start_hook(&self) -> Result<Arc<StartHook>, Failure> {
+    /// Where so many workers are to run. Their start hook pins each, then runs the VMM's own hook (a seccomp filter,
+    /// which may forbid pinning, comes after it).
+    pub fn place(&self, workers: usize, peer: Peer) -> Result<Placement, Failure> {
+        // Asked for here, once: the answer depends on the calling thread's mask, which pinned threads have lost.
+        let there = core_affinity::get_core_ids().unwrap_or_default();
+        let all: Vec<_> = there.iter().map(|id| id.id).collect();
         let (cpus, required) = match &self.pin {
-            Pin::Off => (&[][..], false),
+            Pin::Auto if share_cpus(workers, peer, all.len()) => (&all[..], false),
+            Pin::Auto | Pin::Off => (&[][..], false),
             Pin::BestEffort(cpus) => (&cpus[..], false),
             Pin::Required(cpus) => (&cpus[..], true),
         };
-        // Asked for here, once: the answer depends on the calling thread's mask, which pinned threads have lost.
-        let there = core_affinity::get_core_ids().unwrap_or_default();
         if let Some(missing) = cpus.iter().find(|cpu| !there.iter().any(|id| id.id == **cpu)) {
             if required {
                 let have: Vec<_> = there.iter().map(|id| id.id.to_string()).collect();
@@ -198,8 +206,9 @@ impl CrewOptions {
             }
         }
         let wanted: Vec<_> = cpus.iter().map(|cpu| there.iter().find(|id| id.id == *cpu).copied()).collect();
+        let takes_turns = peer == Peer::SameHost && !wanted.is_empty();
         let options = self.clone();
-        Ok(Arc::new(move |starting: &Starting<'_>| {
+        let start: Arc<StartHook> = Arc::new(move |starting: &Starting<'_>| {
             let mut cpu = None;
             if !wanted.is_empty() {
                 let core = wanted[starting.id % wanted.len()];
@@ -211,13 +220,44 @@ impl CrewOptions {
             }
             options.own_hook(starting)?;
             Ok(cpu)
-        }))
+        });
+        Ok(Placement { start, takes_turns })
     }
 
     /// The VMM's own hook alone.
     pub fn own_hook(&self, starting: &Starting<'_>) -> Result<(), StartError> {
         self.hook.as_ref().map_or(Ok(()), |hook| hook(starting).map(drop))
     }
+}
+
+/// Where the other side is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Peer {
+    /// On the same CPUs, more likely than not.
+    SameHost,
+    /// Beyond a network.
+    Elsewhere,
+}
+
+impl Peer {
+    /// Of these connections: on this host if every one of them is.
+    pub fn of<'a>(sockets: impl IntoIterator<Item = &'a Socket>) -> Peer {
+        if sockets.into_iter().all(Socket::is_within_host) { Peer::SameHost } else { Peer::Elsewhere }
+    }
+}
+
+/// How workers start, and how they get along.
+pub(crate) struct Placement {
+    /// What each does first.
+    pub start: Arc<StartHook>,
+    /// Whether a worker offers its CPU after each batch: it may be the one on which the other end waits.
+    pub takes_turns: bool,
+}
+
+/// Whether both ends of a channel are to share a CPU. Both sides decide alike where they may use the same CPUs, and
+/// number them alike; where they may not, all that is lost is the gain.
+fn share_cpus(workers: usize, peer: Peer, cpus: usize) -> bool {
+    peer == Peer::SameHost && 2 * workers > cpus
 }
 
 /// A list of CPUs as people write it: `0,2-5`.
@@ -257,17 +297,42 @@ mod tests {
     #[test]
     fn required_pinning_names_the_cpu_that_is_not_there() {
         let options = CrewOptions { pin: Pin::Required(vec![0, 1023]), ..CrewOptions::default() };
-        let Err(why) = options.start_hook() else { panic!("CPU 1023 was accepted") };
+        let Err(why) = options.place(1, Peer::Elsewhere) else { panic!("CPU 1023 was accepted") };
         assert!(why.to_string().contains("CPU 1023"), "{why}");
     }
 
     #[test]
     fn best_effort_takes_what_it_can_get_and_says_so() {
         let options = CrewOptions { pin: Pin::BestEffort(vec![0, 1023]), ..CrewOptions::default() };
-        let hook = options.start_hook().unwrap();
+        let hook = options.place(2, Peer::Elsewhere).unwrap().start;
         let on = |id| std::thread::scope(|s| s.spawn(|| hook(&Starting { kind: "t", id, name: "t" })).join().unwrap());
         assert_eq!(on(0).unwrap(), Some(0));
         assert_eq!(on(1).unwrap(), None);
+    }
+
+    #[test]
+    fn both_ends_of_a_channel_share_a_cpu_only_on_one_host_that_has_too_few() {
+        assert!(share_cpus(2, Peer::SameHost, 2));
+        assert!(share_cpus(1, Peer::SameHost, 1));
+        assert!(!share_cpus(1, Peer::SameHost, 2), "each end has a CPU of its own");
+        assert!(!share_cpus(4, Peer::SameHost, 8));
+        assert!(share_cpus(5, Peer::SameHost, 8));
+        assert!(!share_cpus(64, Peer::Elsewhere, 2), "the other end is not here");
+    }
+
+    #[test]
+    fn workers_that_share_cpus_are_spread_over_all_and_take_turns() {
+        let cpus = core_affinity::get_core_ids().unwrap();
+        let options = CrewOptions::default();
+        let place = options.place(cpus.len(), Peer::SameHost).unwrap();
+        assert!(place.takes_turns);
+        for (id, cpu) in cpus.iter().enumerate() {
+            let start = || (place.start)(&Starting { kind: "t", id, name: "t" });
+            assert_eq!(std::thread::scope(|s| s.spawn(start).join().unwrap()).unwrap(), Some(cpu.id));
+        }
+        let off = CrewOptions { pin: Pin::Off, ..CrewOptions::default() };
+        assert!(!off.place(cpus.len(), Peer::SameHost).unwrap().takes_turns);
+        assert!(!options.place(cpus.len(), Peer::Elsewhere).unwrap().takes_turns);
     }
 
     #[test]

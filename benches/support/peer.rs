@@ -1,34 +1,34 @@
 //! The target of `ship`, in a process of its own: the benchmark's program again, told what to do line by line.
-// UNSAFETY: guest RAM is a pointer and a length; here it is filled, spoiled and looked at.
-#![expect(unsafe_code)]
 
-use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpListener};
+use std::io::{self, BufRead, BufReader, Write};
+use std::net::TcpListener;
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use pageferry::memory::{Backing, Initial, Ram, RamBlock};
-use pageferry::units::PageSize;
-use pageferry::wire::control::Setup;
-use pageferry::{HookError, Incoming, Outcome, Target};
+use pageferry::memory::Ram;
+use pageferry::{Outcome, Target};
 
 use super::bare;
+use super::kinds::{Content, Kind, Vmm, WORDS, all_arrived, ram, spoil};
+use super::pages_loop::{self, Listener, Over};
 use super::support::cpu_seconds;
 
 /// The flag that makes the program the target.
 pub const FLAG: &str = "--as-target";
 
-const PAGE: u64 = 4096;
-/// 8-byte words of a page.
-const WORDS: u64 = PAGE / 8;
-
 /// Who ships.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Shipper {
-    /// The bare loop.
+    /// The bare loop of `bare.rs`, which knows all pages over TCP only; elsewhere that of `pages_loop.rs`.
     Bare,
     /// The library.
     Pageferry,
+}
+
+impl Shipper {
+    /// Whether the frozen loop is the one that ships this.
+    pub fn is_frozen_loop(self, kind: Kind, over: Over) -> bool {
+        self == Shipper::Bare && over == Over::Tcp && !kind.is_scattered()
+    }
 }
 
 /// What the target's memory was before a run.
@@ -40,6 +40,41 @@ pub enum Memory {
     Cold,
 }
 
+/// What is shipped, how, and into what.
+#[derive(Clone, Copy, Debug)]
+pub struct Order {
+    /// By whom.
+    pub shipper: Shipper,
+    /// Which pages.
+    pub kind: Kind,
+    /// Into what memory.
+    pub memory: Memory,
+    /// Over what.
+    pub over: Over,
+    /// Over how many channels.
+    pub channels: usize,
+}
+
+impl Order {
+    fn line(&self) -> String {
+        let shipper = if self.shipper == Shipper::Bare { "bare" } else { "pageferry" };
+        let memory = if self.memory == Memory::Warm { "warm" } else { "cold" };
+        format!("{shipper} {} {memory} {} {}", self.kind.name(), self.over.name(), self.channels)
+    }
+
+    fn parse(line: &str) -> Order {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let [shipper, kind, memory, over, channels] = words[..] else { panic!("no command: {line:?}") };
+        Order {
+            shipper: if shipper == "bare" { Shipper::Bare } else { Shipper::Pageferry },
+            kind: Kind::named(kind),
+            memory: if memory == "warm" { Memory::Warm } else { Memory::Cold },
+            over: Over::named(over),
+            channels: channels.parse().expect("a number of channels"),
+        }
+    }
+}
+
 /// What the target says after a run.
 #[derive(Clone, Copy, Debug)]
 pub struct Received {
@@ -49,103 +84,51 @@ pub struct Received {
     pub syscalls: u64,
 }
 
-/// Memory of so many bytes, not touched.
-///
-/// Its initial state is [`Initial::Zeroed`], though in a warm run it holds the bytes of the run before. That is harmless
-/// here and nowhere else: no page of the source is zero, so every page is overwritten by data, and none is left alone on
-/// the strength of reading as zero. Zeroing it would be counted against the library, and never against the bare loop.
-pub fn ram(bytes: u64) -> Ram {
-    let block =
-        RamBlock::anonymous("ram", 0, bytes, PageSize::SIZE_4K, Backing::Base).expect("memory for the benchmark");
-    Ram::new([block.with_initial(Initial::Zeroed)]).expect("one block is RAM")
-}
-
-/// The word that stands at this place: noise that no page of zeros and no equal neighbours come from.
-fn noise(index: u64) -> u64 {
-    let x = (index + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    x ^ (x >> 31)
-}
-
-fn word(ram: &Ram, page: u64, word: u64) -> &AtomicU64 {
-    let range = ram.blocks()[0].range(page, 1).expect("a page of the block");
-    assert!(word < WORDS);
-    // SAFETY: an aligned word inside the page, mapped for as long as `ram` lives, and only ever used through atomics
-    // while a run is not on.
-    unsafe { AtomicU64::from_ptr(range.ptr.cast::<u64>().add(word as usize)) }
-}
-
-/// Fills all of it with noise.
-pub fn fill(ram: &Ram) {
-    for page in 0..ram.pages() {
-        (0..WORDS).for_each(|at| word(ram, page, at).store(noise(page * WORDS + at), Relaxed));
-    }
-}
-
-/// Spoils one word of every page, so that [`all_arrived`] proves that the run brought it.
-fn spoil(ram: &Ram, at: u64) {
-    (0..ram.pages()).for_each(|page| word(ram, page, at).store(0, Relaxed));
-}
-
-/// Whether every page has, in two places, what the source has there.
-fn all_arrived(ram: &Ram, at: u64) -> bool {
-    let same = |page, at| word(ram, page, at).load(Relaxed) == noise(page * WORDS + at);
-    (0..ram.pages()).all(|page| same(page, at) && same(page, WORDS - 1 - at))
-}
-
-struct Vmm(Ram);
-
-impl Incoming for Vmm {
-    fn prepare(&mut self, _: &Setup) -> Result<Ram, HookError> {
-        Ok(self.0.clone())
-    }
-
-    fn load_state(&mut self, state: &mut dyn Read) -> Result<(), HookError> {
-        io::copy(state, &mut io::sink())?;
-        Ok(())
-    }
-
-    fn run(&mut self) -> Result<(), HookError> {
-        Ok(())
-    }
-}
-
 /// Is the target until the parent closes the pipe.
-pub fn serve(ram_bytes: u64) -> ExitCode {
+pub fn serve(ram_bytes: u64, content: Content) -> ExitCode {
     let kept = ram(ram_bytes);
-    fill(&kept);
+    content.fill(&kept);
     let mut turn = 0;
     for line in io::stdin().lock().lines() {
         let line = line.expect("commands are text");
-        let words: Vec<&str> = line.split_whitespace().collect();
-        let [shipper, memory, channels] = words[..] else { panic!("no command: {line:?}") };
-        let ram = if memory == "warm" { kept.clone() } else { ram(ram_bytes) };
+        let order = Order::parse(&line);
+        let ram = if order.memory == Memory::Warm { kept.clone() } else { ram(ram_bytes) };
+        let pages = order.kind.pages(ram.pages());
         turn = (turn + 37) % WORDS;
-        if memory == "warm" {
-            spoil(&ram, turn);
+        if order.memory == Memory::Warm {
+            spoil(&ram.blocks()[0], content, &pages, turn);
         }
-        let syscalls;
-        let cpu;
-        if shipper == "bare" {
-            let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-            say(&format!("at {}", listener.local_addr().expect("a bound port has an address")));
-            cpu = cpu_seconds();
-            let channels = channels.parse().expect("a number of channels");
-            syscalls = bare::receive(&ram.blocks()[0], &listener, channels).expect("the bare loop receives").syscalls;
-        } else {
-            let target = Target::builder().listen("127.0.0.1:0").expect("a port");
-            say(&format!("at {}", target.address().expect("it listens on TCP")));
-            cpu = cpu_seconds();
-            let report = target.receive(&mut Vmm(ram.clone()));
-            assert_eq!(report.outcome, Outcome::Completed, "{report:?}");
-            syscalls = report.recv_syscalls;
-        }
-        let cpu = cpu_seconds() - cpu;
-        assert!(all_arrived(&ram, turn), "{line}: a page is not what was sent");
+        let (cpu, syscalls) = receive(&order, &ram, &pages);
+        assert!(all_arrived(&ram.blocks()[0], content, &pages, turn), "{line}: a page is not what was sent");
         drop(ram);
         say(&format!("done {cpu} {syscalls}"));
     }
     ExitCode::SUCCESS
+}
+
+/// One run: its CPU seconds and system calls here.
+fn receive(order: &Order, ram: &Ram, pages: &[u64]) -> (f64, u64) {
+    let block = &ram.blocks()[0];
+    let (cpu, syscalls);
+    if order.shipper.is_frozen_loop(order.kind, order.over) {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        say(&format!("at {}", listener.local_addr().expect("a bound port has an address")));
+        cpu = cpu_seconds();
+        syscalls = bare::receive(block, &listener, order.channels).expect("the bare loop receives").syscalls;
+    } else if order.shipper == Shipper::Bare {
+        let listener = Listener::bind(order.over).expect("an address");
+        say(&format!("at {}", listener.address().expect("it is bound")));
+        cpu = cpu_seconds();
+        syscalls = pages_loop::receive(block, pages, &listener, order.channels).expect("the loop receives");
+    } else {
+        let target = Target::builder().listen(&order.over.address()).expect("an address");
+        say(&format!("at {}", target.address().expect("it listens somewhere")));
+        cpu = cpu_seconds();
+        let report = target.receive(&mut Vmm(ram.clone()));
+        assert_eq!(report.outcome, Outcome::Completed, "{report:?}");
+        syscalls = report.recv_syscalls;
+    }
+    (cpu_seconds() - cpu, syscalls)
 }
 
 fn say(line: &str) {
@@ -161,11 +144,11 @@ pub struct Peer {
 }
 
 impl Peer {
-    /// Starts it, with RAM of this many bytes.
-    pub fn start(ram_bytes: u64) -> Peer {
+    /// Starts it, with RAM of this many bytes that hold what the pages of this kind hold.
+    pub fn start(ram_bytes: u64, kind: Kind) -> Peer {
         let program = std::env::current_exe().expect("the benchmark's own program");
         let mut child = Command::new(program)
-            .args([FLAG, &ram_bytes.to_string()])
+            .args([FLAG, &ram_bytes.to_string(), "--content", kind.name()])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -175,13 +158,11 @@ impl Peer {
     }
 
     /// Tells it to listen; where it does.
-    pub fn listen(&mut self, shipper: Shipper, memory: Memory, channels: usize) -> SocketAddr {
-        let shipper = if shipper == Shipper::Bare { "bare" } else { "pageferry" };
-        let memory = if memory == Memory::Warm { "warm" } else { "cold" };
+    pub fn listen(&mut self, order: &Order) -> String {
         let commands = self.commands.as_mut().expect("it is open until drop");
-        writeln!(commands, "{shipper} {memory} {channels}").expect("the target listens to commands");
+        writeln!(commands, "{}", order.line()).expect("the target listens to commands");
         let line = self.answer();
-        line.strip_prefix("at ").and_then(|at| at.parse().ok()).unwrap_or_else(|| panic!("the target said {line:?}"))
+        line.strip_prefix("at ").unwrap_or_else(|| panic!("the target said {line:?}")).to_owned()
     }
 
     /// What it says at the end of the run.

@@ -40,6 +40,7 @@ pub struct SendRole {
     controller: Ringer<PollSleeper>,
     /// The controller is rung when no more than this is queued: often enough to keep the link busy, not once a batch.
     low_water_bytes: u64,
+    takes_turns: bool,
     progress: Progress,
     round: Round,
     epoch: Epoch,
@@ -84,6 +85,9 @@ pub struct SendGear {
     pub batch_bytes: usize,
     /// See [`SendRole`].
     pub low_water_bytes: u64,
+    /// Whether the CPU is offered to other threads after each batch: where the peer is on this host, its lane may be
+    /// waiting for this very CPU, with the batch still in its cache.
+    pub takes_turns: bool,
     /// Counters.
     pub progress: Progress,
 }
@@ -99,6 +103,9 @@ impl SendRole {
     pub fn new(gear: SendGear) -> SendRole {
         let SendGear { channel, socket, by_reference, ring, journal, ram, look, digests, sent, controller, .. } = gear;
         socket.set_unsent_max(UNSENT_BYTES_MAX);
+        if socket.is_within_host() {
+            socket.set_unpaced();
+        }
         let batch = Batch {
             packet: Gather::new(ram.clone(), HEADER_AND_TABLE_BYTES_MAX),
             table: Vec::with_capacity(RUNS_PER_PACKET_MAX),
@@ -109,11 +116,25 @@ impl SendRole {
             bytes_max: gear.batch_bytes.min(PAYLOAD_BYTES_MAX as usize),
         };
         let eyes = Eyes { ram, look, digests };
-        let (low_water_bytes, progress) = (gear.low_water_bytes, gear.progress);
+        let (low_water_bytes, takes_turns, progress) = (gear.low_water_bytes, gear.takes_turns, gear.progress);
         let (round, epoch, sequence) = (Round(0), Epoch(0), 0);
         SendRole {
-            channel, socket, ring, journal, eyes, batch, by_reference, ended: None, sent, controller, low_water_bytes,
-            progress, round, epoch, sequence,
+            channel,
+            socket,
+            ring,
+            journal,
+            eyes,
+            batch,
+            by_reference,
+            ended: None,
+            sent,
+            controller,
+            low_water_bytes,
+            takes_turns,
+            progress,
+            round,
+            epoch,
+            sequence,
         }
     }
 
@@ -193,6 +214,10 @@ impl SendRole {
         if self.ring.queued_bytes() <= self.low_water_bytes {
             self.ring_controller();
         }
+        if self.takes_turns {
+            add(&self.progress.cells(self.channel.0.into()).syscalls, 1);
+            std::thread::yield_now();
+        }
         Ok(())
     }
 
@@ -252,16 +277,14 @@ impl SendRole {
         let Batch { packet, table, .. } = &mut self.batch;
         let table: &[RunEntry] = if header.kind == PacketKind::Pages { table } else { &[] };
         let head_len = header.encode_into(table, packet.head_mut())?;
-        let sent = self
-            .by_reference
-            .send(packet, head_len, &self.socket)
-            .map_err(|source| ChannelError::Io { doing: "sending pages", source })?;
+        let sent = self.by_reference.send(packet, head_len, &self.socket);
+        self.count_references();
+        let sent = sent.map_err(|source| ChannelError::Io { doing: "sending pages", source })?;
         let cells = self.progress.cells(self.channel.0.into());
         add(&cells.wire_bytes, sent.bytes as u64);
         add(&cells.packets, 1);
         add(&cells.syscalls, sent.calls);
         self.sequence += 1;
-        self.count_references();
         Ok(())
     }
 

@@ -169,7 +169,7 @@ fn obstacle(socket: &Socket, only_where_it_pays: bool) -> Option<WhyCopied> {
     if !socket.is_tcp().unwrap_or(false) {
         return Some(WhyCopied::NotTcp);
     }
-    if only_where_it_pays && socket.peer_is_here().unwrap_or(true) {
+    if only_where_it_pays && socket.is_within_host() {
         return Some(WhyCopied::PeerIsHere);
     }
     socket.allow_zero_copy().err().map(|_| WhyCopied::Kernel)

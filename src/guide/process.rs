@@ -31,7 +31,7 @@
 //! | all, at the start | `rseq` `set_robust_list` `prctl` `rt_sigprocmask` `gettid` `sched_getaffinity` `sched_setaffinity` `sigaltstack` |
 //! | all, at the end | `rt_sigprocmask` `sigaltstack` `madvise` `munmap` `exit` |
 //! | all, where the vDSO does not serve | `clock_gettime` `getcpu` |
-//! | `pf-send-i` | `sendmsg` `futex` `write`; where pages go by reference ([`ZeroCopy`](crate::ZeroCopy)), `recvmsg` `poll` `getsockopt` |
+//! | `pf-send-i` | `sendmsg` `futex` `write` `sched_yield`; where pages go by reference ([`ZeroCopy`](crate::ZeroCopy)), `recvmsg` `poll` `getsockopt` |
 //! | `pf-recv-i` | `recvmsg` `recvfrom` `futex` `write` |
 //! | `pf-pause` | `poll` `read` `write` `sendto` `recvfrom` `futex` |
 //! | `pf-scan` | `poll` `read` `write` `sendto` `recvfrom` `futex` `ioctl` `sched_yield` |

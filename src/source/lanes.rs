@@ -8,7 +8,7 @@ use crate::bell::{Close, Park, Ringer};
 use crate::channel::ChannelError;
 use crate::channel::send::{SendEnd, SendGear, SendRole};
 use crate::channel::zero_copy::ByReference;
-use crate::config::{CrewOptions, WhyCopied};
+use crate::config::{CrewOptions, Peer, WhyCopied};
 use crate::crew::{Crew, Exit, Launch};
 use crate::digest::DigestTable;
 use crate::error::Failure;
@@ -59,6 +59,7 @@ impl Lanes {
         let count = sockets.len();
         let sent = Arc::new(Barrier::new(count));
         let look = Look::new(digests.is_some(), settings.zero_test);
+        let place = options.place(count, Peer::of(sockets.iter().map(|socket| &**socket)))?;
         let (mut rings, mut journals, mut roles) = (Vec::new(), Vec::new(), Vec::new());
         for (index, socket) in sockets.into_iter().enumerate() {
             let by_reference = ByReference::new(settings.zero_copy, &socket)
@@ -80,11 +81,11 @@ impl Lanes {
                 controller: controller.clone(),
                 batch_bytes: settings.batch_bytes,
                 low_water_bytes: settings.queue_bytes / 2,
+                takes_turns: place.takes_turns,
                 progress: progress.clone(),
             }));
         }
-        let launch =
-            Launch { start: options.start_hook()?, ..Launch::new(&*options.spawn, Arc::new(controller.clone())) };
+        let launch = Launch { start: place.start, ..Launch::new(&*options.spawn, Arc::new(controller.clone())) };
         let made = crate::sys::thread::with_signals_blocked(|| {
             Crew::muster(0..count, &launch, |_| Ok::<_, std::convert::Infallible>(roles))
         });

@@ -206,7 +206,7 @@ impl SourceBuilder {
     /// Pins the workers to these CPUs, by best effort.
     pub fn cpus(self, cpus: impl IntoIterator<Item = usize>) -> Self {
         let cpus: Vec<_> = cpus.into_iter().collect();
-        self.pin(if cpus.is_empty() { Pin::Off } else { Pin::BestEffort(cpus) })
+        self.pin(if cpus.is_empty() { Pin::Auto } else { Pin::BestEffort(cpus) })
     }
 
     /// Where the workers run.

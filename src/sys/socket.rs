@@ -4,7 +4,7 @@
 
 use std::io;
 use std::mem::size_of;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -21,6 +21,17 @@ pub enum Handing {
     /// It notes where they are and reads them when it sends them, once or again, and says so in the end: see
     /// [`Completion`](super::zerocopy::Completion). Only on a socket that allows it; any other copies.
     ByReference,
+}
+
+/// getsockname(2) or getpeername(2).
+type AskAddress = unsafe extern "C" fn(libc::c_int, *mut libc::sockaddr, *mut libc::socklen_t) -> libc::c_int;
+
+/// What is at an end of a connection.
+#[derive(PartialEq, Eq, Debug)]
+enum Address {
+    Unix,
+    Ip(IpAddr),
+    Other,
 }
 
 /// A connected stream socket: TCP, Unix, or any other that knows sendmsg and shutdown.
@@ -106,6 +117,60 @@ impl Socket {
     pub fn set_unsent_max(&self, bytes: u32) {
         let bytes = libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX);
         let _ = set_option(self.0.as_fd(), libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, bytes);
+    }
+
+    /// Whether what is sent here arrives on this very host: a Unix socket, or a TCP connection between addresses of the
+    /// loopback, or from an address to itself.
+    pub fn is_within_host(&self) -> bool {
+        match (self.address(libc::getsockname), self.address(libc::getpeername)) {
+            (Ok(own), Ok(peer)) => match (own, peer) {
+                (Address::Unix, _) => true,
+                (Address::Ip(own), Address::Ip(peer)) => own == peer || (own.is_loopback() && peer.is_loopback()),
+                _ => false,
+            },
+            _ => false,
+        }
+    }
+
+    /// Has a TCP socket send whenever the window allows it; on others this does nothing. For connections within a host,
+    /// which have no queue of their own to be kept short: some congestion controls (BBR) pace all the same, with a timer
+    /// for every few packets. Reno is in every kernel, and allowed to everybody (tcp(7), tcp_allowed_congestion_control).
+    pub fn set_unpaced(&self) {
+        let name = b"reno";
+        // SAFETY: the pointer and the length are those of a live slice; the call copies it.
+        unsafe {
+            libc::setsockopt(
+                self.0.as_raw_fd(),
+                libc::IPPROTO_TCP,
+                libc::TCP_CONGESTION,
+                name.as_ptr().cast(),
+                name.len() as libc::socklen_t,
+            )
+        };
+    }
+
+    /// One end's address.
+    fn address(&self, ask: AskAddress) -> io::Result<Address> {
+        // SAFETY: sockaddr_storage is plain integers, for which all zeros is a valid value.
+        let mut raw: libc::sockaddr_storage = unsafe { std::mem::zeroed() };
+        let mut len = size_of::<libc::sockaddr_storage>() as libc::socklen_t;
+        // SAFETY: both pointers are to locals, and `len` is the size of the storage.
+        cvt(unsafe { ask(self.0.as_raw_fd(), (&raw mut raw).cast(), &raw mut len) }.into())?;
+        let storage = &raw const raw;
+        match libc::c_int::from(raw.ss_family) {
+            libc::AF_UNIX => Ok(Address::Unix),
+            libc::AF_INET => {
+                // SAFETY: of that family the kernel has written a sockaddr_in; the storage is larger and aligned for it.
+                let v4 = unsafe { *storage.cast::<libc::sockaddr_in>() };
+                Ok(Address::Ip(IpAddr::from(v4.sin_addr.s_addr.to_ne_bytes())))
+            }
+            libc::AF_INET6 => {
+                // SAFETY: of that family the kernel has written a sockaddr_in6; the storage is as above.
+                let v6 = unsafe { *storage.cast::<libc::sockaddr_in6>() };
+                Ok(Address::Ip(IpAddr::from(v6.sin6_addr.s6_addr).to_canonical()))
+            }
+            _ => Ok(Address::Other),
+        }
     }
 
     /// Makes calls on this socket block, or not.
@@ -272,6 +337,45 @@ mod tests {
         drop(b);
         let socket = Socket::from_fd(a.into()).unwrap();
         assert_eq!(socket.send(b"x").unwrap_err().raw_os_error(), Some(libc::EPIPE));
+    }
+
+    fn tcp_pair(listen_at: &str, connect_to: &str) -> Option<(Socket, Socket)> {
+        let listener = std::net::TcpListener::bind((listen_at, 0)).ok()?;
+        let to = std::net::TcpStream::connect((connect_to, listener.local_addr().ok()?.port())).ok()?;
+        let from = listener.accept().ok()?.0;
+        Some((Socket::from_fd(to.into()).ok()?, Socket::from_fd(from.into()).ok()?))
+    }
+
+    #[test]
+    fn connections_within_the_host_are_told_apart() {
+        let (unix, _peer) = UnixStream::pair().unwrap();
+        assert!(Socket::from_fd(unix.into()).unwrap().is_within_host());
+        let (a, b) = tcp_pair("127.0.0.1", "127.0.0.1").unwrap();
+        assert!(a.is_within_host() && b.is_within_host());
+        // Two addresses of the loopback, and an IPv4 peer of an IPv6 socket.
+        let (a, b) = tcp_pair("127.0.0.2", "127.0.0.2").unwrap();
+        assert!(a.is_within_host() && b.is_within_host());
+        if let Some((a, b)) = tcp_pair("::", "127.0.0.1") {
+            assert!(a.is_within_host() && b.is_within_host());
+        }
+        b.shutdown();
+        let unconnected = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        assert!(!Socket::from_fd(unconnected.into()).unwrap().is_within_host(), "it has no peer");
+    }
+
+    #[test]
+    fn an_unpaced_socket_has_the_plain_congestion_control() {
+        let (a, _b) = tcp_pair("127.0.0.1", "127.0.0.1").unwrap();
+        a.set_unpaced();
+        let mut name = [0u8; 16];
+        let mut len = name.len() as libc::socklen_t;
+        // SAFETY: both pointers are to locals, and `len` is the size of the first.
+        let got = unsafe {
+            let (at, len) = (name.as_mut_ptr().cast(), &raw mut len);
+            libc::getsockopt(a.0.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_CONGESTION, at, len)
+        };
+        assert_eq!(got, 0);
+        assert!(name.starts_with(b"reno\0"), "{name:?}");
     }
 
     #[test]

@@ -7,7 +7,7 @@ use crate::barrier::{Barrier, LaneWord};
 use crate::bell::{Close, Ringer};
 use crate::channel::ChannelError;
 use crate::channel::recv::{RecvGear, RecvRole};
-use crate::config::CrewOptions;
+use crate::config::{CrewOptions, Peer};
 use crate::crew::{Crew, Exit, Launch};
 use crate::digest::DigestTable;
 use crate::dirty::bitmap::DirtyBitmap;
@@ -46,7 +46,7 @@ impl Lanes {
         let (landed, named) = (DirtyBitmap::for_ram(&gear.ram), DirtyBitmap::for_ram(&gear.ram));
         let look = Look::new(gear.digests.is_some(), false);
         let launch = Launch {
-            start: options.start_hook()?,
+            start: options.place(count, Peer::of(&sockets))?.start,
             ..Launch::new(&*options.spawn, Arc::new(gear.controller.clone()))
         };
         let made = crate::sys::thread::with_signals_blocked(|| {

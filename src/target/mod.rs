@@ -114,7 +114,7 @@ impl TargetBuilder {
     /// Pins the lanes to these CPUs, by best effort.
     pub fn cpus(self, cpus: impl IntoIterator<Item = usize>) -> Self {
         let cpus: Vec<_> = cpus.into_iter().collect();
-        self.pin(if cpus.is_empty() { Pin::Off } else { Pin::BestEffort(cpus) })
+        self.pin(if cpus.is_empty() { Pin::Auto } else { Pin::BestEffort(cpus) })
     }
 
     /// Where the lanes run.
