@@ -33,7 +33,8 @@ pub enum Pin {
 ///
 /// **It pays** across machines where copying is what a sending CPU has no time for: links of 25 Gbit/s and more, few
 /// channels, full pages rather than scattered ones (the kernel looks up and holds each page, which a copy of 4 KiB hardly
-/// exceeds), and a network card that gathers and checksums by itself (`ethtool -k`: scatter-gather and tx-checksumming).
+/// exceeds), and a network card that gathers and checksums by itself (`ethtool -k`: scatter-gather, tx-checksumming). With
+/// a checksum of the kernel's, a packet whose page the guest writes meanwhile arrives damaged and is sent once more.
 /// **It does not pay** over loopback, between network namespaces and to most virtual cards: there the kernel copies after
 /// all, later and from a colder cache. The target copies as ever. Payloads of less than 32 KiB are always copied.
 ///

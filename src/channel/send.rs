@@ -6,8 +6,9 @@ use std::time::Instant;
 
 use crate::barrier::Barrier;
 use crate::bell::{Ringer, Wake};
-use crate::channel::zero_copy::{ByReference, WhyCopied};
+use crate::channel::zero_copy::ByReference;
 use crate::channel::{ChannelError, ShutDown};
+use crate::config::WhyCopied;
 use crate::crew::{Cx, Interrupt, Role};
 use crate::digest::DigestTable;
 use crate::poll::PollSleeper;

@@ -7,17 +7,16 @@
 
 use std::io;
 
-use crate::config::ZeroCopy;
+use crate::config::{WhyCopied, ZeroCopy};
 use crate::memory::gather::{Gather, Sent};
 use crate::sys::socket::{Handing, Socket};
 use crate::sys::zerocopy::Completion;
 
-pub use crate::config::WhyCopied;
-
-/// Smaller payloads are copied: to find and hold pages, and to read a completion, costs more than these bytes.
+/// Smaller payloads are copied: to find and hold pages, and to read a completion, costs as much as to copy some 10 KiB,
+/// says Documentation/networking/msg_zerocopy.rst; here another call comes on top, for the header.
 const BYTES_MIN: usize = 32 << 10;
-/// Sends that may be outstanding: the ledger has a bit for each. Each takes about 700 bytes of the socket's option
-/// memory, of which `net.core.optmem_max` allows 128 KiB today and allowed 20 before Linux 6.8.
+/// Sends that may be outstanding: the ledger has a bit for each. Each takes less than 1 KiB of the socket's option
+/// memory, of which `net.core.optmem_max` allows 128 KiB today and allowed 20 KiB before Linux 6.8.
 const SENDS_MAX: u32 = 64;
 /// Bytes that may be outstanding. More than one connection has in flight with the usual `net.ipv4.tcp_wmem`, so that a
 /// link is not kept waiting for completions; where that is set higher, this bounds what is pinned.
@@ -176,9 +175,10 @@ fn obstacle(socket: &Socket, only_where_it_pays: bool) -> Option<WhyCopied> {
 }
 
 /// Whether the kernel did not take these bytes by reference, and may by copy: ENOBUFS where it may hold no more, EFAULT
-/// where it has no pages to hold (memory of a device), which a copy finds out again if nobody can read it.
+/// where it has no pages to hold (memory of a device), which a copy finds out again if nobody can read it; EOPNOTSUPP
+/// where something was put on top of TCP that wants to see the bytes (kTLS, on a socket that the VMM has handed out).
 fn is_refusal(e: &io::Error) -> bool {
-    matches!(e.raw_os_error(), Some(libc::ENOBUFS | libc::EFAULT))
+    matches!(e.raw_os_error(), Some(libc::ENOBUFS | libc::EFAULT | libc::EOPNOTSUPP))
 }
 
 /// What one channel has outstanding, and what is to be learned from completions and refusals. It makes no calls.
@@ -268,10 +268,14 @@ impl Ledger {
     }
 
     fn refused(&mut self, e: &io::Error) {
+        let (why, refusals_max) = match e.raw_os_error() {
+            Some(libc::EOPNOTSUPP) => (WhyCopied::Kernel, 1),
+            Some(libc::EFAULT) => (WhyCopied::NoPages, REFUSED_MAX),
+            _ => (WhyCopied::NoMemory, REFUSED_MAX),
+        };
         self.refused_running += 1;
-        if self.refused_running >= REFUSED_MAX {
-            let pages = e.raw_os_error() == Some(libc::EFAULT);
-            self.why_copied.get_or_insert(if pages { WhyCopied::NoPages } else { WhyCopied::NoMemory });
+        if self.refused_running >= refusals_max {
+            self.why_copied.get_or_insert(why);
         }
     }
 }

@@ -120,6 +120,15 @@ fn refusals_end_it_when_they_persist_and_a_send_forgives_them() {
 }
 
 #[test]
+fn a_socket_that_wants_to_see_the_bytes_gets_copies_at_once() {
+    let refusal = io::Error::from_raw_os_error(libc::EOPNOTSUPP);
+    assert!(is_refusal(&refusal));
+    let mut ledger = ledger_at(0, true);
+    ledger.refused(&refusal);
+    assert_eq!(ledger.why_copied, Some(WhyCopied::Kernel));
+}
+
+#[test]
 fn small_payloads_are_copied() {
     let ledger = ledger_at(0, true);
     assert_eq!([BYTES_MIN - 1, BYTES_MIN].map(|bytes| ledger.wants(bytes)), [false, true]);
