@@ -50,6 +50,10 @@ counters! {
         payload_bytes,
         /// Bytes of guest pages that were zero and travelled as an entry in a table.
         zero_bytes,
+        /// Bytes of guest pages that were handed to the kernel by reference, at a source.
+        by_reference_bytes,
+        /// Those of them that the kernel is known to have copied after all.
+        copied_after_all_bytes,
         /// Packets, marks among them.
         packets,
         /// System calls of the worker: sends or receives, sleeps, and wake-ups of others.
