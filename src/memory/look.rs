@@ -33,8 +33,9 @@ impl Look {
 
     /// Has a page fetched into the second-level cache, to be looked at next: its first 4 KiB. The CPU does so by
     /// itself for pages in order, but learns too late what a page is like that stands alone.
-    /// (Measured on Zen 4, every second page: 370 ns to read one, 230 so. Into the first level it gains nothing: few
-    /// lines can be on their way there. `benches/ship.rs`: 6 to 10 % more of every second page.)
+    /// (Measured on Zen 4, in a loop that only reads: 150 ns a page in order, 370 where every second page is read. With
+    /// `benches/ship.rs`: 6 to 10 % more of every second page; into the first-level cache it was slower than without, as
+    /// few lines can be on their way there.)
     #[inline]
     pub fn expect(&self, block: &RamBlock, page: u64) {
         #[cfg(all(target_arch = "x86_64", not(miri)))]
