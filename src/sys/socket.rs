@@ -28,6 +28,8 @@ type AskAddress = unsafe extern "C" fn(libc::c_int, *mut libc::sockaddr, *mut li
 
 /// What a Unix socket within a host may hold on its way, where the system allows so much (`net.core.wmem_max`).
 const UNIX_QUEUE_BYTES: libc::c_int = 1 << 20;
+/// What it holds where nobody has asked for anything (`net.core.wmem_default`).
+const UNIX_QUEUE_USUAL_BYTES: libc::c_int = 208 << 10;
 
 /// What is at an end of a connection.
 #[derive(PartialEq, Eq, Debug)]
@@ -153,7 +155,10 @@ impl Socket {
                 name.len() as libc::socklen_t,
             ) == 0
         };
-        if !tcp && self.address(libc::getsockname).is_ok_and(|own| own == Address::Unix) {
+        let unix = !tcp && self.address(libc::getsockname).is_ok_and(|own| own == Address::Unix);
+        // One that somebody made small stays small.
+        let queue = get_option(self.0.as_fd(), libc::SOL_SOCKET, libc::SO_SNDBUF).unwrap_or(0);
+        if unix && (UNIX_QUEUE_USUAL_BYTES..UNIX_QUEUE_BYTES).contains(&queue) {
             let _ = set_option(self.0.as_fd(), libc::SOL_SOCKET, libc::SO_SNDBUF, UNIX_QUEUE_BYTES);
         }
     }
