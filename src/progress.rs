@@ -50,9 +50,11 @@ counters! {
         payload_bytes,
         /// Bytes of guest pages that were zero and travelled as an entry in a table.
         zero_bytes,
+        /// Bytes of guest pages that a lane made or mapped before their content came, which saves page faults.
+        prefaulted_bytes,
         /// Packets, marks among them.
         packets,
-        /// System calls of the worker: sends or receives, sleeps, and wake-ups of others.
+        /// System calls of the worker: sends or receives, prefaulting, sleeps, and wake-ups of others.
         syscalls,
         /// Nanoseconds in which a send worker had something to send, looks at pages of zeros not counted: its link's share
         /// of a rate.
