@@ -153,3 +153,28 @@ fn map_around(range: RawRange, calls: &mut u64) -> io::Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PAGES: u64 = 256;
+
+    /// Whether it is on after packets that took these faults each.
+    fn on_after(faults: &[u64]) -> bool {
+        let mut habit = Habit::default();
+        faults.iter().for_each(|&faults| habit.learn(faults, PAGES));
+        habit.on
+    }
+
+    #[test]
+    fn faults_switch_it_on_and_their_absence_off() {
+        assert!(!on_after(&[]), "nothing is known of the first packet");
+        assert!(!on_after(&[0, 1, 3]), "mapped, but for the lane's own tables");
+        assert!(!on_after(&[1, 0, 1, 0]), "huge pages");
+        assert!(on_after(&[PAGES, PAGES, PAGES]), "nothing is there");
+        assert!(on_after(&[PAGES, PAGES / 16, PAGES / 16]), "a file that is in memory, mapped 16 pages at a time");
+        assert!(!on_after(&[PAGES, PAGES, 1]), "everything was there");
+        assert!(on_after(&[PAGES, 0, PAGES / 2]), "half of it was there");
+    }
+}
