@@ -43,15 +43,17 @@ pub struct Scanner {
     taken: Vec<Vec<u64>>,
     /// What the last rounds found, for each block.
     past: Vec<Past>,
-    /// How many bytes this round may still keep back, and how many all of them do.
+    /// Whether this round may keep anything back, how many bytes it still may, and how many are kept back by now.
+    keeps_back: bool,
     defer_left: u64,
     deferred_bytes: u64,
     deferred_bytes_max: u64,
     untouched_bytes: u64,
 }
 
-/// What the last rounds found dirty in one block. A page that is dirty in three rounds in a row would be sent in each of
-/// them, and once more at the end: it is kept back for the end instead, if there is time for it then.
+/// What the last rounds found dirty in one block, those that might keep something back. A page that is dirty in three of
+/// them in a row would be sent in each, and once more at the end: it is kept back for the end instead, if there is time
+/// for it then.
 #[derive(Debug)]
 struct Past {
     /// Dirty in the last round.
@@ -78,6 +80,7 @@ impl Scanner {
             words: vec![0; CHUNK_WORDS],
             taken: ram.blocks().iter().map(bits).collect(),
             past: ram.blocks().iter().map(past).collect(),
+            keeps_back: false,
             defer_left: 0,
             deferred_bytes: 0,
             deferred_bytes_max: 0,
@@ -85,8 +88,10 @@ impl Scanner {
         }
     }
 
-    /// A round begins that may keep back so many bytes for the end; 0 hands out everything.
+    /// A round begins that may keep back so many bytes for the end. 0 hands out everything, as every round does in which
+    /// the guest stands still; what is dirty in such a round says nothing about how often a page is, and is not noted.
     pub fn begin_round(&mut self, defer_bytes: u64) {
+        self.keeps_back = defer_bytes > 0;
         self.defer_left = defer_bytes;
     }
 
@@ -118,9 +123,7 @@ impl Scanner {
             fill_ones(words, chunk.pages);
         }
         let taken = &mut self.taken[usize::from(chunk.block.0)][(chunk.first / 64) as usize..];
-        for (taken, dirty) in taken.iter_mut().zip(&*words) {
-            *taken |= dirty;
-        }
+        note_taken(taken, words);
         if which == Which::All {
             fill_ones(words, chunk.pages);
             // Asked after the harvest: a page that comes into being later is dirty, and goes with the next round.
@@ -129,18 +132,19 @@ impl Scanner {
             let bytes = ram.block(chunk.block).map_or(0, |b| b.page_size().bytes());
             self.untouched_bytes += (chunk.pages - count(words)) * bytes;
         } else {
-            self.past[usize::from(chunk.block.0)].defer(
-                (chunk.first / 64) as usize,
-                words,
-                &mut self.defer_left,
-                &mut self.deferred_bytes,
-            );
-            self.deferred_bytes_max = self.deferred_bytes_max.max(self.deferred_bytes);
+            let (past, at) = (&mut self.past[usize::from(chunk.block.0)], (chunk.first / 64) as usize);
+            if self.keeps_back {
+                past.defer(at, words, &mut self.defer_left, &mut self.deferred_bytes);
+                self.deferred_bytes_max = self.deferred_bytes_max.max(self.deferred_bytes);
+            } else if self.deferred_bytes > 0 {
+                self.deferred_bytes -= past.hand_out(at, words);
+            }
         }
         failed
     }
 
     /// The runs of the chunk that was harvested last, as long as they are: whoever batches them cuts them.
+    #[inline]
     pub fn runs(&self, chunk: Chunk) -> impl Iterator<Item = Run> + '_ {
         let words = chunk.pages.div_ceil(64) as usize;
         Runs::new(&self.words[..words], chunk.first, CHUNK_PAGES as u32).map(move |(first, pages)| Run {
@@ -190,17 +194,55 @@ impl Past {
             if fresh | *once | *deferred == 0 {
                 continue; // and then nothing was dirty twice
             }
-            let mut keep = fresh & *twice;
-            while u64::from(keep.count_ones()) * *page_bytes > *left {
-                keep &= keep - 1;
+            let keep = highest(fresh & *twice, *left / *page_bytes);
+            if keep | *deferred != 0 {
+                let (kept, had) = (u64::from(keep.count_ones()), u64::from(deferred.count_ones()));
+                *left -= kept * *page_bytes;
+                *deferred_bytes = *deferred_bytes + kept * *page_bytes - had * *page_bytes;
+                *word = (fresh | *deferred) & !keep;
+                *deferred = keep;
             }
-            let (kept, had) = (u64::from(keep.count_ones()), u64::from(deferred.count_ones()));
-            *left -= kept * *page_bytes;
-            *deferred_bytes = *deferred_bytes + kept * *page_bytes - had * *page_bytes;
-            *word = (fresh | *deferred) & !keep;
-            *deferred = keep;
-            *twice = fresh & *once;
-            *once = fresh;
+            // What stays as it was is not written: much memory need not go out of the cache then.
+            if *twice != fresh & *once {
+                *twice = fresh & *once;
+            }
+            if *once != fresh {
+                *once = fresh;
+            }
+        }
+    }
+
+    /// Adds all that was kept back to `words`; how many bytes it was.
+    fn hand_out(&mut self, at: usize, words: &mut [u64]) -> u64 {
+        let mut pages = 0;
+        for (word, deferred) in words.iter_mut().zip(&mut self.deferred[at..]) {
+            if *deferred != 0 {
+                *word |= *deferred;
+                pages += u64::from(deferred.count_ones());
+                *deferred = 0;
+            }
+        }
+        pages * self.page_bytes
+    }
+}
+
+/// So many of the bits that are set, the highest ones, or all if there are no more.
+fn highest(bits: u64, count: u64) -> u64 {
+    if bits == 0 || count == 0 {
+        return 0;
+    }
+    // The loop runs for one word of a round, that in which the budget runs out.
+    let surplus = u64::from(bits.count_ones()).saturating_sub(count);
+    (0..surplus).fold(bits, |bits, _| bits & (bits - 1))
+}
+
+/// ORs `words` into `taken`. Writes only where that changes something: what is dirty in every round would else be
+/// written back to memory in every round.
+fn note_taken(taken: &mut [u64], words: &[u64]) {
+    for (taken, words) in taken.chunks_mut(8).zip(words.chunks(8)) {
+        let is_clean = words.iter().fold(0, |all, word| all | word) == 0;
+        if !is_clean && taken.iter().zip(words).fold(0, |new, (taken, word)| new | (word & !taken)) != 0 {
+            taken.iter_mut().zip(words).for_each(|(taken, word)| *taken |= word);
         }
     }
 }
@@ -341,6 +383,39 @@ mod tests {
         }
         let sent = round(&mut scanner, &ram, 0b1111, 2 * 4096 + 4095);
         assert_eq!((sent.count_ones(), scanner.deferred_bytes()), (2, 2 * 4096));
+    }
+
+    #[test]
+    fn the_budget_may_end_anywhere_in_a_word() {
+        for budget in [0, 1, 2, 63, 64, 65, 127, 128, 129, 1000] {
+            let ram = ram(192);
+            let mut scanner = Scanner::new(&ram);
+            let chunk = chunks(&ram).next().unwrap();
+            for round in 1..=4 {
+                let mut bitmap = DirtyBitmap::for_ram(&ram);
+                bitmap.mark_range(BlockId(0), 0, 128);
+                // One byte less than another page.
+                scanner.begin_round(budget * 4096 + 4095);
+                scanner.harvest(&ram, &mut bitmap, chunk, Which::Dirty);
+                let handed_out: u64 = scanner.runs(chunk).map(|run| u64::from(run.pages)).sum();
+                let kept = if round < 3 { 0 } else { budget.min(128) };
+                assert_eq!((handed_out, scanner.deferred_bytes()), (128 - kept, kept * 4096), "{budget} {round}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_round_without_a_budget_hands_out_everything_and_leaves_no_trace() {
+        let ram = ram(64);
+        let mut scanner = Scanner::new(&ram);
+        let mut next = |dirty, budget| round(&mut scanner, &ram, dirty, budget);
+        next(0b0111, u64::MAX);
+        next(0b0111, u64::MAX);
+        assert_eq!(next(0b0011, u64::MAX), 0, "two are kept back, the third is clean");
+        assert_eq!(next(0b1000, 0), 0b1011, "and come with the round that may keep nothing");
+        assert_eq!(next(0b0011, u64::MAX), 0, "which has not made them less hot");
+        assert_eq!(next(0b1000, u64::MAX), 0b1011, "in the end they go");
+        assert_eq!(scanner.deferred_bytes(), 0);
     }
 
     #[test]

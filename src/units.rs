@@ -92,12 +92,14 @@ impl Run {
     /// let pieces: Vec<_> = run.pieces(2).map(|piece| (piece.first, piece.pages)).collect();
     /// assert_eq!(pieces, [(7, 2), (9, 2), (11, 1)]);
     /// ```
+    #[inline]
     pub fn pieces(self, pages_max: u32) -> impl Iterator<Item = Run> {
-        let pages_max = pages_max.max(1);
-        (0..self.pages).step_by(pages_max as usize).map(move |offset| Run {
-            first: self.first + u64::from(offset),
-            pages: pages_max.min(self.pages - offset),
-            ..self
+        let mut rest = self;
+        std::iter::from_fn(move || {
+            let piece = Run { pages: rest.pages.min(pages_max.max(1)), ..rest };
+            rest.first += u64::from(piece.pages);
+            rest.pages -= piece.pages;
+            (piece.pages > 0).then_some(piece)
         })
     }
 }

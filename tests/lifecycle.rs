@@ -9,6 +9,7 @@ mod failing;
 mod leaks;
 #[path = "support/peer.rs"]
 mod peer;
+mod support;
 #[path = "lifecycle/threads.rs"]
 mod threads;
 #[path = "support/vmm.rs"]

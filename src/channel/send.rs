@@ -95,7 +95,7 @@ impl SendRole {
         let SendGear { channel, socket, ring, journal, ram, look, digests, sent, controller, .. } = gear;
         socket.set_unsent_max(UNSENT_BYTES_MAX);
         if socket.is_within_host() {
-            socket.set_unpaced();
+            socket.tune_within_host();
         }
         let batch = Batch {
             packet: Gather::new(ram.clone(), HEADER_AND_TABLE_BYTES_MAX),

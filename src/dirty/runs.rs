@@ -30,72 +30,87 @@ impl<'a> Runs<'a> {
         let word = words.first().copied().unwrap_or(0);
         Runs { words, first_page, pages_max: pages_max_per_run.max(1) as usize, index: 0, word }
     }
-
-    /// Goes on to the next word that has a bit set; false if there is none.
-    #[inline]
-    fn skip_clear(&mut self) -> bool {
-        let mut index = self.words.len().min(self.index + 1);
-        // Eight words OR-ed at a time: the compiler turns this into vector loads and one branch per 512 pages.
-        while let Some(eight) = self.words[index..].first_chunk::<8>() {
-            if eight.iter().fold(0, |all, word| all | word) != 0 {
-                break;
-            }
-            index += 8;
-        }
-        let clear = self.words[index..].iter().take_while(|word| **word == 0).count();
-        self.go_to(index + clear);
-        self.word != 0
-    }
-
-    #[inline]
-    fn go_to(&mut self, index: usize) {
-        self.index = index;
-        self.word = self.words.get(index).copied().unwrap_or(0);
-    }
 }
 
 impl Iterator for Runs<'_> {
     type Item = (u64, u32);
 
     /// The next run: its first page and its number of pages.
-    #[inline]
+    // Always: called, it would keep its state in memory, and cost half as much again.
+    #[inline(always)]
     fn next(&mut self) -> Option<(u64, u32)> {
-        if self.word == 0 && !self.skip_clear() {
-            return None;
+        if self.word == 0 {
+            self.index = next_not_clear(self.words, self.index + 1);
+            self.word = *self.words.get(self.index)?;
         }
-        let mut at = self.word.trailing_zeros() as usize;
-        let start = self.index * 64 + at;
-        let mut pages = 0;
-        loop {
-            let ones = (self.word >> at).trailing_ones() as usize;
-            let taken = ones.min(self.pages_max - pages);
-            pages += taken;
-            at += taken;
-            if at < 64 {
-                self.word &= u64::MAX << at;
-                break;
-            }
-            // Words that are all ones, eight AND-ed at a time, then one by one. Only runs longer than a word come this way.
-            let mut index = self.index + 1;
-            while let Some(eight) = self.words[index.min(self.words.len())..].first_chunk::<8>() {
-                if pages + 512 > self.pages_max || eight.iter().fold(u64::MAX, |all, word| all & word) != u64::MAX {
-                    break;
-                }
-                pages += 512;
-                index += 8;
-            }
-            while pages + 64 <= self.pages_max && self.words.get(index) == Some(&u64::MAX) {
-                pages += 64;
-                index += 1;
-            }
-            self.go_to(index);
-            at = 0;
-            if pages == self.pages_max || self.word & 1 == 0 {
-                break;
-            }
+        let first = self.first_page + self.index as u64 * 64 + u64::from(self.word.trailing_zeros());
+        // The lowest bit, added, carries through the run that it begins, into the bit behind. So the next run waits for
+        // four steps of one cycle each, and for none of those that count bits.
+        let behind = self.word.wrapping_add(self.word & self.word.wrapping_neg());
+        let pages = behind.trailing_zeros() - self.word.trailing_zeros();
+        if behind != 0 && pages as usize <= self.pages_max {
+            self.word &= behind;
+            return Some((first, pages));
         }
+        let pages;
+        (pages, self.index, self.word) = long_run(self.words, self.index, self.word, self.pages_max);
         // No truncation: a run is no longer than `pages_max`, which came from a u32.
-        Some((self.first_page + start as u64, pages as u32))
+        Some((first, pages as u32))
+    }
+}
+
+/// The first word from `index` on that has a bit set; the number of words if none has.
+#[inline(always)]
+fn next_not_clear(words: &[u64], index: usize) -> usize {
+    // Where much is dirty, this is the next one.
+    if words.get(index).is_some_and(|word| *word != 0) { index } else { skip_clear(words, index) }
+}
+
+#[inline(never)]
+fn skip_clear(words: &[u64], index: usize) -> usize {
+    let mut index = words.len().min(index);
+    // Eight words OR-ed at a time: the compiler turns this into vector loads and one branch per 512 pages.
+    while let Some(eight) = words[index..].first_chunk::<8>() {
+        if eight.iter().fold(0, |all, word| all | word) != 0 {
+            break;
+        }
+        index += 8;
+    }
+    index + words[index..].iter().take_while(|word| **word == 0).count()
+}
+
+/// The run that begins with the lowest bit of `word`, if it goes on in the next word or is cut: its pages, and the word
+/// behind it, without its bits. It takes and gives values, not the iterator, which else could not live in registers.
+#[inline(never)]
+fn long_run(words: &[u64], mut index: usize, mut word: u64, pages_max: usize) -> (usize, usize, u64) {
+    let mut at = word.trailing_zeros() as usize;
+    let mut pages = 0;
+    loop {
+        let ones = (word >> at).trailing_ones() as usize;
+        let taken = ones.min(pages_max - pages);
+        pages += taken;
+        at += taken;
+        if at < 64 {
+            return (pages, index, word & (u64::MAX << at));
+        }
+        // Words that are all ones, eight AND-ed at a time, then one by one. Only runs longer than a word come this way.
+        index += 1;
+        while let Some(eight) = words[index.min(words.len())..].first_chunk::<8>() {
+            if pages + 512 > pages_max || eight.iter().fold(u64::MAX, |all, word| all & word) != u64::MAX {
+                break;
+            }
+            pages += 512;
+            index += 8;
+        }
+        while pages + 64 <= pages_max && words.get(index) == Some(&u64::MAX) {
+            pages += 64;
+            index += 1;
+        }
+        word = words.get(index).copied().unwrap_or(0);
+        at = 0;
+        if pages == pages_max || word & 1 == 0 {
+            return (pages, index, word);
+        }
     }
 }
 

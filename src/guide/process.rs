@@ -31,14 +31,14 @@
 //! | all, at the start | `rseq` `set_robust_list` `prctl` `rt_sigprocmask` `gettid` `sched_getaffinity` `sched_setaffinity` `sigaltstack` |
 //! | all, at the end | `rt_sigprocmask` `sigaltstack` `madvise` `munmap` `exit` |
 //! | all, where the vDSO does not serve | `clock_gettime` `getcpu` |
-//! | `pf-send-i` | `sendmsg` `futex` `write` |
+//! | `pf-send-i` | `sendmsg` `futex` `write`; where the other side is on this host, `sched_yield` |
 //! | `pf-recv-i` | `recvmsg` `recvfrom` `futex` `write` |
 //! | `pf-pause` | `poll` `read` `write` `sendto` `recvfrom` `futex` |
 //! | `pf-scan` | `poll` `read` `write` `sendto` `recvfrom` `futex` `ioctl` `sched_yield` |
 //! | `pf-hash`, `pf-hash-i` | `clone3` `futex` `write` |
 //! | `pf-resolve` | what the system's resolver likes |
-//! | the caller's, source | `socket` `connect` `getsockopt` `setsockopt` `fcntl` `eventfd2` `getrandom` `clone3` `poll` `read` `write` `sendto` `recvfrom` `futex` `shutdown` `close` `openat` `ioctl` `lseek` `sched_yield` `userfaultfd` |
-//! | the caller's, target | `socket` `bind` `listen` `getsockname` `accept4` `unlink` `getsockopt` `setsockopt` `fcntl` `eventfd2` `getrandom` `clone3` `poll` `read` `write` `sendto` `recvfrom` `futex` `shutdown` `close` `openat` `ioctl` `lseek` `madvise` `fallocate` |
+//! | the caller's, source | `socket` `connect` `getsockname` `getpeername` `getsockopt` `setsockopt` `fcntl` `eventfd2` `getrandom` `clone3` `poll` `read` `write` `sendto` `recvfrom` `futex` `shutdown` `close` `openat` `ioctl` `lseek` `sched_yield` `userfaultfd` |
+//! | the caller's, target | `socket` `bind` `listen` `getsockname` `getpeername` `accept4` `unlink` `getsockopt` `setsockopt` `fcntl` `eventfd2` `getrandom` `clone3` `poll` `read` `write` `sendto` `recvfrom` `futex` `shutdown` `close` `openat` `ioctl` `lseek` `madvise` `fallocate` |
 //!
 //! `write` and `read` go to eventfds only, but for those of the allocator. The requests of `ioctl`, by what is used:
 //!

@@ -1,5 +1,6 @@
-//! The system calls, one per function. EINTR is handled here and nowhere else.
+//! The system calls, one per function; EINTR is handled here and nowhere else. And an instruction of the CPU's.
 
+pub mod crc;
 pub mod event;
 #[cfg(feature = "cli")]
 pub mod fault;

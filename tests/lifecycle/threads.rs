@@ -137,8 +137,36 @@ fn the_cpus_that_were_obtained_are_in_the_reports() {
     assert_eq!(trip.sent.outcome, Outcome::Completed);
     assert_eq!(trip.sent.cpus, [Some(cpu), None, Some(cpu)]);
     assert_eq!(trip.received.cpus, [Some(cpu), None, Some(cpu)]);
-    let trip = travel(source(), Target::builder().pin(Pin::Required(vec![cpu])), 2);
+    let trip = travel(source().pin(Pin::Off), Target::builder().pin(Pin::Required(vec![cpu])), 2);
     assert_eq!((trip.sent.cpus, trip.received.cpus), (vec![None; 2], vec![Some(cpu); 2]));
+}
+
+#[test]
+fn both_ends_of_a_channel_share_a_cpu_where_one_host_has_too_few() {
+    let cpus: Vec<_> = core_affinity::get_core_ids().unwrap().iter().map(|core| core.id).collect();
+    let channels = (2 * cpus.len()).min(16) as u8;
+    if 2 * usize::from(channels) <= cpus.len() {
+        return super::support::skip(
+            "both_ends_of_a_channel_share_a_cpu_where_one_host_has_too_few",
+            "there are too many CPUs",
+        );
+    }
+    let trip = travel(source(), Target::builder(), channels);
+    let expected: Vec<_> = (0..channels).map(|channel| Some(cpus[usize::from(channel) % cpus.len()])).collect();
+    assert_eq!((trip.sent.outcome, trip.sent.cpus), (Outcome::Completed, expected.clone()));
+    assert_eq!(trip.received.cpus, expected);
+}
+
+#[test]
+fn each_end_of_a_channel_is_left_to_the_scheduler_where_there_are_cpus_enough() {
+    if core_affinity::get_core_ids().unwrap().len() < 2 {
+        return super::support::skip(
+            "each_end_of_a_channel_is_left_to_the_scheduler_where_there_are_cpus_enough",
+            "one CPU",
+        );
+    }
+    let trip = travel(source(), Target::builder(), 1);
+    assert_eq!((trip.sent.cpus, trip.received.cpus), (vec![None], vec![None]));
 }
 
 /// The name and the blocked signals of every thread of ours.
