@@ -1,5 +1,5 @@
 #![forbid(unsafe_code)]
-//! What source and target are told: CPUs, threads, and how long to wait for what.
+//! What source and target are told: CPUs, threads, how pages reach the kernel, and how long to wait for what.
 
 use std::fmt;
 use std::sync::Arc;
@@ -27,6 +27,93 @@ pub enum Pin {
     BestEffort(Vec<usize>),
     /// On these CPUs, or the migration does not start.
     Required(Vec<usize>),
+}
+
+/// Whether a source hands pages to the kernel by reference (MSG_ZEROCOPY) rather than have it copy them.
+///
+/// **It pays** across machines where copying is what a sending CPU has no time for: links of 25 Gbit/s and more, few
+/// channels, full pages rather than scattered ones (the kernel looks up and holds each page, which a copy of 4 KiB hardly
+/// exceeds), and a network card that gathers and checksums by itself (`ethtool -k`: scatter-gather, tx-checksumming). With
+/// a checksum of the kernel's, a packet whose page the guest writes meanwhile arrives damaged and is sent once more.
+/// **It does not pay** over loopback, between network namespaces and to most virtual cards: there the kernel copies after
+/// all, later and from a colder cache. The target copies as ever. Payloads of less than 32 KiB are always copied.
+///
+/// # Locked memory
+/// Pages that are on their way are pinned, and count against RLIMIT_MEMLOCK, for all processes of the user together: up to
+/// what the channels' send buffers hold, mostly 4 MiB each (`net.ipv4.tcp_wmem`), and never more than 32 MiB each. The
+/// usual limit is 8 MiB, and was 64 KiB before Linux 5.16: raise it for more than one channel, or have CAP_IPC_LOCK.
+/// What the limit refuses is copied; a channel that is refused eight times running copies from then on.
+///
+/// # What it does not change
+/// The kernel reads a page later than it was handed over. What the guest wrote in between travels, and travels again, as
+/// the page is dirty; digests are those of what is sent in the end. A round counts as sent, and a channel says its Bye,
+/// only when the kernel needs no page any more. A failed or cancelled migration does not wait for that: the kernel holds
+/// the pages by itself, so that the mapping may go at once. Until the connection is gone it may send what these pages
+/// hold by then, to nobody but the target that was to have them.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub enum ZeroCopy {
+    /// On TCP connections to other hosts, and there until the kernel says of two sends running that it copied them.
+    #[default]
+    Auto,
+    /// On every channel, also where the kernel copies after all. The migration fails where it cannot be had: on a Unix
+    /// socket, and before Linux 4.14.
+    On,
+    /// Never.
+    Off,
+}
+
+/// Why a channel copies pages, from the start or from some time on.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[non_exhaustive]
+pub enum WhyCopied {
+    /// It was asked to: [`ZeroCopy::Off`].
+    Asked,
+    /// Its connection is not TCP.
+    NotTcp,
+    /// Its peer is on this host, where the kernel would copy after all.
+    PeerIsHere,
+    /// The kernel does not allow it on this socket.
+    Kernel,
+    /// The kernel copied after all.
+    AfterAll,
+    /// The kernel may hold no more memory, again and again: RLIMIT_MEMLOCK or `net.core.optmem_max`.
+    NoMemory,
+    /// The kernel has no pages to hold behind guest RAM, again and again: it is memory of a device.
+    NoPages,
+}
+
+impl WhyCopied {
+    /// The word for reports.
+    pub fn word(self) -> &'static str {
+        match self {
+            WhyCopied::Asked => "asked",
+            WhyCopied::NotTcp => "not-tcp",
+            WhyCopied::PeerIsHere => "peer-is-here",
+            WhyCopied::Kernel => "kernel",
+            WhyCopied::AfterAll => "after-all",
+            WhyCopied::NoMemory => "no-memory",
+            WhyCopied::NoPages => "no-pages",
+        }
+    }
+
+    /// Whether it came up only while pages travelled.
+    pub fn came_later(self) -> bool {
+        matches!(self, WhyCopied::AfterAll | WhyCopied::NoMemory | WhyCopied::NoPages)
+    }
+}
+
+impl fmt::Display for WhyCopied {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            WhyCopied::Asked => "it was asked to",
+            WhyCopied::NotTcp => "its connection is not TCP",
+            WhyCopied::PeerIsHere => "its peer is on this host",
+            WhyCopied::Kernel => "the kernel does not allow it on this socket",
+            WhyCopied::AfterAll => "the kernel copied after all",
+            WhyCopied::NoMemory => "the kernel may hold no more memory (see ulimit -l)",
+            WhyCopied::NoPages => "guest RAM has no pages that the kernel could hold",
+        })
+    }
 }
 
 /// How long the library waits for what.

@@ -1,8 +1,8 @@
 //! Ships the RAM of a running virtual machine to another process or machine while the guest keeps writing to it.
 //!
 //! `pageferry` is the page shipping core of a live migration, for VMMs to link: a scanner over the dirty bitmap pushes
-//! runs of pages into one lock-free ring per channel; pinned workers send them with zero-copy `sendmsg` straight from
-//! guest RAM; at the other end lanes let the kernel write them in place. Around it: rounds until little enough is left,
+//! runs of pages into one lock-free ring per channel; workers send them with one `sendmsg` a batch straight
+//! from guest RAM; at the other end lanes let the kernel write them in place. Around it: rounds until little enough is left,
 //! a hand-over that can never leave two guests running, and digests that prove that what was sent is what landed.
 //!
 //! # When not to use it
@@ -122,7 +122,7 @@ with_a_kernel! {
     pub mod wire;
 
     pub use cancel::CancelHandle;
-    pub use config::{Pin, Timeouts};
+    pub use config::{Pin, Timeouts, ZeroCopy};
     pub use dirty::bitmap::DirtyBitmap;
     #[cfg(feature = "kvm")]
     pub use dirty::kvm::{KvmDirtyLog, KvmDirtyRing, KvmSlot};

@@ -4,6 +4,7 @@
 
 pub mod recv;
 pub mod send;
+pub mod zero_copy;
 
 use std::fmt;
 use std::io;

@@ -6,7 +6,9 @@ use std::time::Instant;
 
 use crate::barrier::Barrier;
 use crate::bell::{Ringer, Wake};
+use crate::channel::zero_copy::ByReference;
 use crate::channel::{ChannelError, ShutDown};
+use crate::config::WhyCopied;
 use crate::crew::{Cx, Interrupt, Role};
 use crate::digest::DigestTable;
 use crate::poll::PollSleeper;
@@ -15,6 +17,7 @@ use crate::memory::look::{Look, Seen};
 use crate::memory::Ram;
 use crate::progress::{Progress, add};
 use crate::ring::{Consumer, Producer};
+use crate::sync::Ordering::Relaxed;
 use crate::sys::socket::Socket;
 use crate::units::{BlockId, ChannelId, Epoch, Item, Round, Run};
 use crate::wire::packet::{
@@ -30,7 +33,10 @@ pub struct SendRole {
     journal: Producer<Item>,
     eyes: Eyes,
     batch: Batch,
-    /// Rounds whose end this worker has sent: how the controller learns that rings and hands are empty.
+    by_reference: ByReference,
+    /// The round whose end this worker has sent, and that is not yet published.
+    ended: Option<Round>,
+    /// Rounds whose end this worker has sent, and of whose pages the kernel needs none any more: how the controller learns that rings and hands are empty.
     sent: Arc<Barrier>,
     controller: Ringer<PollSleeper>,
     /// The controller is rung when no more than this is queued: often enough to keep the link busy, not once a batch.
@@ -47,6 +53,8 @@ pub struct SendRole {
 pub struct SendEnd {
     /// The ring's other end: what is left in it is dirty again.
     pub ring: Consumer<Item>,
+    /// Why it copied in the end, if it did.
+    pub why_copied: Option<WhyCopied>,
     /// How it ended.
     pub result: Result<(), ChannelError>,
 }
@@ -58,6 +66,8 @@ pub struct SendGear {
     pub channel: ChannelId,
     /// Its socket, blocking.
     pub socket: Arc<Socket>,
+    /// How it hands its payload over.
+    pub by_reference: ByReference,
     /// Where runs and marks come from.
     pub ring: Consumer<Item>,
     /// Where they are noted as they are popped.
@@ -92,7 +102,7 @@ const UNSENT_BYTES_MAX: u32 = 192 << 10;
 impl SendRole {
     /// A worker that is ready to start.
     pub fn new(gear: SendGear) -> SendRole {
-        let SendGear { channel, socket, ring, journal, ram, look, digests, sent, controller, .. } = gear;
+        let SendGear { channel, socket, by_reference, ring, journal, ram, look, digests, sent, controller, .. } = gear;
         socket.set_unsent_max(UNSENT_BYTES_MAX);
         if socket.is_within_host() {
             socket.tune_within_host();
@@ -116,6 +126,8 @@ impl SendRole {
             journal,
             eyes,
             batch,
+            by_reference,
+            ended: None,
             sent,
             controller,
             low_water_bytes,
@@ -146,15 +158,19 @@ impl SendRole {
             match end {
                 Filled::UpTo(mark) => self.ship_mark(mark)?,
                 Filled::Full => {}
-                Filled::RingEmpty => match self.sleep(cx) {
-                    Wake::Rung | Wake::Elsewhere => {}
-                    Wake::Abort => return Err(ChannelError::Aborted),
-                    // Drain is rung after the last push: one more look at the ring, then the end mark.
-                    Wake::Drain => match self.ring.pop() {
-                        Some(item) => self.take(item)?.map_or(Ok(()), |mark| self.ship_mark(mark))?,
-                        None => return self.bye(),
-                    },
-                },
+                Filled::RingEmpty => {
+                    // Nothing else is to be done now: time to wait for the kernel.
+                    self.settle_round()?;
+                    match self.sleep(cx) {
+                        Wake::Rung | Wake::Elsewhere => {}
+                        Wake::Abort => return Err(ChannelError::Aborted),
+                        // Drain is rung after the last push: one more look at the ring, then the end mark.
+                        Wake::Drain => match self.ring.pop() {
+                            Some(item) => self.take(item)?.map_or(Ok(()), |mark| self.ship_mark(mark))?,
+                            None => return self.bye(),
+                        },
+                    }
+                }
             }
         }
     }
@@ -211,8 +227,10 @@ impl SendRole {
             Item::RoundEnd(round) => {
                 self.send(&PacketHeader::round_end(round, self.epoch, self.sequence))?;
                 self.round = Round(round.0 + 1);
-                self.sent.pass(self.channel.0.into(), round);
-                self.ring_controller();
+                self.ended = Some(round);
+                if !self.by_reference.is_outstanding() {
+                    self.settle_round()?;
+                }
             }
             Item::Flush(epoch) => {
                 self.send(&PacketHeader::flush(epoch, self.round, self.sequence))?;
@@ -223,7 +241,35 @@ impl SendRole {
         Ok(())
     }
 
+    /// Waits until the kernel has read all pages of the round that was ended last, and says that it has been sent.
+    /// While the ring holds items of the next one nobody needs to know, and the link is not kept waiting.
+    fn settle_round(&mut self) -> Result<(), ChannelError> {
+        if let Some(round) = self.ended {
+            self.settle()?;
+            self.ended = None;
+            self.sent.pass(self.channel.0.into(), round);
+            self.ring_controller();
+        }
+        Ok(())
+    }
+
+    fn settle(&mut self) -> Result<(), ChannelError> {
+        let settled = self.by_reference.settle(&self.socket);
+        self.count_references();
+        let calls = settled.map_err(|source| ChannelError::Io { doing: "waiting for pages to be sent", source })?;
+        add(&self.progress.cells(self.channel.0.into()).syscalls, calls);
+        Ok(())
+    }
+
+    fn count_references(&self) {
+        let (sent, copied) = self.by_reference.counts();
+        let cells = self.progress.cells(self.channel.0.into());
+        cells.by_reference_bytes.store(sent, Relaxed);
+        cells.copied_after_all_bytes.store(copied, Relaxed);
+    }
+
     fn bye(&mut self) -> Result<(), ChannelError> {
+        self.settle()?;
         let round = Round(self.round.0.min(Round::MAX.0));
         self.send(&PacketHeader::bye(round, self.epoch, self.sequence))
     }
@@ -232,9 +278,9 @@ impl SendRole {
         let Batch { packet, table, .. } = &mut self.batch;
         let table: &[RunEntry] = if header.kind == PacketKind::Pages { table } else { &[] };
         let head_len = header.encode_into(table, packet.head_mut())?;
-        let sent = packet
-            .send(head_len, &self.socket)
-            .map_err(|source| ChannelError::Io { doing: "sending pages", source })?;
+        let sent = self.by_reference.send(packet, head_len, &self.socket);
+        self.count_references();
+        let sent = sent.map_err(|source| ChannelError::Io { doing: "sending pages", source })?;
         let cells = self.progress.cells(self.channel.0.into());
         add(&cells.wire_bytes, sent.bytes as u64);
         add(&cells.packets, 1);
@@ -267,7 +313,7 @@ impl Role for SendRole {
         let result = self.work(cx);
         // An abort shuts the socket down under a send: that is the abort, not a failure of the network.
         let result = if cx.bell().aborted() { result.map_err(|_| ChannelError::Aborted) } else { result };
-        SendEnd { ring: self.ring, result }
+        SendEnd { ring: self.ring, why_copied: self.by_reference.why_copied(), result }
     }
 }
 

@@ -31,7 +31,7 @@
 //! | all, at the start | `rseq` `set_robust_list` `prctl` `rt_sigprocmask` `gettid` `sched_getaffinity` `sched_setaffinity` `sigaltstack` |
 //! | all, at the end | `rt_sigprocmask` `sigaltstack` `madvise` `munmap` `exit` |
 //! | all, where the vDSO does not serve | `clock_gettime` `getcpu` |
-//! | `pf-send-i` | `sendmsg` `futex` `write`; where the other side is on this host, `sched_yield` |
+//! | `pf-send-i` | `sendmsg` `futex` `write`; where the other side is on this host, `sched_yield`; where pages go by reference ([`ZeroCopy`](crate::ZeroCopy)), `recvmsg` `poll` `getsockopt` |
 //! | `pf-recv-i` | `recvmsg` `recvfrom` `futex` `write` `getrusage` `mincore` `fallocate` |
 //! | `pf-pause` | `poll` `read` `write` `sendto` `recvfrom` `futex` |
 //! | `pf-scan` | `poll` `read` `write` `sendto` `recvfrom` `futex` `ioctl` `sched_yield` |
@@ -93,7 +93,8 @@
 //! and 138.9 MB at the target; measured, as the most that was allocated at one time, 151.97 and 138.96 MB.
 //! Threads have std's stacks on top, 2 MiB of address space each, unless `Spawn` makes them otherwise.
 //!
-//! Nothing is locked, no limit on locked memory applies, and no memory is pinned. A VMM that calls
+//! Nothing is locked, and no memory is pinned but pages that go by reference and are on their way, to which the limit on
+//! locked memory applies ([`ZeroCopy`](crate::ZeroCopy); none over loopback, Unix sockets, or with `Off`). A VMM that calls
 //! mlockall(MCL_FUTURE) makes the whole table resident. Reading guest RAM brings back what was swapped out. A table that
 //! does not fit fails the migration before it begins; where the rest cannot be had, the process aborts as with any
 //! allocation in Rust.

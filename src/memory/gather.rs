@@ -5,7 +5,7 @@
 use std::io;
 
 use crate::memory::Ram;
-use crate::sys::socket::Socket;
+use crate::sys::socket::{Handing, Socket};
 use crate::units::Run;
 
 /// The most iovecs one sendmsg(2) or recvmsg(2) takes on Linux (`UIO_MAXIOV`).
@@ -20,18 +20,21 @@ pub struct Gather {
     /// The first is kept for the header.
     iovecs: Vec<libc::iovec>,
     payload_bytes: usize,
+    /// How far it has been sent: iovecs before this one are used up, and so many bytes are left.
+    at: usize,
+    left_bytes: usize,
 }
 
 // SAFETY: the pointers lead into `head` and into the blocks of `ram`, both of which move with it; the buffer behind a
 // Box and the mappings behind `ram` stay where they are.
 unsafe impl Send for Gather {}
 
-/// What sending took.
+/// What sending took, and of what has been sent in part, what it took so far.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Sent {
     /// Bytes handed to the kernel, header and table included.
     pub bytes: usize,
-    /// sendmsg(2) calls it took.
+    /// System calls it took.
     pub calls: u64,
 }
 
@@ -39,7 +42,7 @@ impl Gather {
     /// An empty packet with room for a header and table of this many bytes.
     pub fn new(ram: Ram, head_bytes_max: usize) -> Gather {
         let head = vec![0; head_bytes_max].into_boxed_slice();
-        let mut gather = Gather { ram, head, iovecs: Vec::with_capacity(IOVECS_MAX), payload_bytes: 0 };
+        let mut gather = Gather { ram, head, iovecs: Vec::with_capacity(IOVECS_MAX), payload_bytes: 0, at: 0, left_bytes: 0 };
         gather.clear();
         gather
     }
@@ -49,6 +52,7 @@ impl Gather {
         self.iovecs.clear();
         self.iovecs.push(libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 });
         self.payload_bytes = 0;
+        (self.at, self.left_bytes) = (0, 0);
     }
 
     /// Bytes of guest RAM pushed so far.
@@ -93,20 +97,59 @@ impl Gather {
     /// # Errors
     /// What sendmsg(2) says; how much had gone out by then is not told, as the stream is lost anyway.
     pub fn send(&mut self, head_len: usize, socket: &Socket) -> io::Result<Sent> {
-        assert!(head_len <= self.head.len());
-        self.iovecs[0] = libc::iovec { iov_base: self.head.as_mut_ptr().cast(), iov_len: head_len };
-        let total = head_len + self.payload_bytes;
+        self.begin(head_len);
         let mut sent = Sent::default();
-        let mut at = 0;
-        while sent.bytes < total {
-            // SAFETY: the first iovec is the header buffer, bounded above; every other was made by `push` from a range
-            // that RamBlock::range proved to be inside a block, which self.ram keeps mapped; `advance` only shrinks.
-            let n = unsafe { socket.send_iovecs(&self.iovecs[at..]) }?;
-            sent.bytes += n;
+        while self.left_bytes > 0 {
+            sent.bytes += self.send_some(Handing::Copy, socket)?;
             sent.calls += 1;
-            at += advance(&mut self.iovecs[at..], n);
         }
         Ok(sent)
+    }
+
+    /// Sends the first `head_len` bytes of the header buffer, which may be filled in anew after this, and nothing else:
+    /// the payload must follow at once, by [`Gather::send_some`] until nothing is left.
+    ///
+    /// # Errors
+    /// As [`Gather::send`].
+    pub fn send_head(&mut self, head_len: usize, socket: &Socket) -> io::Result<Sent> {
+        self.begin(head_len);
+        let mut sent = Sent::default();
+        while sent.bytes < head_len {
+            // SAFETY: the first iovec is the header buffer, as `begin` has it; `advance` only shrinks it.
+            let n = unsafe { socket.send_iovecs(&self.iovecs[..1], Handing::CopyMoreFollows) }?;
+            sent.bytes += n;
+            sent.calls += 1;
+            self.advance_by(n);
+        }
+        Ok(sent)
+    }
+
+    /// Bytes that are left to be sent.
+    pub fn left_bytes(&self) -> usize {
+        self.left_bytes
+    }
+
+    /// Sends some of what is left with one sendmsg(2), and says how much; after [`Gather::send_head`] that is payload.
+    ///
+    /// # Errors
+    /// What sendmsg(2) says. Nothing has been sent by this call then: it may be tried in another way.
+    pub fn send_some(&mut self, how: Handing, socket: &Socket) -> io::Result<usize> {
+        // SAFETY: the first iovec is the header buffer, as `begin` has it; every other was made by `push` from a range that
+        // RamBlock::range proved to be inside a block, which self.ram keeps mapped; `advance` only shrinks.
+        let n = unsafe { socket.send_iovecs(&self.iovecs[self.at..], how) }?;
+        self.advance_by(n);
+        Ok(n)
+    }
+
+    fn begin(&mut self, head_len: usize) {
+        assert!(head_len <= self.head.len());
+        self.iovecs[0] = libc::iovec { iov_base: self.head.as_mut_ptr().cast(), iov_len: head_len };
+        (self.at, self.left_bytes) = (0, head_len + self.payload_bytes);
+    }
+
+    fn advance_by(&mut self, n: usize) {
+        self.at += advance(&mut self.iovecs[self.at..], n);
+        self.left_bytes -= n;
     }
 }
 

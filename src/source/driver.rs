@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use crossbeam_queue::SegQueue;
 
 use crate::bell::Bell;
-use crate::config::{CrewOptions, HEARTBEAT};
+use crate::config::{CrewOptions, HEARTBEAT, WhyCopied};
 use crate::digest::{BlockShape, DigestTable};
 use crate::dirty::DirtySource;
 use crate::error::{Failure, Outcome};
@@ -23,7 +23,7 @@ use crate::source::ends::{Attempt, Over};
 use crate::source::gauge::Gauge;
 use crate::source::lanes::Lanes;
 use crate::source::pace::Pace;
-use crate::source::{DowntimeParts, Guest, Settings, Source, SourceReport};
+use crate::source::{DowntimeParts, Guest, Settings, Source, SourceReport, ZeroCopyReport};
 use crate::sys::random::random_16;
 use crate::units::{BlockId, ChannelId, Generation, SessionId, Verify};
 use crate::wire::control::{BlockInfo, LanePong, Setup, SourceFrame, TargetFrame};
@@ -102,6 +102,7 @@ pub(super) struct Flags {
 #[derive(Default)]
 struct Totals {
     cpus: Vec<Option<usize>>,
+    why_copied: Vec<Option<WhyCopied>>,
     control_bytes: u64,
 }
 
@@ -512,7 +513,7 @@ impl Driver<'_> {
             // Never a drain: a worker that says Bye to a target that no longer reads would block in it for ever, and be
             // joined for ever. After Running nothing is left to be said: the target ended its lanes before it ran.
             // What it had not yet applied needs no list: a failed attempt starts over at round 0.
-            self.sum.cpus = lanes.end();
+            (self.sum.cpus, self.sum.why_copied) = lanes.end();
         }
         // The guest next, before anything that could take time: it stands still, or is slowed down.
         self.set_throttle(guest, 0);
@@ -564,6 +565,7 @@ impl Driver<'_> {
             deferred_bytes: self.scanner.as_ref().map_or(0, Scanner::deferred_bytes_max),
             throttling: self.policy.summary(),
             send_syscalls: counts.syscalls,
+            zero_copy: ZeroCopyReport::new(&counts, self.sum.why_copied),
             cpus: self.sum.cpus,
             remarks: self.remarks,
         }

@@ -6,8 +6,9 @@ use std::sync::Arc;
 use crate::barrier::Barrier;
 use crate::bell::{Close, Park, Ringer};
 use crate::channel::ChannelError;
-use crate::channel::send::{SendGear, SendRole};
-use crate::config::{CrewOptions, Peer};
+use crate::channel::send::{SendEnd, SendGear, SendRole};
+use crate::channel::zero_copy::ByReference;
+use crate::config::{CrewOptions, Peer, WhyCopied};
 use crate::crew::{Crew, Exit, Launch};
 use crate::digest::DigestTable;
 use crate::error::Failure;
@@ -61,6 +62,8 @@ impl Lanes {
         let place = options.place(count, Peer::of(sockets.iter().map(|socket| &**socket)))?;
         let (mut rings, mut journals, mut roles) = (Vec::new(), Vec::new(), Vec::new());
         for (index, socket) in sockets.into_iter().enumerate() {
+            let by_reference = ByReference::new(settings.zero_copy, &socket)
+                .map_err(|why| Failure::Config(format!("no zero copy on data channel {index}: {why}; use auto or off")))?;
             let (ring_in, ring_out) = ring(RING_SLOTS);
             let (journal_in, journal_out) = ring(JOURNAL_SLOTS);
             rings.push(ring_in);
@@ -68,6 +71,7 @@ impl Lanes {
             roles.push(SendRole::new(SendGear {
                 channel: ChannelId(index as u8),
                 socket,
+                by_reference,
                 ring: ring_out,
                 journal: journal_in,
                 ram: ram.clone(),
@@ -159,11 +163,15 @@ impl Lanes {
         None
     }
 
-    /// Aborts every worker and joins it; the CPU each was pinned to.
+    /// Aborts every worker and joins it; the CPU each was pinned to, and why it copied, where it says that it did.
     ///
     /// Its ring's other end and its journal go with it: they say what was not applied, but nobody goes on from there.
-    pub fn end(self) -> Vec<Option<usize>> {
+    pub fn end(self) -> (Vec<Option<usize>>, Vec<Option<WhyCopied>>) {
         self.crew.close(Close::Abort);
-        self.crew.into_report().workers.iter().map(|worker| worker.cpu).collect()
+        let why_copied = |exit: &Option<Exit<SendEnd>>| match exit {
+            Some(Exit::Done(end)) => end.why_copied,
+            Some(Exit::Panicked { .. } | Exit::NeverRan) | None => None,
+        };
+        self.crew.into_report().workers.iter().map(|worker| (worker.cpu, why_copied(&worker.exit))).unzip()
     }
 }

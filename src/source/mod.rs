@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use crate::bell::Bell;
 use crate::cancel::CancelHandle;
-use crate::config::{CrewOptions, Pin, Timeouts, YEAR};
+use crate::config::{CrewOptions, Pin, Timeouts, WhyCopied, YEAR, ZeroCopy};
 use crate::crew::{Spawn, StartHook};
 use crate::dirty::DirtySource;
 use crate::error::{Failure, HookError, Outcome};
@@ -29,7 +29,7 @@ use crate::memory::Ram;
 use crate::net::{Address, Connector, Endpoint};
 use crate::poll::PollSleeper;
 use crate::precopy::{AtLimit, Limits, Overrun, Throttled};
-use crate::progress::Progress;
+use crate::progress::{ChannelCounts, Progress};
 use crate::units::{Round, Verify};
 
 pub use state::StateWriter;
@@ -120,6 +120,8 @@ pub struct SourceReport {
     pub throttling: Throttled,
     /// System calls of the send workers.
     pub send_syscalls: u64,
+    /// What became of sending by reference.
+    pub zero_copy: ZeroCopyReport,
     /// The CPU each worker was pinned to.
     pub cpus: Vec<Option<usize>>,
     /// A failure that did not decide the outcome: a hook that failed while cleaning up, a harvest that counted as all
@@ -140,6 +142,23 @@ pub struct DowntimeParts {
     pub run: Duration,
 }
 
+/// What became of sending by reference.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct ZeroCopyReport {
+    /// Bytes of guest pages that were handed to the kernel by reference.
+    pub bytes: u64,
+    /// Those of them that the kernel is known to have copied after all.
+    pub copied_bytes: u64,
+    /// For each channel why it copied, from the start or from some time on; `None` if it did not.
+    pub why_copied: Vec<Option<WhyCopied>>,
+}
+
+impl ZeroCopyReport {
+    fn new(counts: &ChannelCounts, why_copied: Vec<Option<WhyCopied>>) -> ZeroCopyReport {
+        ZeroCopyReport { bytes: counts.by_reference_bytes, copied_bytes: counts.copied_after_all_bytes, why_copied }
+    }
+}
+
 /// Everything that can be set about a source.
 #[derive(Debug)]
 pub struct SourceBuilder {
@@ -154,6 +173,7 @@ pub(crate) struct Settings {
     pub channels: u8,
     pub verify: Verify,
     pub zero_test: bool,
+    pub zero_copy: ZeroCopy,
     pub limits: Limits,
     pub timeouts: Timeouts,
     /// Bytes a second before the pause; 0 is no limit.
@@ -216,6 +236,12 @@ impl SourceBuilder {
     /// Whether pages are tested for zeros before they are sent; they are unless told otherwise.
     pub fn zero_test(mut self, zero_test: bool) -> Self {
         self.settings.zero_test = zero_test;
+        self
+    }
+
+    /// Whether pages are handed to the kernel by reference; [`ZeroCopy::Auto`] unless told otherwise.
+    pub fn zero_copy(mut self, zero_copy: ZeroCopy) -> Self {
+        self.settings.zero_copy = zero_copy;
         self
     }
 
@@ -303,6 +329,10 @@ impl SourceBuilder {
         if channels == 0 || channels > CHANNELS_MAX {
             return Err(Failure::Config(format!("{channels} channels are not possible; 1 to {CHANNELS_MAX} are")));
         }
+        // Said before anybody is disturbed; of a connector's sockets it is known only when they are there.
+        if let (ZeroCopy::On, Endpoint::Address(Address::Unix(_))) = (self.settings.zero_copy, &endpoint) {
+            return Err(Failure::Config(format!("no zero copy to {endpoint:?}: {}; use auto or off", WhyCopied::NotTcp)));
+        }
         let bell = PollSleeper::bell()
             .map_err(|e| Failure::Config(format!("no eventfd for the source's bell: {e}")))?;
         let progress = Progress::new(channels);
@@ -359,6 +389,7 @@ impl Source {
             channels: 2,
             verify: Verify::default(),
             zero_test: true,
+            zero_copy: ZeroCopy::default(),
             limits: Limits::default(),
             timeouts: Timeouts::default(),
             bandwidth_max: 0,

@@ -12,6 +12,7 @@ pub mod random;
 pub mod socket;
 pub mod thread;
 pub mod userfaultfd;
+pub mod zerocopy;
 
 use std::io;
 

@@ -11,6 +11,18 @@ use std::path::Path;
 
 use super::{cvt, cvt_retry};
 
+/// How bytes are handed to the kernel.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Handing {
+    /// It copies them before the call returns.
+    Copy,
+    /// The same; as more follows at once, it need not send a small packet now.
+    CopyMoreFollows,
+    /// It notes where they are and reads them when it sends them, once or again, and says so in the end: see
+    /// [`Completion`](super::zerocopy::Completion). Only on a socket that allows it; any other copies.
+    ByReference,
+}
+
 /// getsockname(2) or getpeername(2).
 type AskAddress = unsafe extern "C" fn(libc::c_int, *mut libc::sockaddr, *mut libc::socklen_t) -> libc::c_int;
 
@@ -219,16 +231,21 @@ impl Socket {
     /// One sendmsg(2) over an iovec list; may send fewer bytes than the list holds.
     ///
     /// # Safety
-    /// Every iovec must be readable memory for as long as the call runs.
+    /// Every iovec must be readable memory for as long as the call runs. By reference, too: after the call the kernel
+    /// holds the pages themselves, whatever becomes of the mapping.
     ///
     /// # Errors
-    /// What sendmsg(2) says. There is no SIGPIPE.
-    pub unsafe fn send_iovecs(&self, iovecs: &[libc::iovec]) -> io::Result<usize> {
+    /// What sendmsg(2) says; by reference also ENOBUFS, where it may hold no more. There is no SIGPIPE.
+    pub unsafe fn send_iovecs(&self, iovecs: &[libc::iovec], how: Handing) -> io::Result<usize> {
         let message = message_of(iovecs.as_ptr().cast_mut(), iovecs.len());
+        let flags = match how {
+            Handing::Copy => libc::MSG_NOSIGNAL,
+            Handing::CopyMoreFollows => libc::MSG_NOSIGNAL | libc::MSG_MORE,
+            Handing::ByReference => libc::MSG_NOSIGNAL | libc::MSG_ZEROCOPY,
+        };
         // SAFETY: the header describes the caller's iovecs, which it promised are readable; sendmsg does not write
         // through msg_iov.
-        cvt_retry(|| unsafe { libc::sendmsg(self.0.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) as i64 })
-            .map(|n| n as usize)
+        cvt_retry(|| unsafe { libc::sendmsg(self.0.as_raw_fd(), &raw const message, flags) as i64 }).map(|n| n as usize)
     }
 
     /// One recvmsg(2) over an iovec list; may receive fewer bytes than the list holds; 0 is the end of the stream.
@@ -282,7 +299,7 @@ fn start_connect(family: libc::c_int, address: *const libc::sockaddr, len: usize
     }
 }
 
-fn get_option(fd: BorrowedFd<'_>, level: libc::c_int, name: libc::c_int) -> io::Result<libc::c_int> {
+pub(super) fn get_option(fd: BorrowedFd<'_>, level: libc::c_int, name: libc::c_int) -> io::Result<libc::c_int> {
     let mut value: libc::c_int = 0;
     let mut len = size_of::<libc::c_int>() as libc::socklen_t;
     // SAFETY: value and len are locals, and len is the size of value.
@@ -290,7 +307,7 @@ fn get_option(fd: BorrowedFd<'_>, level: libc::c_int, name: libc::c_int) -> io::
     Ok(value)
 }
 
-fn set_option(fd: BorrowedFd<'_>, level: libc::c_int, name: libc::c_int, value: libc::c_int) -> io::Result<()> {
+pub(super) fn set_option(fd: BorrowedFd<'_>, level: libc::c_int, name: libc::c_int, value: libc::c_int) -> io::Result<()> {
     let len = size_of::<libc::c_int>() as libc::socklen_t;
     // SAFETY: value is a local of the length given.
     cvt(unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, (&raw const value).cast(), len) }.into()).map(drop)

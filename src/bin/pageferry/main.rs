@@ -17,6 +17,7 @@ mod send;
 mod sizes;
 mod state;
 mod writers;
+mod zero_copy;
 
 use std::process::ExitCode;
 

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::limits::Convergence;
 use crate::sizes::{Cpus, human, ms};
+use crate::zero_copy::ByReference;
 
 /// How it ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -81,6 +82,9 @@ pub struct Report {
     pub recv_syscalls: Option<u64>,
     pub cpus: Vec<Option<usize>>,
     pub remarks: Vec<String>,
+    /// What became of sending by reference, at a source.
+    #[serde(flatten)]
+    pub by_reference: Option<ByReference>,
     /// What it took to let the rounds of a guest that keeps writing end.
     #[serde(flatten)]
     pub convergence: Option<Convergence>,
@@ -184,6 +188,7 @@ impl Report {
             recv_syscalls: None,
             cpus: Vec::new(),
             remarks: Vec::new(),
+            by_reference: None,
             convergence: None,
             demo: None,
             file: None,
@@ -197,6 +202,7 @@ impl Report {
         Report {
             downtime_expected_ms: report.downtime_expected.map(ms),
             downtime_parts: Some(PartsMs::from(report.downtime_parts)),
+            by_reference: Some(ByReference::from(&report.zero_copy)),
             convergence,
             verify: verify_word(report.verify),
             verified: report.verified,
@@ -306,6 +312,9 @@ impl fmt::Display for Report {
         }
         if let Some(convergence) = &self.convergence {
             convergence.fmt(f)?;
+        }
+        if let Some(by_reference) = &self.by_reference {
+            by_reference.fmt(f)?;
         }
         let calls = match (self.send_syscalls, self.recv_syscalls) {
             (Some(sends), Some(receives)) => format!("; {sends} system calls to send, {receives} to receive"),
