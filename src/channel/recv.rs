@@ -10,6 +10,7 @@ use crate::crew::{Cx, Interrupt, Role};
 use crate::digest::DigestTable;
 use crate::dirty::bitmap::DirtyBitmap;
 use crate::memory::look::Look;
+use crate::memory::prefault::Prefault;
 use crate::memory::scatter::{Scatter, write_zeros};
 use crate::memory::{Ram, RamBlock};
 use crate::poll::PollSleeper;
@@ -27,6 +28,7 @@ pub struct RecvRole {
     gear: RecvGear,
     peers: Vec<Ringer<Park>>,
     scatter: Scatter<PACKET_HEADER_BYTES>,
+    prefault: Prefault,
     table: Vec<u8>,
     runs: Vec<RunEntry>,
     round: Round,
@@ -66,6 +68,7 @@ impl RecvRole {
         let peers = peers.iter().enumerate().filter(|(i, _)| *i != own).map(|(_, r)| r.clone()).collect();
         RecvRole {
             scatter: Scatter::new(gear.ram.clone()),
+            prefault: Prefault::new(&gear.ram),
             gear,
             peers,
             table: vec![0; RUNS_PER_PACKET_MAX * RUN_ENTRY_BYTES],
@@ -146,8 +149,12 @@ impl RecvRole {
             self.runs.push(entry);
         }
         self.zeros(header.block, block, cx)?;
+        let prefaulted = self.prefault.before(header.block, block, &self.scatter);
+        add(&self.cells().prefaulted_bytes, prefaulted.bytes);
+        add(&self.cells().syscalls, prefaulted.calls);
         self.scatter.expect_header();
         self.land(header, block)?;
+        self.prefault.after(header.block);
         add(&self.cells().payload_bytes, header.payload_bytes);
         add(&self.cells().zero_bytes, sum.zero_pages * block.page_size().bytes());
         Ok(*self.scatter.header())

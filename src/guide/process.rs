@@ -32,13 +32,13 @@
 //! | all, at the end | `rt_sigprocmask` `sigaltstack` `madvise` `munmap` `exit` |
 //! | all, where the vDSO does not serve | `clock_gettime` `getcpu` |
 //! | `pf-send-i` | `sendmsg` `futex` `write`; where the other side is on this host, `sched_yield`; where pages go by reference ([`ZeroCopy`](crate::ZeroCopy)), `recvmsg` `poll` `getsockopt` |
-//! | `pf-recv-i` | `recvmsg` `recvfrom` `futex` `write` |
+//! | `pf-recv-i` | `recvmsg` `recvfrom` `futex` `write` `getrusage` `mincore` `fallocate` |
 //! | `pf-pause` | `poll` `read` `write` `sendto` `recvfrom` `futex` |
 //! | `pf-scan` | `poll` `read` `write` `sendto` `recvfrom` `futex` `ioctl` `sched_yield` |
 //! | `pf-hash`, `pf-hash-i` | `clone3` `futex` `write` |
 //! | `pf-resolve` | what the system's resolver likes |
 //! | the caller's, source | `socket` `connect` `getsockname` `getpeername` `getsockopt` `setsockopt` `fcntl` `eventfd2` `getrandom` `clone3` `poll` `read` `write` `sendto` `recvfrom` `futex` `shutdown` `close` `openat` `ioctl` `lseek` `sched_yield` `userfaultfd` |
-//! | the caller's, target | `socket` `bind` `listen` `getsockname` `getpeername` `accept4` `unlink` `getsockopt` `setsockopt` `fcntl` `eventfd2` `getrandom` `clone3` `poll` `read` `write` `sendto` `recvfrom` `futex` `shutdown` `close` `openat` `ioctl` `lseek` `madvise` `fallocate` |
+//! | the caller's, target | `socket` `bind` `listen` `getsockname` `getpeername` `accept4` `unlink` `getsockopt` `setsockopt` `fcntl` `eventfd2` `getrandom` `clone3` `poll` `read` `write` `sendto` `recvfrom` `futex` `shutdown` `close` `openat` `ioctl` `lseek` `madvise` `fallocate` `fstatfs` |
 //!
 //! `write` and `read` go to eventfds only, but for those of the allocator. The requests of `ioctl`, by what is used:
 //!
@@ -98,6 +98,11 @@
 //! mlockall(MCL_FUTURE) makes the whole table resident. Reading guest RAM brings back what was swapped out. A table that
 //! does not fit fails the migration before it begins; where the rest cannot be had, the process aborts as with any
 //! allocation in Rust.
+//!
+//! Guest RAM itself: a target makes the pages that packets name, and no others, by page faults or, where it sees those
+//! (`prefaulted_bytes`), in batches before the content comes. Behind [huge pages](crate::memory::Backing) the kernel makes
+//! the whole one for the first page in it. A block that says what file it shares
+//! ([`with_shared_file`](crate::RamBlock::with_shared_file)) arrives faster: in a tmpfs, the file is asked for memory first.
 //!
 //! Descriptors: `N + 3` at the source (control connection, eventfd, page map) and `N + 3` at the target (listener, control
 //! connection, eventfd), 2 for `WriteProtect`, 2 for each block of shared memory; while connections come in, the target

@@ -7,6 +7,7 @@ pub mod hash;
 pub mod look;
 pub mod initial;
 pub mod owned;
+pub mod prefault;
 pub mod presence;
 pub mod scatter;
 #[cfg(feature = "vm-memory")]

@@ -17,7 +17,9 @@ use std::os::fd::AsFd;
 pub enum Backing {
     /// The host's base pages.
     Base,
-    /// Base pages that the kernel may merge into huge ones: aligned and advised for it.
+    /// Base pages that the kernel may merge into huge ones: aligned and advised for it. A target's first copy into memory
+    /// of a memfd or file hardly ever gets one, as the system seldom allows it there; into private memory it does, but
+    /// where the host's memory is fragmented the kernel moves pages about for each, and that costs more than it saves.
     TransparentHuge,
     /// Reserved huge pages of that many bytes.
     HugeTlb(u64),

@@ -4,7 +4,7 @@
 
 use std::io;
 
-use crate::memory::{Ram, RamBlock};
+use crate::memory::{Ram, RamBlock, RawRange};
 use crate::memory::gather::{IOVECS_MAX, advance};
 use crate::sys::socket::Socket;
 use crate::units::Run;
@@ -67,6 +67,11 @@ impl<const HEAD: usize> Scatter<HEAD> {
         }
         self.payload_bytes += range.len;
         true
+    }
+
+    /// Where the bytes will go, neighbours joined. To be asked before the header is appended.
+    pub(super) fn ranges(&self) -> impl Iterator<Item = RawRange> + '_ {
+        self.iovecs.iter().map(|iovec| RawRange { ptr: iovec.iov_base.cast(), len: iovec.iov_len })
     }
 
     /// Appends the header buffer: call once, after the last run and before the first [`Scatter::receive`].

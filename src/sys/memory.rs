@@ -6,6 +6,7 @@
 use super::{cvt, cvt_retry};
 use std::ffi::CString;
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 /// Bytes of the host's base page.
@@ -32,6 +33,36 @@ pub(crate) fn punch_hole(fd: BorrowedFd<'_>, offset: u64, bytes: u64) -> io::Res
     let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
     // SAFETY: no pointers.
     cvt_retry(|| i64::from(unsafe { libc::fallocate(fd.as_raw_fd(), mode, offset, bytes) })).map(drop)
+}
+
+/// fallocate(2): the range has memory behind it afterwards, what it holds stays, and so does the file's length.
+pub(crate) fn allocate(fd: BorrowedFd<'_>, offset: u64, bytes: u64) -> io::Result<()> {
+    let (offset, bytes) = (as_off(offset)?, as_off(bytes)?);
+    // SAFETY: no pointers.
+    cvt_retry(|| i64::from(unsafe { libc::fallocate(fd.as_raw_fd(), libc::FALLOC_FL_KEEP_SIZE, offset, bytes) }))
+        .map(drop)
+}
+
+/// fstatfs(2): whether the file lies in a tmpfs, as that of a memfd does unless it is of hugetlb.
+pub(crate) fn is_in_tmpfs(fd: BorrowedFd<'_>) -> bool {
+    let mut about = MaybeUninit::<libc::statfs>::uninit();
+    // SAFETY: the kernel fills in the whole structure it is given.
+    if unsafe { libc::fstatfs(fd.as_raw_fd(), about.as_mut_ptr()) } != 0 {
+        return false;
+    }
+    // SAFETY: the call above succeeded. The type of f_type differs between systems; the constant has the same one.
+    unsafe { about.assume_init() }.f_type == libc::TMPFS_MAGIC
+}
+
+/// mincore(2) for one page: whether its content is in memory, mapped or not. True where the system does not say.
+///
+/// # Safety
+/// `page` is the start of a host page in a mapping of the caller's.
+pub(crate) unsafe fn is_in_core(page: *mut u8) -> bool {
+    let mut answer = 1;
+    // SAFETY: a length of 1 is rounded up to the page, for which the kernel writes one byte.
+    let asked = unsafe { libc::mincore(page.cast(), 1, &mut answer) };
+    asked != 0 || answer & 1 != 0
 }
 
 /// lseek(2) with SEEK_DATA: where the next data at or after `offset` begins, `None` if there is none.

@@ -525,6 +525,7 @@ impl Driver<'_> {
             channels: self.channels,
             total,
             downtime,
+            prefaulted_bytes: counts.prefaulted_bytes,
             recv_syscalls: counts.syscalls,
             cpus: self.lanes.as_ref().map_or_else(Vec::new, |lanes| lanes.cpus().collect()),
             turned_away: self.turned_away + self.lobby.turned_away(),

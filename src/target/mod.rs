@@ -74,6 +74,8 @@ pub struct TargetReport {
     pub zero_bytes: u64,
     /// Bytes that the source never spoke of: they read as zeros.
     pub untouched_bytes: u64,
+    /// Bytes of guest pages that were made or mapped before their content came, because page faults were seen.
+    pub prefaulted_bytes: u64,
     /// Bytes of device state.
     pub state_bytes: u64,
     /// Rounds.
