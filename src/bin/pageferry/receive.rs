@@ -40,7 +40,8 @@ pub struct Args {
     /// Replace a file of another length, too
     #[arg(long)]
     force: bool,
-    /// CPUs for the receiving threads, such as 0,2 or 0-3; as far as they can be had [default: any]
+    /// CPUs for the receiving threads, such as 0,2 or 0-3; as far as they can be had [default: the scheduler chooses,
+    /// but where both sides share a host with few CPUs, both ends of a channel share one]
     #[arg(long, value_name = "LIST")]
     cpus: Option<Cpus>,
     /// Print one JSON object a line on standard output: where it listens, progress, then a report

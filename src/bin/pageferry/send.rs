@@ -40,7 +40,8 @@ pub struct Args {
     /// Data channels, 1 to 255: each is a connection, and a thread on both sides
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..))]
     channels: u8,
-    /// CPUs for the sending threads, such as 0,2 or 0-3; as far as they can be had [default: any]
+    /// CPUs for the sending threads, such as 0,2 or 0-3; as far as they can be had [default: the scheduler chooses,
+    /// but where both sides share a host with few CPUs, both ends of a channel share one]
     #[arg(long, value_name = "LIST")]
     cpus: Option<Cpus>,
     /// Bytes a second, such as 500M, that are sent at the most [default: no limit]
