@@ -27,7 +27,8 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::thread;
 
-use kinds::{Content, DirtyAt, NoDevices, Still, Vmm, WORDS, all_arrived, spoil};
+use kinds::still::{NoDevices, Vmm};
+use kinds::{Content, DirtyAt, Still, WORDS, all_arrived, spoil};
 use pageferry::memory::{Backing, Initial, Presence, RamBlock};
 use pageferry::units::PageSize;
 use pageferry::{Outcome, Ram, Source, Target};

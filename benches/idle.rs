@@ -6,6 +6,8 @@
 //! Both memories are private and anonymous; the touched pages lie in eight stretches all over the larger one. Runs are
 //! interleaved; the target's memory is fresh in each.
 
+#[path = "support/still.rs"]
+mod still;
 mod support;
 
 use std::io::Read;
@@ -15,29 +17,14 @@ use std::time::Duration;
 use pageferry::memory::{Backing, Initial, words};
 use pageferry::units::PageSize;
 use pageferry::wire::control::Setup;
-use pageferry::{
-    DirtySource, Guest, HookError, Incoming, Outcome, Ram, RamBlock, Source, StateWriter, Target, WriteProtect,
-};
+use pageferry::{DirtySource, HookError, Incoming, Outcome, Ram, RamBlock, Source, Target, WriteProtect};
+use still::NoDevices;
 use support::{Options, Spread, Verdict, interleave};
 
 /// Of the time that the rival takes, at the most more.
 const LIMIT: Duration = Duration::from_millis(100);
 
 const STRETCHES: u64 = 8;
-
-struct Idle;
-
-impl Guest for Idle {
-    fn pause(&mut self) -> Result<(), HookError> {
-        Ok(())
-    }
-    fn resume(&mut self) -> Result<(), HookError> {
-        Ok(())
-    }
-    fn save_state(&mut self, _: &mut StateWriter) -> Result<(), HookError> {
-        Ok(())
-    }
-}
 
 struct Fresh;
 
@@ -72,7 +59,7 @@ fn migrate(ram: &Ram, touched: u64) -> f64 {
     let address = target.address().unwrap().to_string();
     let receiving = std::thread::spawn(move || target.receive(&mut Fresh));
     let mut dirty = WriteProtect::new().unwrap();
-    let report = Source::builder(ram.clone()).connect(&address).unwrap().migrate(&mut dirty, &mut Idle);
+    let report = Source::builder(ram.clone()).connect(&address).unwrap().migrate(&mut dirty, &mut NoDevices);
     dirty.disarm();
     assert_eq!(report.outcome, Outcome::Completed);
     assert_eq!(receiving.join().unwrap().outcome, Outcome::Completed);

@@ -24,7 +24,8 @@ use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::Duration;
 
-use kinds::{Content, DirtyAt, PAGE, Pausing, Still, Vmm, WORDS, all_arrived, spoil};
+use kinds::still::Vmm;
+use kinds::{Content, DirtyAt, PAGE, Pausing, Still, WORDS, all_arrived, spoil};
 use pageferry::{Outcome, Ram, Source, Target};
 use pages_loop::{Listener, Over};
 use support::{Options, Spread, Verdict, cpu_seconds, interleave};

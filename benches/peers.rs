@@ -12,17 +12,15 @@
 //!
 //! Without a role it runs a few small pairs and checks that every page arrived: it may not rot.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::net::TcpListener;
 use std::process::ExitCode;
 use std::time::Instant;
 
 use pageferry::progress::Progress;
 use pageferry::units::BlockId;
-use pageferry::wire::control::Setup;
-use pageferry::{
-    DirtyBitmap, DirtyError, DirtySource, Guest, HookError, Incoming, Outcome, Ram, Source, StateWriter, Target, Verify,
-};
+use pageferry::{DirtyBitmap, DirtyError, DirtySource, Outcome, Ram, Source, Target, Verify};
+use still::{NoDevices, Vmm};
 use support::Options;
 
 #[path = "support/bare.rs"]
@@ -31,6 +29,8 @@ mod bare;
 mod memory;
 #[path = "peers/smoke.rs"]
 mod smoke;
+#[path = "support/still.rs"]
+mod still;
 mod support;
 
 const PAGE: u64 = 4096;
@@ -172,38 +172,5 @@ impl DirtySource for Still {
 
     fn disarm(&mut self) {
         self.bitmap.disarm();
-    }
-}
-
-struct NoDevices;
-
-impl Guest for NoDevices {
-    fn pause(&mut self) -> Result<(), HookError> {
-        Ok(())
-    }
-
-    fn resume(&mut self) -> Result<(), HookError> {
-        Ok(())
-    }
-
-    fn save_state(&mut self, _: &mut StateWriter) -> Result<(), HookError> {
-        Ok(())
-    }
-}
-
-struct Vmm(Ram);
-
-impl Incoming for Vmm {
-    fn prepare(&mut self, _: &Setup) -> Result<Ram, HookError> {
-        Ok(self.0.clone())
-    }
-
-    fn load_state(&mut self, state: &mut dyn Read) -> Result<(), HookError> {
-        io::copy(state, &mut io::sink())?;
-        Ok(())
-    }
-
-    fn run(&mut self) -> Result<(), HookError> {
-        Ok(())
     }
 }

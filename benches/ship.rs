@@ -29,7 +29,8 @@ mod support;
 
 use std::process::ExitCode;
 
-use kinds::{DirtyAt, Kind, NoDevices, PAGE, Still};
+use kinds::still::NoDevices;
+use kinds::{DirtyAt, Kind, PAGE, Still};
 use pageferry::source::SourceBuilder;
 use pageferry::{Outcome, Ram, Source, Verify};
 use pages_loop::Over;

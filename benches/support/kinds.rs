@@ -4,15 +4,16 @@
 // Each benchmark uses a part of it.
 #![allow(dead_code)]
 
-use std::io::{self, Read};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Instant;
 
 use pageferry::memory::{Backing, Initial, Ram, RamBlock, words};
 use pageferry::units::{BlockId, PageSize};
-use pageferry::wire::control::Setup;
-use pageferry::{DirtyError, DirtySource, Guest, HookError, Incoming, StateWriter};
+use pageferry::{DirtyError, DirtySource, Guest, HookError, StateWriter};
+
+#[path = "still.rs"]
+pub mod still;
 
 /// Bytes of a page.
 pub const PAGE: u64 = 4096;
@@ -228,23 +229,6 @@ impl DirtySource for Still {
     fn disarm(&mut self) {}
 }
 
-/// A guest without devices.
-pub struct NoDevices;
-
-impl Guest for NoDevices {
-    fn pause(&mut self) -> Result<(), HookError> {
-        Ok(())
-    }
-
-    fn resume(&mut self) -> Result<(), HookError> {
-        Ok(())
-    }
-
-    fn save_state(&mut self, _: &mut StateWriter) -> Result<(), HookError> {
-        Ok(())
-    }
-}
-
 /// A guest without devices that says when it stands still.
 pub struct Pausing(pub Arc<AtomicBool>);
 
@@ -259,24 +243,6 @@ impl Guest for Pausing {
     }
 
     fn save_state(&mut self, _: &mut StateWriter) -> Result<(), HookError> {
-        Ok(())
-    }
-}
-
-/// A target that has its memory already.
-pub struct Vmm(pub Ram);
-
-impl Incoming for Vmm {
-    fn prepare(&mut self, _: &Setup) -> Result<Ram, HookError> {
-        Ok(self.0.clone())
-    }
-
-    fn load_state(&mut self, state: &mut dyn Read) -> Result<(), HookError> {
-        io::copy(state, &mut io::sink())?;
-        Ok(())
-    }
-
-    fn run(&mut self) -> Result<(), HookError> {
         Ok(())
     }
 }

@@ -8,7 +8,8 @@ use pageferry::memory::Ram;
 use pageferry::{Outcome, Target};
 
 use super::bare;
-use super::kinds::{Content, Kind, Vmm, WORDS, all_arrived, ram, spoil};
+use super::kinds::still::Vmm;
+use super::kinds::{Content, Kind, WORDS, all_arrived, ram, spoil};
 use super::pages_loop::{self, Listener, Over};
 use super::support::cpu_seconds;
 
