@@ -12,7 +12,7 @@ use crate::digest::{BlockShape, DigestTable};
 use crate::error::{Failure, Outcome};
 use crate::gate::Gate;
 use crate::memory::{Ram, full};
-use crate::net::{Control, Greeting, Listener, Lobby, passes};
+use crate::net::{CROWD_PAUSE, Control, ENTRANTS_MAX, Greeting, Listener, Lobby, passes};
 use crate::poll::PollSleeper;
 use crate::progress::{Progress, Stage};
 use crate::session::source::FIRST_GENERATION;
@@ -162,7 +162,7 @@ impl Driver<'_> {
         // Ready-made connections wait for a source that may be slow to speak; strangers do not get that time.
         let ready = matches!(self.listener, Listener::Ready(_));
         let patience = if ready { Duration::from_secs(24 * 3600) } else { self.settings.timeouts.hello };
-        for _ in 0..ACCEPTS_MAX {
+        for _ in 0..ENTRANTS_MAX {
             match self.listener.accept().and_then(|socket| {
                 socket.map(|socket| self.lobby.enter(socket, patience)).transpose()
             }) {
@@ -184,11 +184,12 @@ impl Driver<'_> {
                 }
             }
         }
+        self.accept_again = Some(Instant::now() + CROWD_PAUSE);
         Ok(())
     }
 
     fn greet(&mut self) -> Result<(), Over> {
-        for greeting in self.lobby.listen() {
+        for greeting in self.lobby.listen(self.bell.sleeper().set()) {
             match greeting {
                 Greeting::Hello(socket, hello) => self.greet_one(socket, &hello)?,
                 Greeting::Stranger(why) => {
@@ -537,9 +538,6 @@ impl Driver<'_> {
 
 /// How long the target tries to get its last frames out.
 const LAST_WORDS: Duration = Duration::from_millis(50);
-/// Connections accepted before those in the lobby are heard, at the most. Far fewer than the lobby holds: a crowd of
-/// strangers does not push out a channel that has said its Hello already, or keep the target from its work.
-const ACCEPTS_MAX: usize = 64;
 /// How long the listener is left alone when a connection cannot be accepted.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Remarks about strangers, at the most: they come from anybody.
