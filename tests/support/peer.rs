@@ -191,6 +191,20 @@ pub fn last(channels: u8) -> Final {
     }
 }
 
+/// A control frame of this type and body, right but for what the body says.
+pub fn raw_frame(frame_type: u16, sequence: u32, body: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    bytes.extend_from_slice(&frame_type.to_le_bytes());
+    bytes.extend_from_slice(&[0; 2]);
+    bytes.extend_from_slice(&(body.len() as u32).to_le_bytes());
+    bytes.extend_from_slice(&sequence.to_le_bytes());
+    bytes.extend_from_slice(&[0; 4]);
+    bytes.extend_from_slice(body);
+    let crc = crc32c(&bytes);
+    bytes[12..16].copy_from_slice(&crc.to_le_bytes());
+    bytes
+}
+
 pub fn mark(header: PacketHeader) -> Vec<u8> {
     let mut bytes = vec![0; HEADER_AND_TABLE_BYTES_MAX];
     let len = header.encode_into(&[], &mut bytes).unwrap();
