@@ -37,7 +37,13 @@ pub struct Ended {
 
 pub fn start(arguments: &[&str]) -> Program {
     let mut command = Command::new(env!("CARGO_BIN_EXE_pageferry"));
-    command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.args(arguments);
+    spawn(command)
+}
+
+/// Starts a command that becomes the program.
+pub fn spawn(mut command: Command) -> Program {
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
     let (to, lines) = channel();
     let (out, mut err) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());

@@ -496,8 +496,8 @@ pub fn vanish(socket: &impl AsRawFd) {
     assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
 }
 
-/// Ends a connection with a reset instead of an end: its process has died with bytes unread.
-pub fn reset(stream: std::net::TcpStream) {
+/// Has a connection end with a reset once it is closed: its process has died with bytes unread.
+pub fn reset_when_closed(stream: &impl AsRawFd) {
     let linger = libc::linger { l_onoff: 1, l_linger: 0 };
     let len = size_of::<libc::linger>() as libc::socklen_t;
     // SAFETY: the option's value is a local of the length given.
