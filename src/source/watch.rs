@@ -7,6 +7,7 @@ use crate::error::Failure;
 use crate::source::driver::Driver;
 use crate::source::ends::Over;
 use crate::units::{ChannelId, Round};
+use crate::wire::packet::{HEADER_AND_TABLE_BYTES_MAX, PAYLOAD_BYTES_MAX};
 
 impl Driver<'_> {
     /// Ends the migration if the target has kept us waiting for too long.
@@ -46,8 +47,10 @@ impl Driver<'_> {
     /// the barrier makes no progress by design.
     fn check_stall(&mut self, now: Instant, limit: Duration) -> Result<(), Over> {
         let Some(lanes) = &self.lanes else { return Ok(()) };
-        // What the target says counts no further than what was sent: numbers that it makes up are no progress.
-        let sent = |channel: ChannelId| self.progress.channel(channel.0.into()).map_or(0, |c| c.wire_bytes);
+        // What the target says counts no further than what was sent: numbers that it makes up are no progress. But a
+        // batch counts as sent when the kernel has taken the last byte of it, and a slow link carries it until then.
+        let in_hand = PAYLOAD_BYTES_MAX + HEADER_AND_TABLE_BYTES_MAX as u64;
+        let sent = |channel: ChannelId| self.progress.channel(channel.0.into()).map_or(0, |c| c.wire_bytes + in_hand);
         let landed: u64 = self.pongs.iter().map(|p| p.bytes.min(sent(p.channel))).sum();
         let moved = self.progress.channels().wire_bytes + landed;
         // No byte may be queued, and rounds be blocked all the same: by epochs that the target does not acknowledge, or
