@@ -407,6 +407,8 @@ impl SourceSession {
                 Phase::AwaitRunning | Phase::Reasking | Phase::AwaitAnswer,
                 SourceEvent::CancelAsked | SourceEvent::ChannelFailed { .. } | SourceEvent::ChannelOpened { .. },
             ) => {}
+            // An attempt at a new one came to nothing: the next is the driver's to make.
+            (Phase::Reconnecting | Phase::Reasking, SourceEvent::ControlLost(_)) => {}
             (Phase::AwaitRunning | Phase::AwaitAnswer, SourceEvent::ControlLost(why)) if self.resumes => {
                 self.lost.get_or_insert(why);
                 self.phase = Phase::Reasking;
@@ -416,7 +418,7 @@ impl SourceSession {
                 self.end(Outcome::Uncertain(why), out);
             }
             // What took the connection says more than that no new one came.
-            (Phase::Reasking | Phase::AwaitAnswer, SourceEvent::Failed(why) | SourceEvent::ControlLost(why)) => {
+            (Phase::Reasking | Phase::AwaitAnswer, SourceEvent::Failed(why)) => {
                 let why = self.lost.take().unwrap_or(why);
                 self.end(Outcome::Uncertain(why), out);
             }
