@@ -8,7 +8,7 @@ mod listen;
 mod lobby;
 
 pub use address::Address;
-pub use connect::{Connector, Endpoint, Fds, Opening, open};
+pub use connect::{Connector, Endpoint, Fds, Opening, one_of, open};
 pub use control::Control;
 pub use listen::{Listener, passes};
 pub use lobby::{CROWD_PAUSE, ENTRANTS_MAX, Greeting, Lobby};

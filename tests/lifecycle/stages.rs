@@ -262,6 +262,7 @@ fn a_source_is_cancelled_at_every_stage_whatever_has_become_of_the_target() {
 #[test]
 fn a_cancel_leaves_no_page_write_protected() {
     alone("stages::a_cancel_leaves_no_page_write_protected", || {
+        let mut protected = 0;
         for peer in PEERS {
             for stage in [Stage::Round, Stage::Paused] {
                 let before = holdings();
@@ -270,11 +271,13 @@ fn a_cancel_leaves_no_page_write_protected() {
                     Err(e) => return skip("a_cancel_leaves_no_page_write_protected", &e.to_string()),
                 };
                 cancel_source(stage, peer, &mut tracking);
-                assert!(tracking.registrations > 0, "nothing was protected, and nothing can be left");
+                // One whose peer dies may end before tracking begins.
+                protected += usize::from(tracking.registrations > 0);
                 drop(tracking);
                 assert_holds(&before, &format!("{stage:?}, {peer:?}"));
             }
         }
+        assert!(protected >= 4, "pages were protected {protected} times only: there was nothing to be left");
     });
 }
 
