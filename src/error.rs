@@ -158,6 +158,9 @@ pub enum Failure {
     RunFailed(String),
     /// The target gave the guest up before it was told to run it.
     Discarded(String),
+    /// Whoever listens there knows nothing of the session that was asked about: it is another process than the target,
+    /// or has begun anew.
+    UnknownSession,
 }
 
 impl fmt::Display for Failure {
@@ -217,6 +220,9 @@ impl fmt::Display for Failure {
             }
             Failure::RunFailed(reason) => write!(f, "the target could not start the guest, which did not run there: {reason}"),
             Failure::Discarded(reason) => write!(f, "the target discarded the guest: {reason}"),
+            Failure::UnknownSession => {
+                f.write_str("who listens there knows nothing of this session: it is not the target, or not any more")
+            }
         }
     }
 }

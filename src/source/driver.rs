@@ -26,7 +26,7 @@ use crate::source::pace::Pace;
 use crate::source::{DowntimeParts, Guest, Settings, Source, SourceReport, ZeroCopyReport};
 use crate::sys::random::random_16;
 use crate::units::{BlockId, ChannelId, Generation, SessionId, Verify};
-use crate::wire::control::{BlockInfo, LanePong, Setup, SourceFrame, TargetFrame};
+use crate::wire::control::{BlockInfo, HEARD_THE_END, LanePong, Setup, SourceFrame, TargetFrame};
 use crate::wire::crc::Crc32c;
 use crate::wire::hello::{HELLO_BYTES, Hello, HelloRole, Side};
 
@@ -531,7 +531,11 @@ impl Driver<'_> {
             Outcome::Completed => downtime.saturating_sub(pause + ship + load),
             _ => Duration::ZERO,
         };
-        if let Some(control) = self.control.take() {
+        if let Some(mut control) = self.control.take() {
+            if matches!(outcome, Outcome::Completed | Outcome::Failed(Failure::RunFailed(_))) {
+                // A courtesy: the target need not wait for a Query. What cannot be sent, it does without.
+                let _ = control.send(&SourceFrame::Ping { nonce: HEARD_THE_END });
+            }
             self.sum.control_bytes = control.farewell(self.bell.sleeper().set(), LAST_WORDS);
         }
         if self.armed {
@@ -547,6 +551,7 @@ impl Driver<'_> {
         SourceReport {
             verified: outcome == Outcome::Completed && self.settings.verify != Verify::Off,
             outcome,
+            session: self.id,
             verify: self.settings.verify,
             ram_bytes: self.ram.bytes(),
             payload_bytes: counts.payload_bytes,

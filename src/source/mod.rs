@@ -30,7 +30,7 @@ use crate::net::{Address, Connector, Endpoint};
 use crate::poll::PollSleeper;
 use crate::precopy::{AtLimit, Limits, Overrun, Throttled};
 use crate::progress::{ChannelCounts, Progress};
-use crate::units::{Round, Verify};
+use crate::units::{Round, SessionId, Verify};
 
 pub use state::StateWriter;
 
@@ -81,6 +81,9 @@ pub trait Guest {
 pub struct SourceReport {
     /// Who owns the guest, and why.
     pub outcome: Outcome,
+    /// What tells this migration from every other: with it [`settle`](crate::settle::settle) asks the target how an
+    /// uncertain one ended. Whoever knows it can do so.
+    pub session: SessionId,
     /// Which digests guarded it.
     pub verify: Verify,
     /// Whether the digests agreed before the hand-over.

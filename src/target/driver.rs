@@ -20,6 +20,7 @@ use crate::session::target::{Check, TargetAction, TargetEvent, TargetSession};
 use crate::sys::random::random_16;
 use crate::sys::socket::Socket;
 use crate::target::lanes::{LaneGear, Lanes};
+use crate::target::witness::{Testimony, Witness, may_be_in_doubt};
 use crate::target::{Incoming, Settings, Target, TargetReport};
 use crate::units::{BlockId, Generation, InstanceId, SessionId, Verify};
 use crate::wire::control::{Final, STATE_CHUNK_BYTES_MAX, Setup, SourceFrame, TargetFrame};
@@ -58,7 +59,7 @@ struct Driver<'a> {
     remarks: Vec<String>,
 }
 
-pub(super) fn receive(target: Target, incoming: &mut dyn Incoming) -> TargetReport {
+pub(super) fn receive(target: Target, incoming: &mut dyn Incoming) -> (TargetReport, Witness) {
     let Target { settings, crew, listener, bell, gate, progress } = target;
     let session = TargetSession::new(settings.state_bytes_max);
     let mut driver = Driver {
@@ -206,7 +207,9 @@ impl Driver<'_> {
     /// disturbs nobody.
     fn greet_one(&mut self, socket: Socket, hello: &Hello) -> Result<(), Over> {
         match hello.role {
-            HelloRole::Control if self.control.is_none() && hello.side == Side::Source => {
+            HelloRole::Control
+                if self.control.is_none() && hello.side == Side::Source && hello.generation == FIRST_GENERATION =>
+            {
                 let mut control = match Control::new(socket) {
                     Ok(control) => control,
                     Err(e) => {
@@ -497,7 +500,7 @@ impl Driver<'_> {
         }
     }
 
-    fn finish(mut self) -> TargetReport {
+    fn finish(mut self) -> (TargetReport, Witness) {
         self.end_lanes();
         let outcome = self.outcome.take().unwrap_or_else(|| {
             Outcome::Failed(Failure::Worker("internal error: the migration ended without an outcome".to_owned()))
@@ -507,12 +510,24 @@ impl Driver<'_> {
             (Outcome::Completed, Some(at)) => at.elapsed(),
             _ => Duration::ZERO,
         };
-        let control = self.control.take();
-        let control_bytes = control.map_or(0, |c| c.farewell(self.bell.sleeper().set(), LAST_WORDS));
+        let mut control = self.control.take();
+        let last_word = control.as_mut().and_then(|c| c.part(self.bell.sleeper().set(), LAST_WORDS));
+        let control_bytes = control.as_ref().map_or(0, Control::wire_bytes);
         self.progress.stage(Stage::Ended);
         let counts = self.progress.channels();
         let ram_bytes = self.ram.as_ref().map_or(0, Ram::bytes);
-        TargetReport {
+        let turned_away = self.turned_away + self.lobby.turned_away();
+        let witness = Witness::new(Testimony {
+            listener: self.listener,
+            bell: self.bell,
+            lobby: self.lobby,
+            session: control.is_some().then_some(self.id),
+            runs: outcome == Outcome::Completed,
+            in_doubt: self.loaded_at.is_some() && may_be_in_doubt(&outcome, last_word.as_ref()),
+            source: control,
+            hello: self.settings.timeouts.hello,
+        });
+        let report = TargetReport {
             verified: outcome == Outcome::Completed && self.verify != Verify::Off,
             verify: self.verify,
             ram_bytes,
@@ -528,10 +543,11 @@ impl Driver<'_> {
             prefaulted_bytes: counts.prefaulted_bytes,
             recv_syscalls: counts.syscalls,
             cpus: self.lanes.as_ref().map_or_else(Vec::new, |lanes| lanes.cpus().collect()),
-            turned_away: self.turned_away + self.lobby.turned_away(),
+            turned_away,
             outcome,
             remarks: self.remarks,
-        }
+        };
+        (report, witness)
     }
 }
 
