@@ -341,7 +341,7 @@ impl Driver<'_> {
             TargetAction::LoadState => {
                 let loaded = self.incoming.load_state(&mut Pieces { pieces: &self.state, at: 0 });
                 self.excuse_silence();
-                self.loaded_at = Some(Instant::now());
+                self.loaded_at = loaded.is_ok().then(Instant::now);
                 self.event(TargetEvent::StateLoaded(loaded.map_err(|e| e.to_string())))
             }
             TargetAction::Run => {

@@ -195,3 +195,20 @@ fn a_sender_in_doubt_prints_the_command_that_settles_it() {
         assert_eq!(std::fs::exists(&to).unwrap(), code == 0);
     }
 }
+
+#[test]
+fn a_target_whose_load_failed_leaves_nobody_in_doubt() {
+    let ram = vmm::ram(PageSize::SIZE_4K, &[16]);
+    let dirty = DirtyBitmap::for_ram(&ram);
+    let mut guest = TestGuest::new(&ram, &dirty);
+    let target = Target::builder().timeouts(timeouts()).listen("127.0.0.1:0").unwrap();
+    let source = Source::builder(ram).timeouts(timeouts()).connect(&target.address().unwrap().to_string()).unwrap();
+    let receiving = thread::spawn(move || {
+        let mut incoming = TestIncoming::new();
+        incoming.fail_load = Some("no such device".to_owned());
+        target.receive_and_witness(&mut incoming)
+    });
+    let sent = source.migrate(&mut dirty.clone(), &mut guest);
+    let (received, witness) = receiving.join().unwrap();
+    assert!(matches!(sent.outcome, Outcome::Failed(_)) && !witness.is_needed(), "{}", received.outcome);
+}
