@@ -236,11 +236,13 @@ impl Control<'_> {
             let message = self.note(way, kind, length);
             let place = self.shared.harm.filter(|(place, _)| place.message == message && !self.harmed);
             if let Some((place, harm)) = place {
-                self.write(way, place.offset)?;
+                // A Pong is longer when there are lanes to speak of: not every run has the same.
+                let offset = place.offset.min(length);
+                self.write(way, offset)?;
                 self.harmed = true;
                 self.shared.seen.lock().unwrap().harmed = true;
                 self.harm(harm)?;
-                self.write(way, length - place.offset)?;
+                self.write(way, length - offset)?;
             } else {
                 self.write(way, length)?;
             }
