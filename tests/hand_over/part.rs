@@ -219,7 +219,6 @@ fn target(log: &str) -> i32 {
         "event": "report",
         "outcome": report.outcome.word(),
         "error": error(&report.outcome),
-        "in_doubt": witness.is_needed(),
         "session": witness.session().map(|session| session.to_string()),
     }));
     enough.send(witness.cancel_handle()).unwrap();
