@@ -101,6 +101,13 @@ pub enum Failure {
         /// For how long.
         ms: u64,
     },
+    /// All connections were lost, and the source did not come back, or could not, while the session was kept.
+    NotResumed {
+        /// For how long it was kept.
+        ms: u64,
+        /// How the control connection was lost.
+        lost: String,
+    },
     /// Data was outstanding and nothing moved for too long.
     Stalled {
         /// The channel that others wait for.
@@ -158,6 +165,8 @@ pub enum Failure {
     RunFailed(String),
     /// The target gave the guest up before it was told to run it.
     Discarded(String),
+    /// The target was asked whether the guest runs there before it was told to run it, and has given it up for good.
+    Fenced,
     /// Whoever listens there knows nothing of the session that was asked about: it is another process than the target,
     /// or has begun anew.
     UnknownSession,
@@ -177,6 +186,9 @@ impl fmt::Display for Failure {
             }
             Failure::Silent { waiting_for, ms } => {
                 write!(f, "waited for {ms} ms in vain for {waiting_for}")
+            }
+            Failure::NotResumed { ms, lost } => {
+                write!(f, "the connection did not come back within the resume window of {ms} ms: {lost}")
             }
             Failure::Stalled { channel, ms } => {
                 write!(f, "nothing moved for {ms} ms although data was waiting; channel {channel} is the one that lags")
@@ -220,6 +232,7 @@ impl fmt::Display for Failure {
             }
             Failure::RunFailed(reason) => write!(f, "the target could not start the guest, which did not run there: {reason}"),
             Failure::Discarded(reason) => write!(f, "the target discarded the guest: {reason}"),
+            Failure::Fenced => f.write_str("asked whether the guest runs here, the target gave it up for good"),
             Failure::UnknownSession => {
                 f.write_str("who listens there knows nothing of this session: it is not the target, or not any more")
             }

@@ -43,7 +43,7 @@ pub const SETTLER: Generation = Generation(u32::MAX);
 /// # fn destroy() {}
 /// # fn after(report: SourceReport) -> Result<(), pageferry::Failure> {
 /// if let Outcome::Uncertain(_) = report.outcome {
-///     let target = Endpoint::Address("10.0.0.2:4444".parse()?);
+///     let target = Endpoint::Addresses(vec!["10.0.0.2:4444".parse()?]);
 ///     match settle(target, report.session, &Timeouts::default())? {
 ///         Settled::RunsThere => destroy(),
 ///         Settled::NeverWillRunThere => resume(),
@@ -122,6 +122,7 @@ fn hear(
         Some(TargetFrame::QueryAnswer { running: true }) => Ok(Some(Settled::RunsThere)),
         Some(TargetFrame::QueryAnswer { running: false }) => Ok(Some(Settled::NeverWillRunThere)),
         Some(TargetFrame::Error(PeerError { code: ErrorCode::Session, .. })) => Err(Failure::UnknownSession),
+        Some(TargetFrame::Refused { .. }) => Err(Failure::UnknownSession),
         Some(TargetFrame::Error(PeerError { text, .. })) => Err(Failure::Peer(text)),
         Some(frame) => Err(Failure::Protocol(format!("{} came instead of the answer to a query", frame.name()))),
         None => received.map(|()| None).map_err(|e| e.into_failure(DOING)),

@@ -29,6 +29,8 @@ pub(super) struct Testimony {
     pub runs: bool,
     /// Whether the source may have sent Commit, and not know how it ended.
     pub in_doubt: bool,
+    /// Somebody who knows the session, and had not yet said what it wants.
+    pub visitor: Option<Control<TargetFrame, SourceFrame>>,
     /// Its control connection: it may still say that it knows.
     pub source: Option<Control<TargetFrame, SourceFrame>>,
     pub hello: Duration,
@@ -81,8 +83,11 @@ impl fmt::Debug for Witness {
 }
 
 impl Witness {
-    pub(super) fn new(known: Testimony) -> Witness {
-        Witness { known, gate: Gate::new(), askers: Vec::new(), accept_again: None, answered: 0 }
+    pub(super) fn new(mut known: Testimony) -> Witness {
+        let until = Instant::now() + known.hello;
+        let visitor = known.visitor.take();
+        let askers = visitor.map(|control| Asker { control, knows_session: true, answered: false, until });
+        Witness { known, gate: Gate::new(), askers: askers.into_iter().collect(), accept_again: None, answered: 0 }
     }
 
     /// The session; `None` if no source ever came.

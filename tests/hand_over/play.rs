@@ -189,7 +189,7 @@ fn ask(cast: Cast, address: &str, session: &str) -> Result<Settled, String> {
         Cast::Guests => {
             let seconds = Duration::from_secs;
             let timeouts = Timeouts { connect: seconds(5), hook: seconds(5), ..Timeouts::default() };
-            let target = Endpoint::Address(address.parse().unwrap());
+            let target = Endpoint::Addresses(vec![address.parse().unwrap()]);
             settle(target, SessionId::from_hex(session).unwrap(), &timeouts).map_err(|why| why.to_string())
         }
         Cast::Program => {

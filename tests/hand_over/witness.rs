@@ -28,7 +28,7 @@ fn timeouts() -> Timeouts {
 }
 
 fn ask(address: &str, session: SessionId) -> Result<Settled, Failure> {
-    settle(Endpoint::Address(address.parse().unwrap()), session, &timeouts())
+    settle(Endpoint::Addresses(vec![address.parse().unwrap()]), session, &timeouts())
 }
 
 /// The first message of this kind, before its first byte.

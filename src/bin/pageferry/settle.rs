@@ -24,9 +24,9 @@ Exit codes: 0 the guest runs there (destroy the copy at the sender); 4 it does n
 (the sender may resume it); 2 wrong usage; 3 no answer, as uncertain as before: ask again, or make
 sure by other means that it does not run there, before the sender resumes it.")]
 pub struct Args {
-    /// Where the receiving side listened: HOST:PORT or unix:PATH
-    #[arg(long, value_name = "ADDR")]
-    to: Address,
+    /// Where the receiving side listened: HOST:PORT or unix:PATH; if given several times, the first that can be reached
+    #[arg(long, value_name = "ADDR", required = true)]
+    to: Vec<Address>,
     /// The session, from the sender's report
     #[arg(long, value_name = "HEX", value_parser = parse_session)]
     session: SessionId,
@@ -47,7 +47,7 @@ fn parse_session(text: &str) -> Result<SessionId, String> {
 struct Answer {
     event: &'static str,
     session: String,
-    to: String,
+    to: Vec<String>,
     /// `runs-there`, `never-will-run-there` or `unknown`.
     settled: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -57,7 +57,7 @@ struct Answer {
 pub fn run(args: &Args) -> ExitCode {
     let out = Output::new(args.json);
     let timeouts = Timeouts { hook: Duration::from_secs(args.timeout.into()), ..Timeouts::default() };
-    let settled = settle(Endpoint::Address(args.to.clone()), args.session, &timeouts);
+    let settled = settle(Endpoint::Addresses(args.to.clone()), args.session, &timeouts);
     let word = match settled {
         Ok(Settled::RunsThere) => "runs-there",
         Ok(Settled::NeverWillRunThere) => "never-will-run-there",
@@ -66,7 +66,7 @@ pub fn run(args: &Args) -> ExitCode {
     out.event(&Answer {
         event: "settled",
         session: args.session.to_string(),
-        to: args.to.to_string(),
+        to: args.to.iter().map(Address::to_string).collect(),
         settled: word,
         error: settled.as_ref().err().map(Failure::to_string),
     });
