@@ -1,6 +1,8 @@
 //! The hand-over, harmed at every message of it and inside each: never two guests, and no report that is not true.
 #![cfg(all(not(loom), feature = "cli"))]
 
+#[path = "hand_over/fence.rs"]
+mod fence;
 #[path = "hand_over/part.rs"]
 mod part;
 #[path = "hand_over/play.rs"]
@@ -17,21 +19,24 @@ mod witness;
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 
-use pageferry::units::Round;
-use pageferry::wire::control::{FrameEncoder, SourceFrame, TargetFrame};
-use play::{Cast, Scene, play};
+use pageferry::units::{Epoch, Round};
+use pageferry::wire::control::{Final, FrameEncoder, SourceFrame, TargetFrame};
+use play::{Cast, play};
 use proxy::{HEARD, Harm, Message, Place, Way};
 
 /// The test that a process of this program runs in order to be one of the sides.
-const PLAYER: &str = "undisturbed_it_moves_the_guest_once_and_the_source_says_that_it_knows";
+const PLAYER: &str = "undisturbed_it_moves_the_guest_once_and_both_sides_say_so";
 
 /// Migrations at the same time: each has several processes, which wait for each other most of the time; and for time
 /// limits, where a connection stalls.
 const AT_ONCE: usize = 8;
 const STALLED_AT_ONCE: usize = 24;
 
+/// How often a place is tried that does not come.
+const TRIES: u32 = 5;
+
 #[test]
-fn undisturbed_it_moves_the_guest_once_and_the_source_says_that_it_knows() {
+fn undisturbed_it_moves_the_guest_once_and_both_sides_say_so() {
     if let Ok(part) = std::env::var(part::PART) {
         part::play(&part);
     }
@@ -39,7 +44,6 @@ fn undisturbed_it_moves_the_guest_once_and_the_source_says_that_it_knows() {
         let scene = play(cast, None);
         scene.check(cast);
         assert_eq!((scene.source.outcome(), scene.target.outcome()), (Some("completed"), Some("completed")));
-        assert!(scene.seen.passed.iter().any(|(message, _)| message.kind == HEARD), "{scene:?}");
     }
 }
 
@@ -49,6 +53,7 @@ fn kind(way: Way, bytes: &[u8]) -> (Way, u16) {
 
 /// The numbers of the messages around the point of no return.
 struct Kinds {
+    last: (Way, u16),
     loaded: (Way, u16),
     commit: (Way, u16),
     running: (Way, u16),
@@ -67,7 +72,17 @@ impl Kinds {
             FrameEncoder::new().encode(&frame, &mut bytes).unwrap();
             kind(Way::ToSource, &bytes)
         };
+        let nothing = Final {
+            round: Round(0),
+            epoch: Epoch(0),
+            lanes: Vec::new(),
+            block_digests: Vec::new(),
+            full_digests: Vec::new(),
+            state_bytes: 0,
+            state_crc: 0,
+        };
         Kinds {
+            last: to_target(SourceFrame::Final(nothing)),
             loaded: to_source(TargetFrame::Loaded { round: Round(0) }),
             commit: to_target(SourceFrame::Commit),
             running: to_source(TargetFrame::Running),
@@ -118,8 +133,8 @@ fn sweep(cast: Cast, harms: &[Harm]) {
             scope.spawn(|| {
                 loop {
                     let Some((place, length, harm)) = queue.lock().unwrap().next() else { return };
-                    let scene = play(cast, Some((place, harm)));
-                    let words = judge(&kinds, cast, place, length, harm, &scene);
+                    let words = (0..TRIES).find_map(|_| judge(&kinds, cast, place, length, harm));
+                    let words = words.unwrap_or_else(|| panic!("{harm:?} at {place:?} never came"));
                     *ends.lock().unwrap().entry(words).or_default() += 1;
                 }
             });
@@ -129,21 +144,24 @@ fn sweep(cast: Cast, harms: &[Harm]) {
     println!("{cast:?}: {total} places: {ends:#?}");
 }
 
-/// Checks one; gives how it ended, in words.
-fn judge(kinds: &Kinds, cast: Cast, place: Place, length: usize, harm: Harm, scene: &Scene) -> String {
+/// Plays one and checks it; gives how it ended, in words. `None` if it ended, truthfully, before that place came: on a busy
+/// machine a time limit may be over first.
+fn judge(kinds: &Kinds, cast: Cast, place: Place, length: usize, harm: Harm) -> Option<String> {
+    let scene = play(cast, Some((place, harm)));
     let what = format!("{harm:?} at {place:?}");
     println!("{what}: {:?} and {:?}", scene.source, scene.target);
     scene.check(cast);
     if !scene.seen.harmed {
+        // One Ping more or less; and a target that was dismissed does not wait for the source's courtesy.
         let kind = (place.message.way, place.message.kind);
-        assert!(kinds.periodic.contains(&kind), "{what} never came");
-        assert_eq!(scene.source.outcome(), Some("completed"));
+        let may_lack = kinds.periodic.contains(&kind) || kind.1 == HEARD;
+        return may_lack.then(|| format!("{harm:?}: a message that was not there"));
     }
     if scene.source.outcome() == Some("uncertain") {
         assert!(kinds.after_commit(place, length), "{what}: in doubt too soon: {scene:?}");
     }
     let word = |outcome: Option<&str>| outcome.unwrap_or("killed").to_owned();
-    format!("{harm:?}: {} and {}", word(scene.source.outcome()), word(scene.target.outcome()))
+    Some(format!("{harm:?}: {} and {}", word(scene.source.outcome()), word(scene.target.outcome())))
 }
 
 #[test]

@@ -15,7 +15,7 @@ use serde_json::json;
 
 use crate::vmm::{self, TestIncoming};
 
-/// What a process is to be: `target LOG` or `source LOG ADDRESS`.
+/// What a process is to be: `target PATIENCE LOG` or `source PATIENCE LOG ADDRESS`; patience in milliseconds.
 pub const PART: &str = "PAGEFERRY_HAND_OVER_PART";
 
 /// What stands in the log, in one order for both processes: each byte is appended by itself. A side says that it is about
@@ -29,13 +29,14 @@ pub mod step {
 }
 
 /// Far longer than anything takes: a part that hangs ends by itself, with a code of its own.
-const HANGS: Duration = Duration::from_secs(20);
+const HANGS: Duration = Duration::from_secs(60);
 pub const HUNG: i32 = 99;
 
-/// Short, so that a connection that says nothing is given up soon; long enough for a busy machine.
-fn timeouts() -> Timeouts {
-    let ms = Duration::from_millis;
-    Timeouts { connect: ms(4000), hello: ms(1500), silence: ms(1200), hook: ms(1500), stall: ms(1200) }
+/// Short where a connection is to be given up that says nothing; else longer than any machine is too busy for.
+fn timeouts(patience: &str) -> Timeouts {
+    let patience = Duration::from_millis(patience.parse().unwrap());
+    let connect = Duration::from_secs(20);
+    Timeouts { connect, hello: patience, silence: patience, hook: patience, stall: patience }
 }
 
 /// Plays the part that this process was given, and ends it.
@@ -49,8 +50,8 @@ pub fn play(part: &str) -> ! {
     });
     let words: Vec<_> = part.split(' ').collect();
     exit(match words[..] {
-        ["target", log] => target(log),
-        ["source", log, address] => source(log, address),
+        ["target", patience, log] => target(timeouts(patience), log),
+        ["source", patience, log, address] => source(timeouts(patience), log, address),
         _ => panic!("no such part: {part}"),
     })
 }
@@ -158,13 +159,13 @@ impl Guest for Home {
     }
 }
 
-fn source(log: &str, address: &str) -> i32 {
+fn source(timeouts: Timeouts, log: &str, address: &str) -> i32 {
     let ram = vmm::ram(PageSize::SIZE_4K, &[64]);
     (0..32).for_each(|page| vmm::write_page(&ram, BlockId(0), page, 1));
     let mut dirty = DirtyBitmap::for_ram(&ram);
     let mut home = Home { ram: ram.clone(), dirty: dirty.clone(), vcpu: Vcpu::new(log, step::SOURCE_BEATS) };
     home.run();
-    let source = Source::builder(ram).channels(2).timeouts(timeouts()).connect(address).unwrap();
+    let source = Source::builder(ram).channels(2).timeouts(timeouts).connect(address).unwrap();
     let report = source.migrate(&mut dirty, &mut home);
     say(json!({
         "event": "report",
@@ -201,9 +202,9 @@ impl Incoming for Berth {
     }
 }
 
-fn target(log: &str) -> i32 {
+fn target(timeouts: Timeouts, log: &str) -> i32 {
     let mut berth = Berth { vmm: TestIncoming::new(), vcpu: Vcpu::new(log, step::TARGET_BEATS) };
-    let target = Target::builder().timeouts(timeouts()).listen("127.0.0.1:0").unwrap();
+    let target = Target::builder().timeouts(timeouts).listen("127.0.0.1:0").unwrap();
     // Whoever started this process closes its standard input when it has seen enough.
     let (enough, handles) = std::sync::mpsc::channel::<pageferry::CancelHandle>();
     let told = thread::spawn(move || {

@@ -10,8 +10,9 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use pageferry::units::SessionId;
 use pageferry::wire::control::{FRAME_HEADER_BYTES, HEARD_THE_END};
-use pageferry::wire::hello::HELLO_BYTES;
+use pageferry::wire::hello::{HELLO_BYTES, Hello};
 
 /// A direction of the control connection.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -69,6 +70,8 @@ pub struct Seen {
     pub passed: Vec<(Message, usize)>,
     /// Whether the place came.
     pub harmed: bool,
+    /// What the source's Hello says.
+    pub session: Option<SessionId>,
 }
 
 /// Kills whom the harm names; returns when it is gone.
@@ -112,6 +115,11 @@ impl Proxy {
     /// Lets a stalled connection go on: what was held back arrives now.
     pub fn release(&self) {
         self.shared.released.store(true, Ordering::Relaxed);
+    }
+
+    /// The session, once the source has said Hello.
+    pub fn session(&self) -> SessionId {
+        self.seen().session.unwrap()
     }
 
     pub fn seen(&self) -> Seen {
@@ -275,6 +283,10 @@ impl Control<'_> {
         let mut seen = self.shared.seen.lock().unwrap();
         let turn = seen.passed.iter().filter(|(m, _)| (m.way, m.kind) == (way, kind)).count() as u32;
         let message = Message { way, kind, turn };
+        if (way, kind) == (Way::ToTarget, HELLO) {
+            let hello = self.streams[way as usize].waiting.first_chunk();
+            seen.session = hello.and_then(|hello| Hello::decode(hello).ok()).map(|hello| hello.session);
+        }
         seen.passed.push((message, length));
         message
     }

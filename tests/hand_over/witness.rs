@@ -27,12 +27,12 @@ fn timeouts() -> Timeouts {
     Timeouts { connect: seconds(5), hello: seconds(5), silence: seconds(5), hook: seconds(5), stall: seconds(5) }
 }
 
-fn ask(address: &str, session: SessionId) -> Result<Settled, Failure> {
+pub fn ask(address: &str, session: SessionId) -> Result<Settled, Failure> {
     settle(Endpoint::Addresses(vec![address.parse().unwrap()]), session, &timeouts())
 }
 
 /// The first message of this kind, before its first byte.
-fn before((way, kind): (Way, u16)) -> Place {
+pub fn before((way, kind): (Way, u16)) -> Place {
     Place { message: Message { way, kind, turn: 0 }, offset: 0 }
 }
 
