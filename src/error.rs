@@ -165,6 +165,11 @@ pub enum Failure {
     RunFailed(String),
     /// The target gave the guest up before it was told to run it.
     Discarded(String),
+    /// The target was asked whether the guest runs there before it was told to run it, and has given it up for good.
+    Fenced,
+    /// Whoever listens there knows nothing of the session that was asked about: it is another process than the target,
+    /// or has begun anew.
+    UnknownSession,
 }
 
 impl fmt::Display for Failure {
@@ -227,6 +232,10 @@ impl fmt::Display for Failure {
             }
             Failure::RunFailed(reason) => write!(f, "the target could not start the guest, which did not run there: {reason}"),
             Failure::Discarded(reason) => write!(f, "the target discarded the guest: {reason}"),
+            Failure::Fenced => f.write_str("asked whether the guest runs here, the target gave it up for good"),
+            Failure::UnknownSession => {
+                f.write_str("who listens there knows nothing of this session: it is not the target, or not any more")
+            }
         }
     }
 }

@@ -177,7 +177,14 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
     /// the other, as closing with unread bytes would reset the connection and could take our last frames with it. Gives
     /// up after `limit`. Returns the bytes sent and received in all.
     pub fn farewell(mut self, set: &mut PollSet, limit: Duration) -> u64 {
+        self.part(set, limit);
+        self.wire_bytes
+    }
+
+    /// As [`Control::farewell`], for a side that stays to listen. Gives the last frame that the peer said meanwhile.
+    pub fn part(&mut self, set: &mut PollSet, limit: Duration) -> Option<In> {
         let until = Instant::now() + limit;
+        let mut last = None;
         let mut closed = false;
         // The time is looked at after each read, too: a peer that never stops talking must not keep us.
         while self.flush().is_ok() && Instant::now() < until {
@@ -189,6 +196,11 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
                 Ok(0) => break,
                 Ok(n) => {
                     self.wire_bytes += n as u64;
+                    // What makes no sense is no last word, and nobody is left to complain to.
+                    let mut input = &self.inbox[..n];
+                    while let Ok(Some(frame)) = self.decoder.pull(&mut input) {
+                        last = Some(frame);
+                    }
                     continue;
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
@@ -199,7 +211,7 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
             set.watch(self.socket.as_fd(), true, !closed);
             set.wait();
         }
-        self.wire_bytes
+        last
     }
 }
 

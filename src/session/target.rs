@@ -186,10 +186,9 @@ impl TargetSession {
                 if self.has_prepared() {
                     out.push(TargetAction::Discard);
                 }
-                let why = "asked whether the guest runs here, it gave it up".to_owned();
                 self.phase = Phase::Ended;
                 out.push(TargetAction::AnswerVisitor(TargetFrame::QueryAnswer { running: false }));
-                out.push(TargetAction::End(Outcome::Failed(Failure::CancelledBySource(why))));
+                out.push(TargetAction::End(Outcome::Failed(Failure::Fenced)));
             }
             (_, TargetEvent::ControlLost(_)) if self.resumes && self.may_be_resumed() => {
                 self.phase = Phase::Dormant;

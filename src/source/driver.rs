@@ -28,7 +28,7 @@ use crate::source::pace::Pace;
 use crate::source::watch::Motion;
 use crate::source::{DowntimeParts, Guest, Settings, Source, SourceReport, ZeroCopyReport};
 use crate::units::{BlockId, ChannelId, SessionId, Verify};
-use crate::wire::control::{LanePong, SourceFrame, TargetFrame};
+use crate::wire::control::{HEARD_THE_END, LanePong, SourceFrame, TargetFrame};
 use crate::wire::crc::Crc32c;
 
 pub(super) struct Driver<'a> {
@@ -368,7 +368,11 @@ impl Driver<'_> {
             Outcome::Completed => downtime.saturating_sub(pause + ship + load),
             _ => Duration::ZERO,
         };
-        if let Some(control) = self.control.take() {
+        if let Some(mut control) = self.control.take() {
+            if matches!(outcome, Outcome::Completed | Outcome::Failed(Failure::RunFailed(_))) {
+                // A courtesy: the target need not wait for a Query. What cannot be sent, it does without.
+                let _ = control.send(&SourceFrame::Ping { nonce: HEARD_THE_END });
+            }
             self.sum.control_bytes = control.farewell(self.bell.sleeper().set(), LAST_WORDS);
         }
         if self.armed {

@@ -128,7 +128,8 @@ pub struct SourceReport {
     pub zero_copy: ZeroCopyReport,
     /// The CPU each worker was pinned to.
     pub cpus: Vec<Option<usize>>,
-    /// The session: by it a target is asked who owns the guest, where that is uncertain.
+    /// The session: by it a target is asked who owns the guest, where that is uncertain
+    /// ([`settle`](crate::settle::settle)).
     pub session: SessionId,
     /// Connections of data channels that were lost on the way.
     pub channels_lost: u32,

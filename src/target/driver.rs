@@ -19,6 +19,7 @@ use crate::session::target::{TargetAction, TargetEvent, TargetSession};
 use crate::sys::random::random_16;
 use crate::sys::socket::Socket;
 use crate::target::lanes::{LaneGear, Lanes};
+use crate::target::witness::{Testimony, Witness, may_be_in_doubt};
 use crate::target::{Incoming, Settings, Target, TargetReport};
 use crate::target::door::Visitor;
 use crate::units::{ChannelId, Generation, InstanceId, SessionId, Verify};
@@ -66,7 +67,7 @@ pub(super) struct Driver<'a> {
     pub remarks: Vec<String>,
 }
 
-pub(super) fn receive(target: Target, incoming: &mut dyn Incoming) -> TargetReport {
+pub(super) fn receive(target: Target, incoming: &mut dyn Incoming) -> (TargetReport, Witness) {
     let Target { settings, crew, listener, bell, gate, progress } = target;
     let session = TargetSession::new(settings.state_bytes_max, !settings.resume_window.is_zero());
     let mut driver = Driver {
@@ -320,7 +321,7 @@ impl Driver<'_> {
             TargetAction::LoadState => {
                 let loaded = self.incoming.load_state(&mut Pieces { pieces: &self.state, at: 0 });
                 self.excuse_silence();
-                self.loaded_at = Some(Instant::now());
+                self.loaded_at = loaded.is_ok().then(Instant::now);
                 self.event(TargetEvent::StateLoaded(loaded.map_err(|e| e.to_string())))
             }
             TargetAction::Run => {
@@ -430,7 +431,7 @@ impl Driver<'_> {
         }
     }
 
-    fn finish(mut self) -> TargetReport {
+    fn finish(mut self) -> (TargetReport, Witness) {
         self.end_lanes();
         let outcome = self.outcome.take().unwrap_or_else(|| {
             Outcome::Failed(Failure::Worker("internal error: the migration ended without an outcome".to_owned()))
@@ -440,12 +441,25 @@ impl Driver<'_> {
             (Outcome::Completed, Some(at)) => at.elapsed(),
             _ => Duration::ZERO,
         };
-        let control = self.control.take();
-        let control_bytes = control.map_or(0, |c| c.farewell(self.bell.sleeper().set(), LAST_WORDS));
+        let mut control = self.control.take();
+        let last_word = control.as_mut().and_then(|c| c.part(self.bell.sleeper().set(), LAST_WORDS));
+        let control_bytes = control.as_ref().map_or(0, Control::wire_bytes);
         self.progress.stage(Stage::Ended);
         let counts = self.progress.channels();
         let ram_bytes = self.ram.as_ref().map_or(0, Ram::bytes);
-        TargetReport {
+        let turned_away = self.turned_away + self.lobby.turned_away();
+        let witness = Witness::new(Testimony {
+            listener: self.listener,
+            bell: self.bell,
+            lobby: self.lobby,
+            session: self.begun.map(|_| self.id),
+            visitor: self.visitor.map(|visitor| visitor.control),
+            runs: outcome == Outcome::Completed,
+            in_doubt: self.loaded_at.is_some() && may_be_in_doubt(&outcome, last_word.as_ref()),
+            source: control,
+            hello: self.settings.timeouts.hello,
+        });
+        let report = TargetReport {
             verified: outcome == Outcome::Completed && self.verify != Verify::Off,
             verify: self.verify,
             ram_bytes,
@@ -461,14 +475,15 @@ impl Driver<'_> {
             prefaulted_bytes: counts.prefaulted_bytes,
             recv_syscalls: counts.syscalls,
             cpus: self.lanes.as_ref().map_or_else(Vec::new, |lanes| lanes.cpus().collect()),
-            turned_away: self.turned_away + self.lobby.turned_away(),
+            turned_away,
             session: self.id,
             channels_lost: self.channels_lost,
             resumes: self.resumes,
             repairs: self.session.mismatches(),
             outcome,
             remarks: self.remarks,
-        }
+        };
+        (report, witness)
     }
 }
 

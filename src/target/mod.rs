@@ -5,6 +5,7 @@ mod check;
 mod door;
 mod driver;
 mod lanes;
+mod witness;
 
 use std::fmt;
 use std::io::Read;
@@ -24,6 +25,8 @@ use crate::poll::PollSleeper;
 use crate::progress::Progress;
 use crate::units::{SessionId, Verify};
 use crate::wire::control::Setup;
+
+pub use witness::Witness;
 
 /// The VMM that takes the guest in. All hooks run on the thread that called [`Target::receive`].
 pub trait Incoming {
@@ -257,6 +260,12 @@ impl Target {
     ///
     /// Every thread that it started has been joined when it returns.
     pub fn receive(self, incoming: &mut dyn Incoming) -> TargetReport {
+        driver::receive(self, incoming).0
+    }
+
+    /// As [`Target::receive`], and leaves somebody behind who can say how it ended: a source that has sent Commit and
+    /// heard no answer stays paused until it is told. Without a witness nobody listens any more once this has returned.
+    pub fn receive_and_witness(self, incoming: &mut dyn Incoming) -> (TargetReport, Witness) {
         driver::receive(self, incoming)
     }
 }

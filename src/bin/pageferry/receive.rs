@@ -8,6 +8,7 @@ use std::time::Duration;
 use pageferry::memory::Initial;
 use pageferry::net::Address;
 use pageferry::sys::thread::process_cpu_time;
+use pageferry::target::Witness;
 use pageferry::wire::control::Setup;
 use pageferry::{Failure, HookError, Incoming, Ram, Target};
 use serde::Serialize;
@@ -48,6 +49,10 @@ pub struct Args {
     /// but where both sides share a host with few CPUs, both ends of a channel share one]
     #[arg(long, value_name = "LIST")]
     cpus: Option<Cpus>,
+    /// Seconds to stay after the report where the sender may not know how it ended, and to answer `pageferry settle`;
+    /// 0 for not at all
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    answer_queries: u32,
     /// Print one JSON object a line on standard output: where it listens, progress, then a report
     #[arg(long)]
     json: bool,
@@ -70,12 +75,20 @@ impl Listening {
 
 pub fn run(args: &Args) -> ExitCode {
     let out = Output::new(args.json);
-    let report = take_in(args, out).unwrap_or_else(|error| Report::early(COMMAND, End::Failed, Some(error)));
-    out.end(&report)
+    let interrupt = Interrupt::listen();
+    match take_in(args, out, &interrupt) {
+        Ok((report, mut witness)) => {
+            // The report first: nobody who waits for it waits for what may still be asked.
+            let code = out.end(&report);
+            interrupt.attach(witness.cancel_handle());
+            witness.answer(Duration::from_secs(args.answer_queries.into()));
+            code
+        }
+        Err(error) => out.end(&Report::early(COMMAND, End::Failed, Some(error))),
+    }
 }
 
-fn take_in(args: &Args, out: Output) -> Result<Report, String> {
-    let interrupt = Interrupt::listen();
+fn take_in(args: &Args, out: Output, interrupt: &Interrupt) -> Result<(Report, Witness), String> {
     let arriving = Arriving::new(&args.ram, args.force)?;
     let cpus = args.cpus.clone().unwrap_or_default().0;
     let target = Target::builder().cpus(cpus).resume_window(args.resume_window);
@@ -90,9 +103,14 @@ fn take_in(args: &Args, out: Output) -> Result<Report, String> {
     out.say(format_args!("listening; send with: pageferry send --to {at} --ram FILE"));
     let watch = Watch::start(target.progress(), Side::Target, out);
     let mut image = Image { arriving, bytes: 0 };
-    let report = target.receive(&mut image);
+    let (report, witness) = target.receive_and_witness(&mut image);
     drop(watch);
     let mut report = Report::of_target(COMMAND, report, process_cpu_time().unwrap_or_default());
+    report.session = witness.session().map(|session| session.to_string());
+    if witness.is_needed() && args.answer_queries > 0 {
+        let seconds = args.answer_queries;
+        report.remarks.push(format!("the sender may not know how it ended: it may ask for {seconds} s"));
+    }
     report.note_cpus(args.cpus.as_ref());
     if let Some(error) = &mut report.error {
         // What recvmsg(2) says of a page that the file's disk has no room for.
@@ -103,7 +121,7 @@ fn take_in(args: &Args, out: Output) -> Result<Report, String> {
     if report.outcome == End::Completed {
         report.file = Some(format!("{}, {}", args.ram.display(), human(image.bytes)));
     }
-    Ok(report)
+    Ok((report, witness))
 }
 
 /// What to do about an address that cannot be had.

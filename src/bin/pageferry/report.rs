@@ -56,6 +56,12 @@ pub struct Report {
     /// Why, where it did not complete.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+    /// What tells the migration from every other, where it came to that.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub session: Option<String>,
+    /// The command that asks the target how an uncertain migration ended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub settle: Option<String>,
     pub verify: &'static str,
     pub verified: bool,
     pub ram_bytes: u64,
@@ -171,6 +177,8 @@ impl Report {
             command,
             outcome,
             error,
+            session: None,
+            settle: None,
             verify: verify_word(Verify::Off),
             verified: false,
             ram_bytes: 0,
@@ -209,6 +217,7 @@ impl Report {
             mended: Some(Mended::from(&report)),
             by_reference: Some(ByReference::from(&report.zero_copy)),
             convergence,
+            session: Some(report.session.to_string()),
             verify: verify_word(report.verify),
             verified: report.verified,
             ram_bytes: report.ram_bytes,
@@ -297,6 +306,9 @@ impl fmt::Display for Report {
         }
         if let Some(file) = &self.file {
             writeln!(f, "  file        {file}")?;
+        }
+        if let Some(settle) = &self.settle {
+            writeln!(f, "uncertain; this asks the other side, which answers for a while: {settle}")?;
         }
         writeln!(
             f,

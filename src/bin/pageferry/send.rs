@@ -121,7 +121,10 @@ fn ship(args: &Args, out: Output) -> Result<Report, String> {
     let watch = Watch::start(source.progress(), Side::Source, out);
     let report = source.migrate(&mut Still::new(), &mut image);
     drop(watch);
+    let to = args.to.iter().map(Address::to_string).collect::<Vec<_>>().join(" --to ");
+    let settle = format!("pageferry settle --to {to} --session {}", report.session);
     let mut report = Report::of_source(COMMAND, report, process_cpu_time().unwrap_or_default());
+    report.settle = (report.outcome == End::Uncertain).then_some(settle);
     report.note_cpus(args.cpus.as_ref());
     // What was queued when the receiver could still throw the copy away was read after that.
     if let (End::Completed, Err(error)) = (report.outcome, image.check_still()) {
