@@ -8,10 +8,14 @@
 
 #[path = "chaos/expect.rs"]
 mod expect;
+#[path = "chaos/growth.rs"]
+mod growth;
 #[path = "chaos/guest.rs"]
 mod guest;
 #[path = "chaos/kill.rs"]
 mod kill;
+#[path = "lifecycle/leaks.rs"]
+mod leaks;
 #[path = "chaos/pipe.rs"]
 mod pipe;
 #[path = "chaos/plan.rs"]
@@ -22,6 +26,7 @@ mod proxy;
 mod run;
 #[path = "chaos/stream.rs"]
 mod stream;
+mod support;
 #[path = "support/vmm.rs"]
 mod vmm;
 #[path = "chaos/watch.rs"]

@@ -86,7 +86,7 @@ impl ChaosGuest {
                 5 => vmm::zero_page(&ram, RAM, page),
                 11 => {}
                 // Full pages cost an unoptimised build more than all the rest.
-                0 | 1 | 2 => vmm::write_page(&ram, RAM, page, seed),
+                0..=2 => vmm::write_page(&ram, RAM, page, seed),
                 _ => vmm::poke_page(&ram, RAM, page, mix(seed ^ page)),
             }
         }

@@ -140,6 +140,8 @@ pub struct Plan {
     pub rounds_max: u32,
     /// Tries after the first, of a hand-over that takes too long.
     pub retries: u32,
+    /// How long nothing may move; the other time limits are in proportion.
+    pub stall_ms: u64,
     pub faults: Vec<Fault>,
     /// Connections that are reset as soon as they are made, by their number.
     pub drops: Vec<u32>,
@@ -175,6 +177,8 @@ impl Dice {
 }
 
 const MIB: u64 = 1 << 20;
+/// Long enough for a machine that is busy with several runs.
+const STALL_MS: u64 = 2000;
 
 impl Plan {
     /// The run of this seed: seeds that follow each other take turns through all classes.
@@ -208,6 +212,28 @@ impl Plan {
             downtime_ms_limit: dice.pick(&[5, 30, 300, 2000]),
             rounds_max: dice.pick(&[2, 4, 8]),
             retries: dice.pick(&[0, 0, 2]),
+            stall_ms: STALL_MS,
+            faults: Vec::new(),
+            drops: Vec::new(),
+        };
+        plan.draw(class, &mut dice);
+        plan
+    }
+
+    /// A run of this class that takes as little as it can.
+    pub fn small(class: Class, seed: u64, stall_ms: u64) -> Plan {
+        let mut dice = Dice::new(seed ^ (class as u64) << 32);
+        let guest = GuestPlan { ram_mib: 1, writers: 1, pages_per_ms: 1, hot_pages: 64, state_bytes: 1000 };
+        let mut plan = Plan {
+            seed,
+            class,
+            guest,
+            channels: 2,
+            verify: Verify::Wire,
+            downtime_ms_limit: 300,
+            rounds_max: 3,
+            retries: 0,
+            stall_ms,
             faults: Vec::new(),
             drops: Vec::new(),
         };
@@ -229,6 +255,7 @@ impl Plan {
             downtime_ms_limit: 2000,
             rounds_max: dice.pick(&[1, 2, 4]),
             retries: 0,
+            stall_ms: STALL_MS,
             faults: Vec::new(),
             drops: Vec::new(),
         };

@@ -83,6 +83,13 @@ impl Shared {
         PHASES[usize::from(self.phase.load(Ordering::Relaxed))]
     }
 
+    /// Resets every connection that there is, and so many that are made next.
+    pub fn reset_all(&self, refuse: u32) {
+        self.refuse.fetch_add(refuse, Ordering::Relaxed);
+        self.resets.fetch_add(1, Ordering::Relaxed);
+        self.ring();
+    }
+
     fn ring(&self) {
         self.bells.lock().unwrap().iter().for_each(|bell| bell.signal());
     }
@@ -310,9 +317,7 @@ impl Connection<'_> {
     /// What goes beyond one direction.
     fn carry_out(&mut self, fault: Fault) {
         if let Act::ResetAll { refuse } = fault.act {
-            self.shared.refuse.fetch_add(refuse, Ordering::Relaxed);
-            self.shared.resets.fetch_add(1, Ordering::Relaxed);
-            return self.shared.ring();
+            return self.shared.reset_all(refuse);
         }
         // Closed, not reset: whoever has bytes under way to it may still send them.
         for (end, pipe) in [&self.far, &self.near].into_iter().zip(&mut self.pipes) {

@@ -20,9 +20,9 @@ use crate::vmm;
 /// The longest that a run may take, its second attempt included, on a machine that is busy: whatever takes longer hangs.
 const RUN_TIME: Duration = Duration::from_secs(60);
 
-fn timeouts() -> Timeouts {
-    let ms = Duration::from_millis;
-    Timeouts { connect: ms(3000), hello: ms(3000), silence: ms(2500), hook: ms(2500), stall: ms(2000) }
+fn timeouts(plan: &Plan) -> Timeouts {
+    let stall = Duration::from_millis(plan.stall_ms);
+    Timeouts { connect: stall * 3 / 2, hello: stall * 3 / 2, silence: stall * 5 / 4, hook: stall * 5 / 4, stall }
 }
 
 /// What a run came to.
@@ -42,14 +42,19 @@ impl Record {
 }
 
 /// What whoever waits for a run can look at.
-#[derive(Clone, Default)]
-pub struct Window(Arc<Mutex<Option<(Progress, Progress, Arc<Shared>)>>>);
+pub struct Views {
+    source: Progress,
+    target: Progress,
+    proxy: Arc<Shared>,
+}
+
+pub type Window = Mutex<Option<Views>>;
 
 fn source_of(guest: &ChaosGuest, plan: &Plan) -> SourceBuilder {
     Source::builder(guest.ram.clone())
         .channels(plan.channels)
         .verify(plan.verify)
-        .timeouts(timeouts())
+        .timeouts(timeouts(plan))
         .downtime_limit(Duration::from_millis(plan.downtime_ms_limit))
         .rounds_max(plan.rounds_max)
         .at_limit(AtLimit::SwitchOver)
@@ -73,10 +78,11 @@ fn receive(target: Target, mut incoming: ChaosIncoming) -> thread::JoinHandle<(T
 pub fn run(plan: &Plan, window: &Window) -> Result<Record, String> {
     let begun = Instant::now();
     let mut guest = ChaosGuest::new(plan.guest, plan.seed);
-    let target = Target::builder().timeouts(timeouts()).listen("127.0.0.1:0").map_err(|e| e.to_string())?;
+    let target = Target::builder().timeouts(timeouts(plan)).listen("127.0.0.1:0").map_err(|e| e.to_string())?;
     let proxy = Proxy::before(&target.address().unwrap().to_string(), plan);
     let source = source_of(&guest, plan).connect(proxy.address()).map_err(|e| e.to_string())?;
-    *window.0.lock().unwrap() = Some((source.progress(), target.progress(), proxy.shared.clone()));
+    let views = Views { source: source.progress(), target: target.progress(), proxy: proxy.shared.clone() };
+    *window.lock().unwrap() = Some(views);
     let cancel = target.cancel_handle();
     let mut incoming = ChaosIncoming::new(&guest.owner);
     (guest.watcher, incoming.watcher) = (Some(proxy.shared.clone()), Some(proxy.shared.clone()));
@@ -99,7 +105,7 @@ pub fn run(plan: &Plan, window: &Window) -> Result<Record, String> {
 
 fn second_attempt(plan: &Plan, guest: &mut ChaosGuest) -> Result<(), String> {
     (guest.paused, guest.resumed) = (0, 0);
-    let target = Target::builder().timeouts(timeouts()).listen("127.0.0.1:0").map_err(|e| e.to_string())?;
+    let target = Target::builder().timeouts(timeouts(plan)).listen("127.0.0.1:0").map_err(|e| e.to_string())?;
     let to = target.address().unwrap().to_string();
     let source = source_of(guest, plan).connect(&to).map_err(|e| e.to_string())?;
     let receiving = receive(target, ChaosIncoming::new(&guest.owner));
@@ -176,27 +182,25 @@ fn same_bytes(guest: &ChaosGuest, incoming: &ChaosIncoming) -> Result<(), String
 
 /// Carries out a plan under a watch: a run that does not end in time is a failure, and where it stands is printed.
 pub fn watched(plan: &Plan) -> Result<Record, String> {
-    let window = Window::default();
-    let (tell, told) = channel();
+    let window = Arc::new(Window::default());
+    // Nothing is said through it: its end is that of the run.
+    let (alive, ended) = channel::<()>();
     let (job, view) = (plan.clone(), window.clone());
-    // A run that hangs keeps its thread: the process ends with the failure.
     let runner = thread::Builder::new().name(format!("run-{}", plan.seed));
-    let runner = runner.spawn(move || tell.send(run(&job, &view))).unwrap();
-    match told.recv_timeout(RUN_TIME) {
-        Ok(verdict) => {
-            runner.join().unwrap().unwrap();
-            verdict
+    let runner = runner.spawn(move || {
+        let _alive = alive;
+        run(&job, &view)
+    });
+    // One that hangs keeps its thread: the process ends with the failure.
+    if ended.recv_timeout(RUN_TIME) == Err(RecvTimeoutError::Timeout) {
+        crate::watch::print_where_all_stand();
+        if let Some(Views { source, target, proxy }) = &*window.lock().unwrap() {
+            eprintln!("source: {:?}\ntarget: {:?}", source.now(), target.now());
+            proxy.seen().iter().for_each(|line| eprintln!("{line}"));
         }
-        Err(RecvTimeoutError::Disconnected) => Err(format!("it panicked: {:?}", runner.join().err().map(words))),
-        Err(RecvTimeoutError::Timeout) => {
-            crate::watch::print_where_all_stand();
-            if let Some((source, target, shared)) = &*window.0.lock().unwrap() {
-                eprintln!("source: {:?}\ntarget: {:?}", source.now(), target.now());
-                shared.seen().iter().for_each(|line| eprintln!("{line}"));
-            }
-            Err(format!("it HANGS: not over after {} s", RUN_TIME.as_secs()))
-        }
+        return Err(format!("it HANGS: not over after {} s", RUN_TIME.as_secs()));
     }
+    runner.unwrap().join().unwrap_or_else(|panic| Err(format!("it panicked: {}", words(panic))))
 }
 
 fn words(panic: Box<dyn std::any::Any + Send>) -> String {
