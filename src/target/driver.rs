@@ -21,17 +21,18 @@ use crate::sys::random::random_16;
 use crate::sys::socket::Socket;
 use crate::target::lanes::{LaneGear, Lanes};
 use crate::target::{Incoming, Settings, Target, TargetReport};
-use crate::units::{BlockId, Generation, InstanceId, SessionId, Verify};
+use crate::target::visitor::Visitor;
+use crate::units::{BlockId, ChannelId, Generation, InstanceId, SessionId, Verify};
 use crate::wire::control::{Final, STATE_CHUNK_BYTES_MAX, Setup, SourceFrame, TargetFrame};
 use crate::wire::crc::Crc32c;
 use crate::wire::hello::{Hello, HelloRole, Side};
 
 /// The session has ended: whoever sees it goes back to [`receive`], and does nothing else.
-struct Over;
+pub(super) struct Over;
 
-struct Driver<'a> {
+pub(super) struct Driver<'a> {
     incoming: &'a mut dyn Incoming,
-    settings: Settings,
+    pub settings: Settings,
     options: CrewOptions,
     listener: Listener,
     bell: Bell<PollSleeper>,
@@ -40,18 +41,28 @@ struct Driver<'a> {
     session: TargetSession,
     lobby: Lobby,
     accept_again: Option<Instant>,
-    turned_away: u64,
+    pub turned_away: u64,
     control: Option<Control<TargetFrame, SourceFrame>>,
-    id: SessionId,
+    /// The generation of that connection.
+    pub control_generation: Generation,
+    /// A second control connection, of which the first frame says what it wants.
+    pub visitor: Option<Visitor>,
+    dormant_since: Option<Instant>,
+    /// How the control connection was lost last.
+    lost: String,
+    channels_lost: u32,
+    resumes: u32,
+    pub id: SessionId,
     verify: Verify,
     channels: u8,
     ram: Option<Ram>,
-    sockets: Vec<Option<Socket>>,
+    /// Data connections whose lanes have not begun, and their generations.
+    sockets: Vec<Option<(Socket, Generation)>>,
     lanes: Option<Lanes>,
     digests: Option<Arc<DigestTable>>,
     state: Vec<Vec<u8>>,
     outcome: Option<Outcome>,
-    begun: Option<Instant>,
+    pub begun: Option<Instant>,
     final_at: Option<Instant>,
     loaded_at: Option<Instant>,
     rounds: u32,
@@ -60,7 +71,7 @@ struct Driver<'a> {
 
 pub(super) fn receive(target: Target, incoming: &mut dyn Incoming) -> TargetReport {
     let Target { settings, crew, listener, bell, gate, progress } = target;
-    let session = TargetSession::new(settings.state_bytes_max);
+    let session = TargetSession::new(settings.state_bytes_max, !settings.resume_window.is_zero());
     let mut driver = Driver {
         incoming,
         settings,
@@ -74,6 +85,12 @@ pub(super) fn receive(target: Target, incoming: &mut dyn Incoming) -> TargetRepo
         accept_again: None,
         turned_away: 0,
         control: None,
+        control_generation: FIRST_GENERATION,
+        visitor: None,
+        dormant_since: None,
+        lost: String::new(),
+        channels_lost: 0,
+        resumes: 0,
         id: SessionId([0; 16]),
         verify: Verify::Off,
         channels: 0,
@@ -103,6 +120,7 @@ impl Driver<'_> {
         self.accept()?;
         self.greet()?;
         self.receive_frames()?;
+        self.hear_visitor()?;
         self.look_at_lanes()?;
         self.check_time()?;
         self.sleep();
@@ -124,6 +142,10 @@ impl Driver<'_> {
         if let Some(control) = &self.control {
             set.watch(control.fd(), true, control.unsent_bytes() > 0);
         }
+        if let Some(visitor) = &self.visitor {
+            set.watch(visitor.control.fd(), true, visitor.control.unsent_bytes() > 0);
+            set.until(visitor.until);
+        }
         if let Some((_, deadline)) = deadline {
             set.until(deadline);
         }
@@ -132,6 +154,9 @@ impl Driver<'_> {
 
     /// Since when the target waits for the source, and until when. Setup is due at once, whatever else is said.
     fn deadline(&self) -> Option<(Instant, Instant)> {
+        if let Some(since) = self.dormant_since {
+            return Some((since, since + self.settings.resume_window));
+        }
         let timeouts = &self.settings.timeouts;
         let heard = self.control.as_ref()?.heard();
         let (since, limit) = match (self.begun, self.loaded_at) {
@@ -148,7 +173,12 @@ impl Driver<'_> {
         match self.deadline() {
             Some((since, deadline)) if Instant::now() >= deadline => {
                 let ms = since.elapsed().as_millis() as u64;
-                self.event(TargetEvent::Failed(Failure::Silent { waiting_for: self.session.waits_for(), ms }))
+                if self.session.is_dormant() {
+                    let lost = self.lost.clone();
+                    return self.event(TargetEvent::Failed(Failure::NotResumed { ms, lost }));
+                }
+                let why = Failure::Silent { waiting_for: self.session.waits_for(), ms };
+                self.control_lost(why)
             }
             _ => Ok(()),
         }
@@ -206,8 +236,11 @@ impl Driver<'_> {
     /// disturbs nobody.
     fn greet_one(&mut self, socket: Socket, hello: &Hello) -> Result<(), Over> {
         match hello.role {
-            HelloRole::Control if self.control.is_none() && hello.side == Side::Source => {
-                let mut control = match Control::new(socket) {
+            HelloRole::Control if hello.side == Side::Source && hello.generation > FIRST_GENERATION => {
+                self.let_in(socket, hello)
+            }
+            HelloRole::Control if self.begun.is_none() && hello.side == Side::Source => {
+                let control = match self.welcome(socket, hello) {
                     Ok(control) => control,
                     Err(e) => {
                         let why = Failure::Control { doing: "setting it up", reason: e.into() };
@@ -216,25 +249,17 @@ impl Driver<'_> {
                 };
                 self.begun = Some(Instant::now());
                 self.id = hello.session;
-                let own = Hello {
-                    role: HelloRole::Control,
-                    side: Side::Target,
-                    generation: FIRST_GENERATION,
-                    session: self.id,
-                    features: 0,
-                };
-                control.send_raw(&own.encode());
                 self.control = Some(control);
                 Ok(())
             }
             HelloRole::Data(channel)
-                if self.control.is_some()
+                if self.begun.is_some()
                     && hello.side == Side::Source
                     && hello.session == self.id
                     && self.session.expects(channel, hello.generation) =>
             {
-                self.sockets[usize::from(channel.0)] = Some(socket);
-                let generation: Generation = hello.generation;
+                let generation = hello.generation;
+                self.sockets[usize::from(channel.0)] = Some((socket, generation));
                 self.event(TargetEvent::ChannelConnected { channel, generation })
             }
             HelloRole::Control | HelloRole::Data(_) => {
@@ -257,14 +282,18 @@ impl Driver<'_> {
             self.event(TargetEvent::Frame(frame))?;
         }
         if let Err(e) = received {
-            return self.event(TargetEvent::Failed(e.into_failure("waiting for the source")));
+            return self.control_lost(e.into_failure("waiting for the source"));
         }
         match flushed {
             Ok(()) => Ok(()),
-            Err(e) => {
-                self.event(TargetEvent::Failed(Failure::Control { doing: "sending on it", reason: e.into() }))
-            }
+            Err(e) => self.control_lost(Failure::Control { doing: "sending on it", reason: e.into() }),
         }
+    }
+
+    /// The control connection is of no use any more.
+    fn control_lost(&mut self, why: Failure) -> Result<(), Over> {
+        self.lost = why.to_string();
+        self.event(TargetEvent::ControlLost(why))
     }
 
     fn look_at_lanes(&mut self) -> Result<(), Over> {
@@ -282,7 +311,7 @@ impl Driver<'_> {
     }
 
     /// Tells the session what happened, and does what it says. `Err` when it has ended.
-    fn event(&mut self, event: TargetEvent) -> Result<(), Over> {
+    pub fn event(&mut self, event: TargetEvent) -> Result<(), Over> {
         for action in self.session.on(event) {
             self.act(action)?;
         }
@@ -312,6 +341,43 @@ impl Driver<'_> {
                 Ok(()) => Ok(()),
                 Err(why) => self.event(TargetEvent::Failed(why)),
             },
+            TargetAction::StartLane { channel } => match self.start_lane(channel) {
+                Ok(()) => Ok(()),
+                // It is in the set all the same, until the source says that it is lost.
+                Err(why) => self.event(TargetEvent::LaneFailed { channel, reason: why.to_string() }),
+            },
+            TargetAction::RetireLane { channel } => {
+                self.channels_lost += 1;
+                self.sockets[usize::from(channel.0)] = None;
+                if let Some(lanes) = &mut self.lanes {
+                    lanes.retire(channel);
+                }
+                Ok(())
+            }
+            TargetAction::DropControl => {
+                self.control = None;
+                self.dormant_since = self.session.is_dormant().then(Instant::now);
+                Ok(())
+            }
+            TargetAction::TakeVisitor => {
+                if let Some(visitor) = self.visitor.take() {
+                    self.control = Some(visitor.control);
+                    self.control_generation = visitor.generation;
+                }
+                self.dormant_since = None;
+                self.resumes += 1;
+                self.sockets.iter_mut().for_each(|socket| *socket = None);
+                self.excuse_silence();
+                Ok(())
+            }
+            TargetAction::AnswerVisitor(frame) => {
+                if let Some(mut visitor) = self.visitor.take() {
+                    // Courtesy where it is a refusal; where it is an answer, whoever asked can ask again.
+                    let _ = visitor.control.send(&frame);
+                    visitor.control.farewell(self.bell.sleeper().set(), LAST_WORDS);
+                }
+                Ok(())
+            }
             TargetAction::KeepState(bytes) => {
                 // Pieces are as small as the source likes: kept one by one they could cost many times their bytes.
                 match self.state.last_mut() {
@@ -328,7 +394,7 @@ impl Driver<'_> {
                 Ok(())
             }
             TargetAction::Pong { nonce } => {
-                let lanes = self.lanes.as_ref().map_or_else(Vec::new, |lanes| lanes.pongs(&self.progress));
+                let lanes = self.lanes.as_ref().map_or_else(Vec::new, Lanes::pongs);
                 self.act(TargetAction::Send(TargetFrame::Pong { nonce, lanes }))
             }
             TargetAction::Check(last) => {
@@ -413,9 +479,8 @@ impl Driver<'_> {
     fn start_lanes(&mut self) -> Result<(), Failure> {
         let Some(ram) = &self.ram else { return Ok(()) };
         let mut sockets = Vec::new();
-        for socket in std::mem::take(&mut self.sockets).into_iter().flatten() {
-            socket.set_nonblocking(false).map_err(|e| Failure::Worker(format!("a data socket: {e}")))?;
-            sockets.push(socket);
+        for socket in &mut self.sockets {
+            sockets.push(socket.take().map(|(socket, _)| ready(socket)).transpose()?);
         }
         let gear = LaneGear {
             ram: ram.clone(),
@@ -423,8 +488,17 @@ impl Driver<'_> {
             controller: self.bell.ringer(),
             progress: self.progress.clone(),
         };
-        self.lanes = Some(Lanes::muster(sockets, &gear, &self.options)?);
+        self.lanes = Some(Lanes::muster(sockets, gear, &self.options)?);
         Ok(())
+    }
+
+    /// Starts the lane of a channel that is connected again.
+    fn start_lane(&mut self, channel: ChannelId) -> Result<(), Failure> {
+        let waiting = self.sockets.get_mut(usize::from(channel.0)).and_then(Option::take);
+        match (&mut self.lanes, waiting) {
+            (Some(lanes), Some((socket, generation))) => lanes.start(channel, generation, ready(socket)?),
+            _ => Err(Failure::Worker("internal error: a channel without a socket has joined".to_owned())),
+        }
     }
 
     /// Compares with what the source says it sent. Everything has landed, and no lane is writing.
@@ -529,10 +603,20 @@ impl Driver<'_> {
             recv_syscalls: counts.syscalls,
             cpus: self.lanes.as_ref().map_or_else(Vec::new, |lanes| lanes.cpus().collect()),
             turned_away: self.turned_away + self.lobby.turned_away(),
+            session: self.id,
+            channels_lost: self.channels_lost,
+            resumes: self.resumes,
+            repairs: self.session.mismatches(),
             outcome,
             remarks: self.remarks,
         }
     }
+}
+
+/// A data connection as a lane uses it.
+fn ready(socket: Socket) -> Result<Socket, Failure> {
+    let ready = socket.set_nonblocking(false).map(|()| socket);
+    ready.map_err(|e| Failure::Worker(format!("a data socket: {e}")))
 }
 
 /// How long the target tries to get its last frames out.
