@@ -59,6 +59,8 @@ pub enum Act {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Fault {
     pub link: Link,
+    /// Which connection of this link, in the order in which they are made; the first is 1.
+    pub made: u32,
     pub way: Way,
     pub since: Since,
     pub bytes: u64,
@@ -142,6 +144,8 @@ pub struct Plan {
     pub retries: u32,
     /// How long nothing may move; the other time limits are in proportion.
     pub stall_ms: u64,
+    /// For how long both sides keep a session that has lost all its connections; 0 is not at all.
+    pub window_ms: u64,
     pub faults: Vec<Fault>,
     /// Connections that are reset as soon as they are made, by their number.
     pub drops: Vec<u32>,
@@ -179,6 +183,7 @@ impl Dice {
 const MIB: u64 = 1 << 20;
 /// Long enough for a machine that is busy with several runs.
 const STALL_MS: u64 = 2000;
+const WINDOW_MS: u64 = 10_000;
 
 impl Plan {
     /// The run of this seed: seeds that follow each other take turns through all classes.
@@ -213,6 +218,7 @@ impl Plan {
             rounds_max: dice.pick(&[2, 4, 8]),
             retries: dice.pick(&[0, 0, 2]),
             stall_ms: STALL_MS,
+            window_ms: if dice.chance(60) { WINDOW_MS } else { 0 },
             faults: Vec::new(),
             drops: Vec::new(),
         };
@@ -234,6 +240,7 @@ impl Plan {
             rounds_max: 3,
             retries: 0,
             stall_ms,
+            window_ms: 0,
             faults: Vec::new(),
             drops: Vec::new(),
         };
@@ -256,6 +263,7 @@ impl Plan {
             rounds_max: dice.pick(&[1, 2, 4]),
             retries: 0,
             stall_ms: STALL_MS,
+            window_ms: 0,
             faults: Vec::new(),
             drops: Vec::new(),
         };
@@ -265,7 +273,7 @@ impl Plan {
                 0 => (Since::Pause, dice.below(256 << 10)),
                 _ => (Since::Start, 64 + dice.below(ram_mib * MIB / u64::from(channels) * 7 / 8)),
             };
-            plan.faults.push(Fault { link: Link::Data(channel), way: Way::ToTarget, since, bytes, act });
+            plan.faults.push(Fault { link: Link::Data(channel), made: 1, way: Way::ToTarget, since, bytes, act });
         }
         plan
     }
@@ -328,7 +336,7 @@ impl Plan {
                 let to_source = link == Link::Control && dice.chance(50);
                 let way = if to_source { Way::ToSource } else { Way::ToTarget };
                 let act = flip(Place::Hello, 64, dice);
-                self.faults.push(Fault { link, way, since: Since::Start, bytes: 0, act });
+                self.faults.push(Fault { link, made: 1, way, since: Since::Start, bytes: 0, act });
             }
             Class::FlipHeader => self.damage(channel, Place::Header, 64, dice),
             Class::FlipTable => self.damage(channel, Place::Table, 256, dice),
@@ -342,6 +350,11 @@ impl Plan {
                 for channel in dice.some(killed, self.channels) {
                     let act = dice.pick(&[Act::Reset, Act::Close]);
                     self.anywhere(Link::Data(channel), act, dice);
+                    if dice.chance(30) {
+                        // Once more, when it has been connected again.
+                        let fault = Fault { made: 2, bytes: dice.below(100_000), ..self.faults[self.faults.len() - 1] };
+                        self.faults.push(fault);
+                    }
                 }
             }
             Class::KillAll => {
@@ -373,21 +386,22 @@ impl Plan {
         let way = if to_source { Way::ToSource } else { Way::ToTarget };
         let since = if dice.chance(35) { Since::Pause } else { Since::Start };
         let bytes = match (link, way, since) {
-            (Link::Control, _, Since::Start) => dice.below(1000),
-            (Link::Control, Way::ToTarget, Since::Pause) => dice.below(300 + self.guest.state_bytes as u64),
-            (Link::Control, Way::ToSource, Since::Pause) => dice.below(300),
+            (Link::Control, Way::ToTarget, Since::Start) => dice.below(600),
+            (Link::Control, Way::ToSource, Since::Start) => dice.below(400),
+            (Link::Control, Way::ToTarget, Since::Pause) => dice.below(200 + self.guest.state_bytes as u64),
+            (Link::Control, Way::ToSource, Since::Pause) => dice.below(80),
             (Link::Data(_), _, Since::Pause) => dice.below(100_000),
             (Link::Data(_), _, Since::Start) if dice.chance(10) => dice.below(300),
             (Link::Data(_), _, Since::Start) => dice.below(share),
         };
-        self.faults.push(Fault { link, way, since, bytes, act });
+        self.faults.push(Fault { link, made: 1, way, since, bytes, act });
     }
 
     fn damage(&mut self, channel: Link, place: Place, skip_max: u64, dice: &mut Dice) {
         let act = flip(place, skip_max, dice);
         let since = if dice.chance(35) { Since::Pause } else { Since::Start };
         let bytes = if since == Since::Pause { 0 } else { dice.below(self.guest.ram_mib * MIB / 4) };
-        self.faults.push(Fault { link: channel, way: Way::ToTarget, since, bytes, act });
+        self.faults.push(Fault { link: channel, made: 1, way: Way::ToTarget, since, bytes, act });
     }
 }
 
@@ -400,9 +414,9 @@ impl fmt::Display for Plan {
         let GuestPlan { ram_mib, writers, pages_per_ms, .. } = self.guest;
         write!(f, "{:?}: {ram_mib} MiB, {writers} writers of {pages_per_ms} pages/ms, ", self.class)?;
         write!(f, "{} channels, verify {:?}, ", self.channels, self.verify)?;
-        write!(f, "{} ms, {} rounds", self.downtime_ms_limit, self.rounds_max)?;
-        for Fault { link, way, since, bytes, act } in &self.faults {
-            write!(f, "; {act:?} on {link:?} {way:?} at {since:?} + {bytes}")?;
+        write!(f, "{} ms, {} rounds, window {} ms", self.downtime_ms_limit, self.rounds_max, self.window_ms)?;
+        for Fault { link, made, way, since, bytes, act } in &self.faults {
+            write!(f, "; {act:?} on {link:?}/{made} {way:?} at {since:?} + {bytes}")?;
         }
         if self.drops.is_empty() { Ok(()) } else { write!(f, "; connections {:?} dropped", self.drops) }
     }

@@ -108,9 +108,10 @@ impl Shared {
         self.seen.lock().unwrap().iter().map(|(number, seen)| format!("connection {number}: {seen:?}")).collect()
     }
 
-    /// The faults of a connection: those of a link's first one.
-    fn faults(&self, link: Link, way: Way) -> Vec<Fault> {
-        self.plan.faults.iter().filter(|fault| (fault.link, fault.way) == (link, way)).copied().collect()
+    /// The faults of a connection: of a link, made so many times, one direction.
+    fn faults(&self, link: Link, made: u32, way: Way) -> Vec<Fault> {
+        let all = self.plan.faults.iter();
+        all.filter(|fault| (fault.link, fault.made, fault.way) == (link, made, way)).copied().collect()
     }
 
     fn is_dropped(&self, number: u32) -> bool {
@@ -201,17 +202,15 @@ fn carry(number: u32, near: TcpStream, target: &str, shared: &Shared) {
     };
     let bell = Arc::new(EventFd::new().unwrap());
     shared.bells.lock().unwrap().push(bell.clone());
-    let generation = {
+    let made = {
         let mut made = shared.made.lock().unwrap();
         let made = made.entry(link).or_insert(0);
         *made += 1;
         *made
     };
-    // What is made again is left alone: the plan has had its turn.
-    let faults = |way| if generation == 1 { shared.faults(link, way) } else { Vec::new() };
-    let pipes = [Way::ToTarget, Way::ToSource].map(|way| Pipe::new(link, faults(way)));
+    let pipes = [Way::ToTarget, Way::ToSource].map(|way| Pipe::new(link, shared.faults(link, made, way)));
     let resets = shared.resets.load(Ordering::Relaxed);
-    let mut connection = Connection { number, near, far, pipes, shared, resets, generation };
+    let mut connection = Connection { number, near, far, pipes, shared, resets, made };
     for end in [&connection.near, &connection.far] {
         end.set_nodelay(true).unwrap();
         end.set_nonblocking(true).unwrap();
@@ -230,7 +229,7 @@ struct Connection<'a> {
     shared: &'a Shared,
     /// How often all connections had been reset when this one was made.
     resets: u64,
-    generation: u32,
+    made: u32,
 }
 
 impl Connection<'_> {
@@ -331,7 +330,7 @@ impl Connection<'_> {
         let each = |of: fn(&Pipe) -> u64| [of(&self.pipes[0]), of(&self.pipes[1])];
         let (read, passed) = (each(|pipe| pipe.read), each(|pipe| pipe.passed));
         let stalled = [self.pipes[0].stalled, self.pipes[1].stalled];
-        let seen = Seen { link: self.pipes[0].link, made: self.generation, read, passed, stalled };
+        let seen = Seen { link: self.pipes[0].link, made: self.made, read, passed, stalled };
         self.shared.seen.lock().unwrap().insert(self.number, seen);
     }
 }
