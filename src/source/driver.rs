@@ -279,6 +279,10 @@ impl Driver<'_> {
             SourceAction::StartChannel { channel, round, epoch, .. } => self.start_channel(channel, round, epoch)?,
             SourceAction::HangUp { channel } => self.losses.hang_up(channel),
             SourceAction::FindDamage { block, chunk_digests } => {
+                if self.ram.block(block).is_none() {
+                    let what = format!("DigestMismatch names block {block}, which does not exist");
+                    return self.fail(Failure::Protocol(what));
+                }
                 let chunks = self.find_damage(block, &chunk_digests);
                 self.event(SourceEvent::Damaged { block, chunks })?;
             }
@@ -408,10 +412,10 @@ impl Driver<'_> {
         }
     }
 
-    /// The chunks of a block in which source and target differ. A target that names no such block has its reason to fail.
+    /// The chunks of a block in which source and target differ; none where that is not known.
     fn find_damage(&self, block: BlockId, peer: &[u64]) -> Vec<u32> {
         match &self.digests {
-            Some(table) if self.ram.block(block).is_some() && !peer.is_empty() => {
+            Some(table) if !peer.is_empty() => {
                 table.differing_chunks(block, peer).map(|chunk| chunk as u32).collect()
             }
             _ => Vec::new(),

@@ -7,25 +7,22 @@ use std::time::{Duration, Instant};
 
 use crate::bell::Bell;
 use crate::config::CrewOptions;
-use crate::crew::Alarm;
 use crate::digest::{BlockShape, DigestTable};
 use crate::error::{Failure, Outcome};
 use crate::gate::Gate;
-use crate::memory::{Ram, full};
-use crate::net::{Control, Greeting, Listener, Lobby, passes};
+use crate::memory::Ram;
+use crate::net::{Control, Listener, Lobby};
 use crate::poll::PollSleeper;
 use crate::progress::{Progress, Stage};
 use crate::session::source::FIRST_GENERATION;
-use crate::session::target::{Check, TargetAction, TargetEvent, TargetSession};
+use crate::session::target::{TargetAction, TargetEvent, TargetSession};
 use crate::sys::random::random_16;
 use crate::sys::socket::Socket;
 use crate::target::lanes::{LaneGear, Lanes};
 use crate::target::{Incoming, Settings, Target, TargetReport};
-use crate::target::visitor::Visitor;
-use crate::units::{BlockId, ChannelId, Generation, InstanceId, SessionId, Verify};
-use crate::wire::control::{Final, STATE_CHUNK_BYTES_MAX, Setup, SourceFrame, TargetFrame};
-use crate::wire::crc::Crc32c;
-use crate::wire::hello::{Hello, HelloRole, Side};
+use crate::target::door::Visitor;
+use crate::units::{ChannelId, Generation, InstanceId, SessionId, Verify};
+use crate::wire::control::{STATE_CHUNK_BYTES_MAX, Setup, SourceFrame, TargetFrame};
 
 /// The session has ended: whoever sees it goes back to [`receive`], and does nothing else.
 pub(super) struct Over;
@@ -34,15 +31,15 @@ pub(super) struct Driver<'a> {
     incoming: &'a mut dyn Incoming,
     pub settings: Settings,
     options: CrewOptions,
-    listener: Listener,
-    bell: Bell<PollSleeper>,
+    pub listener: Listener,
+    pub bell: Bell<PollSleeper>,
     gate: Gate,
     progress: Progress,
-    session: TargetSession,
-    lobby: Lobby,
-    accept_again: Option<Instant>,
+    pub session: TargetSession,
+    pub lobby: Lobby,
+    pub accept_again: Option<Instant>,
     pub turned_away: u64,
-    control: Option<Control<TargetFrame, SourceFrame>>,
+    pub control: Option<Control<TargetFrame, SourceFrame>>,
     /// The generation of that connection.
     pub control_generation: Generation,
     /// A second control connection, of which the first frame says what it wants.
@@ -53,20 +50,20 @@ pub(super) struct Driver<'a> {
     channels_lost: u32,
     resumes: u32,
     pub id: SessionId,
-    verify: Verify,
-    channels: u8,
-    ram: Option<Ram>,
+    pub verify: Verify,
+    pub channels: u8,
+    pub ram: Option<Ram>,
     /// Data connections whose lanes have not begun, and their generations.
-    sockets: Vec<Option<(Socket, Generation)>>,
+    pub sockets: Vec<Option<(Socket, Generation)>>,
     lanes: Option<Lanes>,
-    digests: Option<Arc<DigestTable>>,
-    state: Vec<Vec<u8>>,
-    outcome: Option<Outcome>,
+    pub digests: Option<Arc<DigestTable>>,
+    pub state: Vec<Vec<u8>>,
+    pub outcome: Option<Outcome>,
     pub begun: Option<Instant>,
     final_at: Option<Instant>,
     loaded_at: Option<Instant>,
-    rounds: u32,
-    remarks: Vec<String>,
+    pub rounds: u32,
+    pub remarks: Vec<String>,
 }
 
 pub(super) fn receive(target: Target, incoming: &mut dyn Incoming) -> TargetReport {
@@ -113,7 +110,7 @@ pub(super) fn receive(target: Target, incoming: &mut dyn Incoming) -> TargetRepo
 impl Driver<'_> {
     /// Deals with what has happened, and waits for more. Ready-made connections are there before the first wait, which
     /// nothing would end.
-    fn service(&mut self) -> Result<(), Over> {
+    pub fn service(&mut self) -> Result<(), Over> {
         if self.gate.is_cancelled() {
             self.event(TargetEvent::CancelAsked)?;
         }
@@ -184,91 +181,6 @@ impl Driver<'_> {
         }
     }
 
-    fn accept(&mut self) -> Result<(), Over> {
-        if self.accept_again.is_some_and(|when| Instant::now() < when) {
-            return Ok(());
-        }
-        self.accept_again = None;
-        // Ready-made connections wait for a source that may be slow to speak; strangers do not get that time.
-        let ready = matches!(self.listener, Listener::Ready(_));
-        let patience = if ready { Duration::from_secs(24 * 3600) } else { self.settings.timeouts.hello };
-        for _ in 0..ACCEPTS_MAX {
-            match self.listener.accept().and_then(|socket| {
-                socket.map(|socket| self.lobby.enter(socket, patience)).transpose()
-            }) {
-                Ok(Some(())) => {}
-                Ok(None) => return Ok(()),
-                // Out of descriptors, say: those who are here already are served all the same, and the listener, which
-                // stays ready, is left alone for a while.
-                Err(e) if self.control.is_some() || passes(&e) => {
-                    self.lobby.make_room();
-                    self.accept_again = Some(Instant::now() + ACCEPT_PAUSE);
-                    if self.remarks.len() < REMARKS_MAX {
-                        self.remarks.push(format!("a connection could not be accepted: {e}"));
-                    }
-                    return Ok(());
-                }
-                Err(e) => {
-                    let address = self.listener.address().map_or_else(String::new, |a| a.to_string());
-                    return self.event(TargetEvent::Failed(Failure::Listen { address, reason: e.into() }));
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn greet(&mut self) -> Result<(), Over> {
-        for greeting in self.lobby.listen() {
-            match greeting {
-                Greeting::Hello(socket, hello) => self.greet_one(socket, &hello)?,
-                Greeting::Stranger(why) => {
-                    if self.remarks.len() < REMARKS_MAX {
-                        self.remarks.push(format!("a connection was turned away: {why}"));
-                    }
-                }
-                Greeting::Silent => {}
-            }
-        }
-        Ok(())
-    }
-
-    /// Takes a connection for what it says it is; anything that does not belong to this migration is dropped, and
-    /// disturbs nobody.
-    fn greet_one(&mut self, socket: Socket, hello: &Hello) -> Result<(), Over> {
-        match hello.role {
-            HelloRole::Control if hello.side == Side::Source && hello.generation > FIRST_GENERATION => {
-                self.let_in(socket, hello)
-            }
-            HelloRole::Control if self.begun.is_none() && hello.side == Side::Source => {
-                let control = match self.welcome(socket, hello) {
-                    Ok(control) => control,
-                    Err(e) => {
-                        let why = Failure::Control { doing: "setting it up", reason: e.into() };
-                        return self.event(TargetEvent::Failed(why));
-                    }
-                };
-                self.begun = Some(Instant::now());
-                self.id = hello.session;
-                self.control = Some(control);
-                Ok(())
-            }
-            HelloRole::Data(channel)
-                if self.begun.is_some()
-                    && hello.side == Side::Source
-                    && hello.session == self.id
-                    && self.session.expects(channel, hello.generation) =>
-            {
-                let generation = hello.generation;
-                self.sockets[usize::from(channel.0)] = Some((socket, generation));
-                self.event(TargetEvent::ChannelConnected { channel, generation })
-            }
-            HelloRole::Control | HelloRole::Data(_) => {
-                self.turned_away += 1;
-                Ok(())
-            }
-        }
-    }
-
     fn receive_frames(&mut self) -> Result<(), Over> {
         let Some(control) = &mut self.control else { return Ok(()) };
         let flushed = control.flush();
@@ -305,6 +217,7 @@ impl Driver<'_> {
         if let Some((channel, reason)) = failed {
             // If the source has said why it closed its channels, that is the reason to report.
             self.receive_frames()?;
+            self.remark(format!("data channel {channel} failed: {reason}"));
             self.event(TargetEvent::LaneFailed { channel, reason })?;
         }
         Ok(())
@@ -501,63 +414,6 @@ impl Driver<'_> {
         }
     }
 
-    /// Compares with what the source says it sent. Everything has landed, and no lane is writing.
-    fn check(&mut self, last: &Final) -> Result<Check, Over> {
-        let check = self.check_sent(last);
-        if check != Check::Agrees || self.verify != Verify::Full {
-            return Ok(check);
-        }
-        let own = self.full_digests()?;
-        if own.len() != last.full_digests.len() {
-            return Ok(Check::StateDiffers("Final has not one full digest a block".to_owned()));
-        }
-        Ok(match own.iter().zip(&last.full_digests).position(|(own, sent)| own != sent) {
-            Some(block) => Check::Differs { block: BlockId(block as u16), chunk_digests: Vec::new() },
-            None => Check::Agrees,
-        })
-    }
-
-    /// Hashes all of RAM on other threads, and looks after the rest meanwhile.
-    fn full_digests(&mut self) -> Result<Vec<u64>, Over> {
-        let Some(ram) = self.ram.clone() else { return Ok(Vec::new()) };
-        let (hashing, ringer) = (full::Hashing::default(), self.bell.ringer());
-        std::thread::scope(|scope| {
-            hashing.start(scope, &ram, self.id, self.channels.into(), move || Alarm::ring(&ringer));
-            loop {
-                if let Some(digests) = hashing.take() {
-                    return Ok(digests);
-                }
-                if let Err(over) = self.service() {
-                    hashing.stop();
-                    return Err(over);
-                }
-            }
-        })
-    }
-
-    /// What was sent, against what has landed; and the device state.
-    fn check_sent(&mut self, last: &Final) -> Check {
-        self.rounds = last.round.0 + 1;
-        let mut crc = Crc32c::new();
-        self.state.iter().for_each(|piece| crc.update(piece));
-        if crc.finish() != last.state_crc {
-            return Check::StateDiffers("the device state is not what the source sent: its CRC differs".to_owned());
-        }
-        let Some(ram) = &self.ram else { return Check::StateDiffers("there is no memory".to_owned()) };
-        if let Some(table) = &self.digests {
-            if last.block_digests.len() != ram.blocks().len() {
-                return Check::StateDiffers("Final has not one digest a block".to_owned());
-            }
-            for ((id, _), sent) in ram.iter().zip(&last.block_digests) {
-                if table.block_digest(id) != *sent {
-                    let digests = (0..table.chunks(id).min(CHUNKS_NAMED_MAX)).map(|c| table.chunk_digest(id, c));
-                    return Check::Differs { block: id, chunk_digests: digests.collect() };
-                }
-            }
-        }
-        Check::Agrees
-    }
-
     /// Counts time that this thread spent in a hook of the VMM as if the source had been heard.
     fn excuse_silence(&mut self) {
         if let Some(control) = &mut self.control {
@@ -621,15 +477,6 @@ fn ready(socket: Socket) -> Result<Socket, Failure> {
 
 /// How long the target tries to get its last frames out.
 const LAST_WORDS: Duration = Duration::from_millis(50);
-/// Connections accepted before those in the lobby are heard, at the most. Far fewer than the lobby holds: a crowd of
-/// strangers does not push out a channel that has said its Hello already, or keep the target from its work.
-const ACCEPTS_MAX: usize = 64;
-/// How long the listener is left alone when a connection cannot be accepted.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// Remarks about strangers, at the most: they come from anybody.
-const REMARKS_MAX: usize = 16;
-/// Chunk digests in one frame: as many as its body holds.
-const CHUNKS_NAMED_MAX: usize = 65_536;
 
 /// The pieces of device state, read as one.
 struct Pieces<'a> {

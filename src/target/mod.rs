@@ -1,9 +1,10 @@
 #![forbid(unsafe_code)]
 //! The target of a migration: what a VMM calls to take a guest in.
 
+mod check;
+mod door;
 mod driver;
 mod lanes;
-mod visitor;
 
 use std::fmt;
 use std::io::Read;
