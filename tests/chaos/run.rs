@@ -172,7 +172,10 @@ fn arrived(plan: &Plan, guest: &ChaosGuest, trip: &Trip) -> Result<(), String> {
     // Whoever loses all connections while paused lets the guest run on until they are back.
     let resumed = sent.overruns..=sent.overruns + sent.resumes;
     check(guest.paused == 1 + guest.resumed && resumed.contains(&guest.resumed), || {
-        format!("paused {}, resumed {}; {} overruns, {} resumes", guest.paused, guest.resumed, sent.overruns, sent.resumes)
+        format!(
+            "paused {}, resumed {}; {} overruns, {} resumes",
+            guest.paused, guest.resumed, sent.overruns, sent.resumes
+        )
     })?;
     check(sent.verified == (plan.verify != Verify::Off), || "it is not verified".to_owned())?;
     same_bytes(guest, incoming)
