@@ -46,11 +46,17 @@ fn ram() -> Ram {
 
 /// One migration with at most one damaged byte, and all the bytes that the damaged stream should have had.
 fn travel(ram: &Ram, verify: Verify, flip: Option<Flip>) -> (TestGuest, Trip, proxy::Seen) {
+    travel_within(ram, verify, flip, Duration::ZERO)
+}
+
+/// The same, with a resume window on both sides.
+fn travel_within(ram: &Ram, verify: Verify, flip: Option<Flip>, window: Duration) -> (TestGuest, Trip, proxy::Seen) {
     let mut guest = TestGuest::new(ram, &DirtyBitmap::for_ram(ram));
     guest.state = (0..3000u32).map(|i| i as u8).collect();
-    let target = Target::builder().timeouts(timeouts()).listen("127.0.0.1:0").unwrap();
+    let target = Target::builder().timeouts(timeouts()).resume_window(window).listen("127.0.0.1:0").unwrap();
     let proxy = Proxy::before(&target.address().unwrap().to_string(), flip);
-    let source = Source::builder(ram.clone()).channels(CHANNELS).verify(verify).timeouts(timeouts());
+    let source =
+        Source::builder(ram.clone()).channels(CHANNELS).verify(verify).timeouts(timeouts()).resume_window(window);
     let source = source.connect(proxy.address()).unwrap();
     let cancel = target.cancel_handle();
     let receiving = std::thread::spawn(move || {
@@ -142,6 +148,40 @@ fn sweep_control(way: Way, step: u64) {
 #[test]
 fn damage_on_the_control_connection_to_the_target_ends_truthfully() {
     sweep_control(Way::ToTarget, 37);
+}
+
+/// With a resume window, damage on the control connection costs that connection. What is said before the session is
+/// agreed on, and Commit and its answer, which nobody may say twice, are what it can still cost the migration.
+#[test]
+fn with_a_resume_window_a_damaged_control_frame_costs_the_connection_and_not_the_migration() {
+    const WINDOW: Duration = Duration::from_secs(2);
+    let ram = ram();
+    for (way, step) in [(Way::ToTarget, 61), (Way::ToSource, 13)] {
+        let outcomes = Mutex::new(BTreeMap::new());
+        let length = length(&ram, 0, way);
+        let flips = (0..length).step_by(step as usize);
+        let flips =
+            flips.map(|offset| Flip { connection: 0, way, offset, in_frame: None, mask: 1 << (offset / step % 8) });
+        sweep(flips.collect(), |flip| {
+            let (guest, trip, seen) = travel_within(&ram, Verify::Wire, Some(flip), WINDOW);
+            println!("{flip:?}: {} and {}", trip.sent.outcome, trip.received.outcome);
+            let resumed = trip.sent.resumes > 0;
+            match &trip.sent.outcome {
+                Outcome::Completed => {
+                    assert_eq!(vmm::first_difference(&guest.ram, trip.incoming.ram.as_ref().unwrap()), None);
+                    assert_eq!((trip.incoming.runs, resumed), (1, seen.flipped), "{flip:?}");
+                }
+                _ => assert_truthful(&guest, &trip),
+            }
+            let set_out = trip.sent.rounds > 0;
+            assert!(resumed || !set_out || !seen.flipped || trip.sent.outcome.word() == "uncertain", "{flip:?}");
+            let word = if resumed { "resumed" } else { trip.sent.outcome.word() };
+            *outcomes.lock().unwrap().entry(word).or_insert(0) += 1;
+        });
+        let outcomes = outcomes.into_inner().unwrap();
+        println!("{way:?}: {outcomes:?}");
+        assert!(outcomes.get("resumed").is_some_and(|n| *n >= 10), "{outcomes:?}");
+    }
 }
 
 #[test]

@@ -161,3 +161,36 @@ fn when_the_window_ends_both_sides_say_so_and_the_guest_stays() {
     assert!(matches!(trip.received.outcome, Outcome::Failed(Failure::NotResumed { .. })), "{}", trip.received.outcome);
     assert_eq!((guest.resumed, trip.incoming.runs), (guest.paused, 0));
 }
+
+#[test]
+fn a_network_that_is_down_costs_the_channels_on_it_and_not_the_migration() {
+    // Nobody listens on port 1.
+    let dead = "127.0.0.1:1";
+    for dead_first in [false, true] {
+        let ram = ram(32);
+        let mut guest = guest_of(&ram);
+        guest.start(300);
+        let target = Target::builder().timeouts(timeouts()).listen("127.0.0.1:0").unwrap();
+        let live = target.address().unwrap().to_string();
+        let to = if dead_first { [dead, &live] } else { [&live, dead] };
+        let builder = Source::builder(ram).channels(4).verify(Verify::Full).bandwidth_max(100 * MIB);
+        let source = builder.timeouts(timeouts()).connect_any(to).unwrap();
+        let mut dirty = guest.dirty.clone();
+        let trip = vmm::travel(source, &mut dirty, &mut guest, target, TestIncoming::new());
+        vmm::assert_arrived(&guest, &trip);
+        let sent = &trip.sent;
+        assert_eq!((sent.channels_lost, sent.reconnects, sent.resumes), (2, 2, 0), "{:?}", sent.remarks);
+        assert!(sent.remarks.iter().any(|remark| remark.contains(dead)), "{:?}", sent.remarks);
+    }
+}
+
+#[test]
+fn where_no_network_answers_the_first_address_is_not_blamed_for_all() {
+    let ram = ram(1);
+    let mut guest = guest_of(&ram);
+    let source = Source::builder(ram).timeouts(timeouts()).connect_any(["127.0.0.1:1", "127.0.0.1:2"]).unwrap();
+    let report = source.migrate(&mut guest.dirty.clone(), &mut guest);
+    assert!(matches!(&report.outcome, Outcome::Failed(Failure::Connect { .. })), "{}", report.outcome);
+    let none: [&str; 0] = [];
+    assert!(matches!(Source::builder(guest.ram.clone()).connect_any(none), Err(Failure::Config(_))));
+}

@@ -326,10 +326,13 @@ impl Driver<'_> {
             self.event(SourceEvent::CancelAsked)?;
         }
         self.receive()?;
-        while let Some((channel, reason)) = self.lanes.as_mut().and_then(Lanes::poll_end) {
+        while let Some((channel, reason, is_ours)) = self.lanes.as_mut().and_then(Lanes::poll_end) {
             // If the target has said why it closed its channels, that is the reason to report.
             self.receive()?;
             let generation = self.session.generation(channel);
+            if is_ours && !self.session.is_committed() {
+                return self.fail(Failure::Channel { channel, generation, reason });
+            }
             self.event(SourceEvent::ChannelFailed { channel, generation, reason })?;
         }
         self.look_after_channels(&readable)?;

@@ -303,22 +303,22 @@ impl Lanes {
         self.sent.passed(index).count() >= u64::from(round.0)
     }
 
-    /// A worker that has ended since this was last asked, and why.
-    pub fn poll_end(&mut self) -> Option<(ChannelId, String)> {
+    /// A worker that has ended since this was last asked, why, and whether another connection would not help.
+    pub fn poll_end(&mut self) -> Option<(ChannelId, String, bool)> {
         for (index, channel) in self.channels.iter_mut().enumerate() {
             let Line::Up(up) = &mut channel.line else { continue };
             if up.crew.poll_exit().is_none() {
                 continue;
             }
-            let why = match up.crew.workers().first().and_then(|worker| worker.exit.as_ref()) {
+            let (why, is_ours) = match up.crew.workers().first().and_then(|worker| worker.exit.as_ref()) {
                 Some(Exit::Done(end)) => match &end.result {
                     Ok(()) | Err(ChannelError::Aborted) => continue,
-                    Err(why) => why.to_string(),
+                    Err(why) => (why.to_string(), why.is_ours()),
                 },
-                Some(Exit::Panicked { message }) => format!("its worker panicked: {message}"),
-                Some(Exit::NeverRan) | None => "its worker never ran".to_owned(),
+                Some(Exit::Panicked { message }) => (format!("its worker panicked: {message}"), true),
+                Some(Exit::NeverRan) | None => ("its worker never ran".to_owned(), true),
             };
-            return Some((ChannelId(index as u8), why));
+            return Some((ChannelId(index as u8), why, is_ours));
         }
         None
     }

@@ -154,12 +154,19 @@ impl Driver<'_> {
     /// Hears what a second control connection wants.
     pub fn hear_visitor(&mut self) -> Result<(), Over> {
         let Some(visitor) = &mut self.visitor else { return Ok(()) };
+        let generation = visitor.generation;
         let mut frames = Vec::new();
         let heard = visitor.control.flush().is_ok() && visitor.control.receive(&mut frames).is_ok();
         let newer = visitor.generation > self.control_generation;
-        match frames.into_iter().next() {
+        let mut frames = frames.into_iter();
+        match frames.next() {
             Some(SourceFrame::Resume { session, instance, epoch, .. }) if session == self.id && newer => {
-                self.event(TargetEvent::ResumeAsked { instance, epoch })
+                self.event(TargetEvent::ResumeAsked { instance, epoch })?;
+                if self.control_generation != generation {
+                    return Ok(()); // it was refused
+                }
+                // What came behind is said on what is the control connection now.
+                frames.try_for_each(|frame| self.event(TargetEvent::Frame(frame)))
             }
             Some(SourceFrame::Query { session }) if session == self.id => self.event(TargetEvent::QueryAsked),
             None if heard && Instant::now() < visitor.until => Ok(()),

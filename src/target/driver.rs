@@ -210,14 +210,17 @@ impl Driver<'_> {
 
     fn look_at_lanes(&mut self) -> Result<(), Over> {
         let Some(lanes) = &mut self.lanes else { return Ok(()) };
-        let (moved, failed) = (lanes.poll_moved(), lanes.poll_failed());
-        for event in moved {
+        for event in lanes.poll_moved() {
             self.event(event)?;
         }
-        if let Some((channel, reason)) = failed {
+        while let Some((channel, reason, is_ours)) = self.lanes.as_mut().and_then(Lanes::poll_failed) {
             // If the source has said why it closed its channels, that is the reason to report.
             self.receive_frames()?;
             self.remark(format!("data channel {channel} failed: {reason}"));
+            if is_ours {
+                let generation = self.session.generation(channel);
+                return self.event(TargetEvent::Failed(Failure::Channel { channel, generation, reason }));
+            }
             self.event(TargetEvent::LaneFailed { channel, reason })?;
         }
         Ok(())

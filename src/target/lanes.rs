@@ -7,7 +7,7 @@ use std::sync::Arc;
 use crate::barrier::{Barrier, LaneWord};
 use crate::bell::{Close, Park, Ringer};
 use crate::channel::ChannelError;
-use crate::channel::recv::{RecvGear, RecvRole};
+use crate::channel::recv::{RecvEnd, RecvGear, RecvRole};
 use crate::config::{CrewOptions, Peer, Placement};
 use crate::crew::{Crew, Exit, Launch};
 use crate::digest::DigestTable;
@@ -187,21 +187,21 @@ impl Lanes {
         events
     }
 
-    /// A lane that has ended by itself since this was last asked, and why. No lane may: the target ends them all before
-    /// it runs the guest.
-    pub fn poll_failed(&mut self) -> Option<(ChannelId, String)> {
+    /// A lane that has ended by itself since this was last asked, why, and whether another connection would not help. No
+    /// lane may: the target ends them all before it runs the guest.
+    pub fn poll_failed(&mut self) -> Option<(ChannelId, String, bool)> {
         while let Some(id) = self.first.poll_exit() {
             // One that was retired is not told of.
             let exit = self.first.workers().iter().find(|worker| worker.id == id).and_then(|worker| worker.exit.as_ref());
-            if let (Some(why), true) = (why_ended(exit), matches!(self.lanes[id].at, Place::First)) {
-                return Some((ChannelId(id as u8), why));
+            if let (Some((why, is_ours)), Place::First) = (why_ended(exit), &self.lanes[id].at) {
+                return Some((ChannelId(id as u8), why, is_ours));
             }
         }
         for (index, lane) in self.lanes.iter_mut().enumerate() {
             let Place::Late(crew, _) = &mut lane.at else { continue };
             if crew.poll_exit().is_some() {
-                if let Some(why) = why_ended(crew.workers().first().and_then(|worker| worker.exit.as_ref())) {
-                    return Some((ChannelId(index as u8), why));
+                if let Some((why, is_ours)) = why_ended(crew.workers().first().and_then(|worker| worker.exit.as_ref())) {
+                    return Some((ChannelId(index as u8), why, is_ours));
                 }
             }
         }
@@ -301,15 +301,15 @@ fn launch(
     made.map_err(|e| Failure::Worker(e.to_string()))
 }
 
-/// Why a lane ended that was not told to.
-fn why_ended(exit: Option<&Exit<crate::channel::recv::RecvEnd>>) -> Option<String> {
+/// Why a lane ended that was not told to, and whether another connection would not help.
+fn why_ended(exit: Option<&Exit<RecvEnd>>) -> Option<(String, bool)> {
     match exit {
         Some(Exit::Done(end)) => match &end.result {
-            Ok(()) => Some("the source ended it before the hand-over".to_owned()),
+            Ok(()) => Some(("the source ended it before the hand-over".to_owned(), false)),
             Err(ChannelError::Aborted) => None,
-            Err(why) => Some(why.to_string()),
+            Err(why) => Some((why.to_string(), why.is_ours())),
         },
-        Some(Exit::Panicked { message }) => Some(format!("its lane panicked: {message}")),
-        Some(Exit::NeverRan) | None => Some("its lane never ran".to_owned()),
+        Some(Exit::Panicked { message }) => Some((format!("its lane panicked: {message}"), true)),
+        Some(Exit::NeverRan) | None => Some(("its lane never ran".to_owned(), true)),
     }
 }
