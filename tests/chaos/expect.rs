@@ -1,6 +1,6 @@
 //! What must come of each class of faults, in one table.
 
-use crate::plan::{Act, Class, Link, Plan};
+use crate::plan::{Act, Class, Fault, Link, Plan, Since};
 
 /// What a run must come to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -40,26 +40,32 @@ const TABLE: [(Class, Must, Must); 20] = [
 
 pub fn must(plan: &Plan) -> Must {
     let (_, without, with) = TABLE.iter().find(|(class, ..)| *class == plan.class).expect("every class has a row");
-    match plan.class {
-        // A target that cannot be reached is no target.
-        DropAtAccept if plan.drops.contains(&0) => EndTruthfully,
-        // With one channel, one that stalls is no worse off than the others.
-        StallData if plan.channels == 1 => EndTruthfully,
+    let listed = if plan.window_ms > 0 || !plan.faults.iter().any(touches_control) { *with } else { *without };
+    let excused = match plan.class {
+        // A target that cannot be reached is no target; and with one channel, that one has to be made.
+        DropAtAccept => plan.drops.contains(&0) || plan.channels == 1,
+        // Where all wait for a lane that lags at the same barrier, or for the word of a target that is not heard, what
+        // stalls is the migration.
+        StallData | StallControl => true,
         // Before the two sides have met there is nothing to resume.
-        HalfClose | StallControl | CutControl | FlipFrame | KillAll if is_early(plan) => EndTruthfully,
-        HalfClose if plan.faults.iter().all(|fault| fault.link != Link::Control) => *with,
-        _ if plan.window_ms > 0 => *with,
-        _ => *without,
-    }
+        HalfClose | CutControl | FlipFrame => is_early(plan),
+        // Nor is one who is turned away on the way back let in later.
+        KillAll => is_early(plan) || plan.faults.iter().any(|fault| matches!(fault.act, Act::ResetAll { refuse: 1.. })),
+        _ => false,
+    };
+    if excused { EndTruthfully } else { listed }
+}
+
+fn touches_control(fault: &Fault) -> bool {
+    fault.link == Link::Control || matches!(fault.act, Act::ResetAll { .. })
 }
 
 /// Bytes of the control connection, and of a channel, within which a migration may not have begun.
 const EARLY_BYTES: u64 = 500;
 
 fn is_early(plan: &Plan) -> bool {
-    let early =
-        plan.faults.iter().filter(|fault| fault.link == Link::Control || matches!(fault.act, Act::ResetAll { .. }));
-    early.into_iter().any(|fault| fault.since == crate::plan::Since::Start && fault.bytes < EARLY_BYTES)
+    let mut control = plan.faults.iter().filter(|fault| touches_control(fault));
+    control.any(|fault| fault.since == Since::Start && fault.bytes < EARLY_BYTES)
 }
 
 /// Whether the source may not know what became of its guest: only where its word with the target can have been lost.

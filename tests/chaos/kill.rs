@@ -38,13 +38,24 @@ fn all_channels_but_one_may_die_anywhere() {
     let paused = kills.iter().flatten().filter(|kill| kill.phase == Phase::Paused).count();
     let completed = records.iter().filter(|record| record.sent.outcome == Outcome::Completed).count();
     let late = 3 * records.len() - count;
-    let most = kills.iter().map(|kills| reshipped_bytes_max(kills)).max().unwrap_or(0) >> 20;
+    let reshipped = records.iter().map(|record| record.sent.reshipped_bytes);
+    let (most, sum) = (reshipped.clone().max().unwrap_or(0), reshipped.sum::<u64>());
+    let lost: u32 = records.iter().map(|record| record.sent.channels_lost).sum();
+    let reconnects: u32 = records.iter().map(|record| record.sent.reconnects).sum();
     println!(
         "{runs} migrations of {ram_mib} MiB, 3 of 4 channels to be killed: {count} kills, {paused} of them while paused, \
-         {late} too late; {completed} completed, {} failed, {} not as they must; at most {most} MiB may travel again",
-        records.len() - completed,
-        failures.len()
+         {late} too late; {completed} completed, {} not as they must; {lost} channels lost, {reconnects} connected again; \
+         {} MiB travelled again, at most {} MiB of one guest",
+        failures.len(),
+        sum >> 20,
+        most >> 20
     );
+    for (record, kills) in records.iter().zip(&kills) {
+        let (plan, sent, max) = (&record.plan, &record.sent, reshipped_bytes_max(kills));
+        assert_eq!(sent.outcome, Outcome::Completed, "seed {}", plan.seed);
+        assert!(sent.reshipped_bytes <= max, "seed {}: {} bytes again, not {max}", plan.seed, sent.reshipped_bytes);
+        assert!(sent.channels_lost as usize >= kills.len(), "seed {}: {:?}", plan.seed, sent.remarks);
+    }
     assert!(failures.is_empty(), "{} of {runs} runs failed:\n{}", failures.len(), failures.join("\n"));
     // Of a few, chance may make it none.
     assert!(runs < 30 || 10 * paused >= count, "{paused} of {count} kills came while the guest was paused");

@@ -182,7 +182,7 @@ impl Dice {
 
 const MIB: u64 = 1 << 20;
 /// Long enough for a machine that is busy with several runs.
-const STALL_MS: u64 = 2000;
+const STALL_MS: u64 = 2500;
 const WINDOW_MS: u64 = 10_000;
 
 impl Plan {
@@ -205,8 +205,8 @@ impl Plan {
         let may_go_unverified = !matches!(class, Class::FlipPayload | Class::Mixed);
         let verify = match dice.below(10) {
             0 if may_go_unverified => Verify::Off,
-            0..7 => Verify::Wire,
-            _ => Verify::Full,
+            7.. if ram_mib < 64 => Verify::Full,
+            _ => Verify::Wire,
         };
         let mut plan = Plan {
             seed,
@@ -258,7 +258,7 @@ impl Plan {
             class: Class::KillSome,
             guest,
             channels,
-            verify: if dice.chance(25) { Verify::Full } else { Verify::Wire },
+            verify: if dice.chance(10) { Verify::Full } else { Verify::Wire },
             downtime_ms_limit: 2000,
             rounds_max: dice.pick(&[1, 2, 4]),
             retries: 0,

@@ -18,11 +18,14 @@ use crate::proxy::{Fired, Phase, Proxy, Shared};
 use crate::vmm;
 
 /// The longest that a run may take, its second attempt included, on a machine that is busy: whatever takes longer hangs.
-const RUN_TIME: Duration = Duration::from_secs(40);
+const RUN_TIME: Duration = Duration::from_secs(120);
+
+const HANGS: &str = "it HANGS";
 
 fn timeouts(plan: &Plan) -> Timeouts {
     let stall = Duration::from_millis(plan.stall_ms);
-    Timeouts { connect: stall, hello: stall, silence: stall, hook: stall * 2, stall }
+    // In the time of a hook an unoptimised build hashes all of RAM.
+    Timeouts { connect: stall, hello: stall, silence: stall, hook: stall * 8, stall }
 }
 
 /// What a run came to.
@@ -208,7 +211,7 @@ pub fn watched(plan: &Plan) -> Result<Record, String> {
             eprintln!("source: {:?}\ntarget: {:?}", source.now(), target.now());
             proxy.seen().iter().for_each(|line| eprintln!("{line}"));
         }
-        return Err(format!("it HANGS: not over after {} s", RUN_TIME.as_secs()));
+        return Err(format!("{HANGS}: not over after {} s", RUN_TIME.as_secs()));
     }
     runner.unwrap().join().unwrap_or_else(|panic| Err(format!("it panicked: {}", words(panic))))
 }
@@ -238,6 +241,10 @@ pub fn all(plans: Vec<Plan>, at_once: usize, replay: impl Fn(u64) -> String + Sy
                                 format!("seed {} FAILED, {plan}: {why}; again: {}", plan.seed, replay(plan.seed));
                             eprintln!("{line}");
                             failures.lock().unwrap().push(line);
+                            if why.contains(HANGS) {
+                                // No more are begun beside one that hangs, and that a debugger has stopped with all others.
+                                queue.lock().unwrap().by_ref().for_each(drop);
+                            }
                         }
                     }
                 }
