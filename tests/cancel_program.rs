@@ -111,7 +111,7 @@ fn in_a_void(folder: &Folder, to: &str) -> Option<Program> {
         return None;
     }
     let (program, from) = (env!("CARGO_BIN_EXE_pageferry"), image(folder, 4096));
-    Some(program::spawn(unshare(format!("{script} && exec {program} send --to {to} --ram {from} --json"))))
+    Some(program::launch(unshare(format!("{script} && exec {program} send --to {to} --ram {from} --json"))))
 }
 
 #[test]

@@ -18,8 +18,9 @@ impl Driver<'_> {
         Estimate {
             rounds: self.session.round().0,
             elapsed: self.armed_at.elapsed(),
-            // What lost channels gave back is to be pushed once more.
-            queued_bytes: self.lanes.as_ref().map_or(0, |lanes| lanes.queued_bytes()) + self.losses.returned_bytes,
+            // What lost channels gave back is in no ring, and no waiting drains it: the scanner keeps it back for the next
+            // round, and counts it.
+            queued_bytes: self.lanes.as_ref().map_or(0, |lanes| lanes.queued_bytes()),
             in_flight_bytes: self.in_flight_bytes(),
             dirty_bytes,
             // What was dirty in each round so far is taken to be dirty again, and is counted once.

@@ -35,14 +35,16 @@ pub struct Ended {
     pub stderr: String,
 }
 
+pub const PAGEFERRY: &str = env!("CARGO_BIN_EXE_pageferry");
+
 pub fn start(arguments: &[&str]) -> Program {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_pageferry"));
+    let mut command = Command::new(PAGEFERRY);
     command.args(arguments);
-    spawn(command)
+    launch(command)
 }
 
 /// Starts a command that becomes the program.
-pub fn spawn(mut command: Command) -> Program {
+pub fn launch(mut command: Command) -> Program {
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
     let (to, lines) = channel();

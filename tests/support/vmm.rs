@@ -49,6 +49,26 @@ pub fn touch_page(ram: &Ram, block: BlockId, page: u64) {
     unsafe { AtomicU64::from_ptr(range.ptr.cast()).store(mix(page + 1), Ordering::Relaxed) };
 }
 
+/// Writes one word of a page and leaves the others: what most writes of a guest are.
+pub fn poke_page(ram: &Ram, block: BlockId, page: u64, value: u64) {
+    let range = ram.block(block).unwrap().range(page, 1).unwrap();
+    let word = mix(value) as usize % (range.len / 8);
+    // SAFETY: inside the page, aligned; as in `write_page`.
+    unsafe { AtomicU64::from_ptr(range.ptr.add(8 * word).cast()).store(value, Ordering::Relaxed) };
+}
+
+/// Copies memory that lies still into memory of the same shape.
+pub fn copy_ram(from: &Ram, to: &Ram) {
+    assert_eq!(from.blocks().len(), to.blocks().len());
+    for (id, block) in from.iter() {
+        let from = block.range(0, block.pages()).unwrap();
+        let to = to.block(id).unwrap().range(0, block.pages()).unwrap();
+        assert_eq!(from.len, to.len);
+        // SAFETY: both ranges lie in blocks that `from` and `to` keep mapped, of the same length, and are two mappings.
+        unsafe { std::ptr::copy_nonoverlapping(from.ptr, to.ptr, from.len) };
+    }
+}
+
 /// Zeroes a page.
 pub fn zero_page(ram: &Ram, block: BlockId, page: u64) {
     let range = ram.block(block).unwrap().range(page, 1).unwrap();
@@ -435,6 +455,17 @@ fn set_smallest(socket: &impl AsRawFd, buffer: libc::c_int) {
     // SAFETY: the option's value is a local of the length given.
     let done =
         unsafe { libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, buffer, (&raw const bytes).cast(), len) };
+    assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+}
+
+/// Lets the close of a TCP connection reset it, and drop what was not sent.
+pub fn reset_on_close(socket: &impl AsRawFd) {
+    let linger = libc::linger { l_onoff: 1, l_linger: 0 };
+    let len = size_of::<libc::linger>() as libc::socklen_t;
+    // SAFETY: the option's value is a local of the length given.
+    let done = unsafe {
+        libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_LINGER, (&raw const linger).cast(), len)
+    };
     assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
 }
 
