@@ -100,6 +100,11 @@ impl Listener {
         }
     }
 
+    /// Whether no connection can come any more.
+    pub fn is_exhausted(&self) -> bool {
+        matches!(self, Listener::Ready(sockets) if sockets.is_empty())
+    }
+
     /// The next connection, if there is one.
     ///
     /// # Errors
@@ -192,6 +197,11 @@ impl Lobby {
             self.guests.remove(0);
             self.turned_away += 1;
         }
+    }
+
+    /// Whether nobody is in it.
+    pub fn is_empty(&self) -> bool {
+        self.guests.is_empty()
     }
 
     /// Connections that were dropped without having said a good Hello.

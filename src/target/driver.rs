@@ -9,7 +9,7 @@ use crate::bell::Bell;
 use crate::config::CrewOptions;
 use crate::crew::Alarm;
 use crate::digest::{BlockShape, DigestTable};
-use crate::error::{Failure, Outcome};
+use crate::error::{Failure, OsReason, Outcome};
 use crate::gate::Gate;
 use crate::memory::{Ram, full};
 use crate::net::{Control, Greeting, Listener, Lobby, passes};
@@ -198,6 +198,13 @@ impl Driver<'_> {
                 }
                 Greeting::Silent => {}
             }
+        }
+        // Nobody else can come, and nothing would ever end the wait.
+        if self.control.is_none() && self.listener.is_exhausted() && self.lobby.is_empty() {
+            let text = "none of the connections that were handed over is a source's control connection".to_owned();
+            let reason = OsReason { errno: None, text };
+            let doing = "waiting for the source's Hello";
+            return self.event(TargetEvent::Failed(Failure::Control { doing, reason }));
         }
         Ok(())
     }

@@ -4,4 +4,6 @@
 #[path = "../harness/mod.rs"]
 mod harness;
 
-libfuzzer_sys::fuzz_target!(|input: &[u8]| harness::run("hello", input));
+libfuzzer_sys::fuzz_target!(|input: &[u8]| {
+    harness::run("hello", input);
+});

@@ -4,4 +4,6 @@
 #[path = "../harness/mod.rs"]
 mod harness;
 
-libfuzzer_sys::fuzz_target!(|input: &[u8]| harness::run("source_session", input));
+libfuzzer_sys::fuzz_target!(|input: &[u8]| {
+    harness::run("source_session", input);
+});

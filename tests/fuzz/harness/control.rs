@@ -11,7 +11,7 @@ use super::frames::sealed;
 use super::script::Script;
 use super::wire_checks::{accepted_frames_are_canonical, receive};
 
-pub fn run(input: &[u8]) {
+pub fn run(input: &[u8]) -> &'static str {
     let mut script = Script::new(input);
     let choice = script.byte();
     let pieces = [0; 3].map(|_| usize::from(script.byte()) + 1);
@@ -30,9 +30,10 @@ pub fn run(input: &[u8]) {
     if choice & 1 == 0 { decode::<SourceFrame>(&stream, &pieces) } else { decode::<TargetFrame>(&stream, &pieces) }
 }
 
-fn decode<F: Frame + Clone + PartialEq + Debug>(stream: &[u8], pieces: &[usize]) {
+fn decode<F: Frame + Clone + PartialEq + Debug>(stream: &[u8], pieces: &[usize]) -> &'static str {
     accepted_frames_are_canonical::<F>(stream);
     let whole = receive::<F>(stream, &[]);
     assert_eq!(whole, receive::<F>(stream, pieces), "the same in pieces of {pieces:?} as at once");
     assert!(whole.frames.iter().all(|frame| !frame.name().is_empty()));
+    if whole.end.is_ok() { "accepted" } else { "refused" }
 }

@@ -10,7 +10,7 @@ use pageferry::wire::packet::{PACKET_HEADER_BYTES, PACKET_MAGIC, PacketHeader, c
 use super::script::Script;
 use super::wire_checks::{an_accepted_packet_is_canonical_and_fits, judge_packet};
 
-pub fn run(input: &[u8]) {
+pub fn run(input: &[u8]) -> &'static str {
     let mut script = Script::new(input);
     let choice = script.byte();
     let page_size = PageSize::new(1 << (12 + u32::from(choice >> 2 & 7) % 5)).expect("a page size");
@@ -39,6 +39,7 @@ pub fn run(input: &[u8]) {
             assert!(header.table_bytes() > 0 || check_crc(head, &[]).is_ok() == crc_is_right(head));
         }
     }
+    if judged.is_ok() { "accepted" } else { "refused" }
 }
 
 fn number(bytes: &[u8]) -> u128 {
@@ -68,7 +69,7 @@ fn is_good(bytes: &[u8], page_size: PageSize, block_pages: u64) -> bool {
         1 => block < 1024 && (1..=1024).contains(&runs) && payload <= 4 << 20,
         _ => (2..=4).contains(&kind) && empty,
     };
-    let fixed = number(&bytes[..4]) == u128::from(PACKET_MAGIC) && bytes[5] == 0 && number(&bytes[40..60]) == 0;
+    let fixed = number(&bytes[..4]) == u128::from(PACKET_MAGIC) && bytes[5] == 0 && bytes[40..60] == [0; 20];
     if !fixed || !good_counts || round > 65_534 || bytes.len() < end || !crc_is_right(&bytes[..end]) {
         return false;
     }

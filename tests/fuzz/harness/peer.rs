@@ -13,8 +13,11 @@ use pageferry::sys::socket::Socket;
 /// How long either side may take to end once its peer has left. Far more than any limit that is set.
 pub const IN_TIME: Duration = Duration::from_secs(8);
 
-/// How long the script waits for an answer before it goes on without: it has seen all that will come.
-const QUIET: Duration = Duration::from_millis(4);
+/// How long a script waits for an answer before it goes on without. One that has lied may well get none, and fuzzing is to
+/// go on; an honest one gets it, however busy the machine is.
+pub fn patience(lied: bool) -> Duration {
+    Duration::from_millis(if lied { 4 } else { 280 })
+}
 
 /// Short limits: for the scripts that say nothing more and stay.
 pub fn timeouts() -> Timeouts {
@@ -86,16 +89,11 @@ impl Waiter {
         Waiter(PollSet::new(Arc::new(EventFd::new().expect("an eventfd"))))
     }
 
-    /// Moves bytes until something came, or nothing has for a while; true if something came.
-    pub fn turn<'p>(&mut self, pipes: impl IntoIterator<Item = &'p mut Pipe>) -> bool {
-        self.turn_until(pipes, Instant::now() + QUIET)
-    }
-
-    /// As [`Waiter::turn`], and as long as this.
-    pub fn turn_until<'p>(&mut self, pipes: impl IntoIterator<Item = &'p mut Pipe>, until: Instant) -> bool {
+    /// Waits for something to come, for so long at the most, and moves bytes both ways; true if something came.
+    pub fn turn<'p>(&mut self, pipes: impl IntoIterator<Item = &'p mut Pipe>, patience: Duration) -> bool {
         let mut pipes: Vec<_> = pipes.into_iter().collect();
         self.0.clear();
-        self.0.until(until);
+        self.0.until(Instant::now() + patience);
         for pipe in pipes.iter().filter(|pipe| !pipe.ended) {
             if let Some(socket) = &pipe.socket {
                 self.0.watch(socket.as_fd(), true, !pipe.outbox.is_empty());

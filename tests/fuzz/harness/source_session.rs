@@ -10,6 +10,7 @@ use pageferry::session::source::{Facts, SourceAction, SourceEvent, SourceSession
 use pageferry::units::{BlockId, ChannelId, Epoch, Generation, InstanceId, Item, PageSize, Round, Verify};
 use pageferry::wire::control::{BlockInfo, FrameDecoder, FrameEncoder, Setup, SourceFrame, TargetFrame};
 
+use super::OPEN;
 use super::frames::{sealed, target_frame};
 use super::script::Script;
 
@@ -19,7 +20,7 @@ const EVENTS_MAX: usize = 400;
 /// What one event can ask for, beside one frame for each of 255 lanes.
 const ACTIONS_MAX: usize = 300;
 
-pub fn run(input: &[u8]) {
+pub fn run(input: &[u8]) -> &'static str {
     let mut script = Script::new(input);
     let mut world = World::new();
     for _ in 0..EVENTS_MAX {
@@ -28,6 +29,7 @@ pub fn run(input: &[u8]) {
         }
         world.turn(&mut script);
     }
+    world.end
 }
 
 /// How far the driver is: it tells the session only what can happen there.
@@ -58,6 +60,7 @@ struct World {
     last: Option<Round>,
     loaded: bool,
     ended: bool,
+    end: &'static str,
 }
 
 impl World {
@@ -75,6 +78,7 @@ impl World {
             last: None,
             loaded: false,
             ended: false,
+            end: OPEN,
         }
     }
 
@@ -296,7 +300,7 @@ impl World {
 
     /// Who owns the guest is the truth, or `uncertain`.
     fn judge_end(&mut self, event: &SourceEvent, outcome: &Outcome) {
-        self.ended = true;
+        (self.ended, self.end) = (true, outcome.word());
         let SourceEvent::Frame(frame) = event else {
             let ours = matches!(outcome, Outcome::Failed(_) | Outcome::Cancelled);
             return assert_eq!(ours, self.stage != Stage::Committed, "{event:?}: {outcome}");

@@ -12,7 +12,7 @@ use pageferry::{DirtyBitmap, Guest, HookError, Outcome, Source, StateWriter};
 
 use super::frames::{sealed, target_frame};
 use super::guarded::Guarded;
-use super::peer::{IN_TIME, Pipe, Waiter, timeouts};
+use super::peer::{IN_TIME, Pipe, Waiter, patience, timeouts};
 use super::script::Script;
 
 const BLOCKS: [usize; 2] = [16, 3];
@@ -22,7 +22,7 @@ const TURNS_MAX: usize = 200;
 /// The first byte of a script whose target stays, and says no more.
 const STAYS: u8 = 0xFF;
 
-pub fn run(input: &[u8]) {
+pub fn run(input: &[u8]) -> &'static str {
     let mut script = Script::new(input);
     let stays = script.byte() == STAYS;
     let verify = [Verify::Off, Verify::Wire, Verify::Full][script.below(3)];
@@ -56,7 +56,7 @@ pub fn run(input: &[u8]) {
     assert!(memory.is_intact());
     let untouched = |(block, page)| memory.page(block, page) == [content(block, page); 4096];
     assert!(pages().all(untouched), "a source wrote guest RAM");
-    match report.outcome {
+    match &report.outcome {
         // `Running` is the word of the peer: a target that lies about it has the guest on its conscience.
         Outcome::Completed => assert!(said.runs && guest.paused == guest.resumed + 1, "{why}"),
         Outcome::Uncertain(_) => assert_eq!(guest.paused, guest.resumed + 1, "{why}"),
@@ -65,6 +65,7 @@ pub fn run(input: &[u8]) {
             assert!(!said.committed || said.never_runs, "it was committed: {why}");
         }
     }
+    report.outcome.word()
 }
 
 /// The VMM of the source.
@@ -125,6 +126,8 @@ struct HostileTarget {
     /// Whether a Final has not been answered yet.
     final_due: bool,
     lanes: [Lane; LANES],
+    /// Whether it has done anything but what brings the migration on, and whether an answer has failed to come.
+    lied: bool,
     given_up: bool,
     said: Said,
 }
@@ -146,6 +149,7 @@ impl HostileTarget {
             last: None,
             final_due: false,
             lanes: Default::default(),
+            lied: false,
             given_up: false,
             said: Said::default(),
         }
@@ -168,7 +172,9 @@ impl HostileTarget {
     }
 
     fn turn(&mut self, s: &mut Script<'_>) {
-        match s.below(16) {
+        let choice = s.below(16);
+        self.lied |= choice > 6;
+        match choice {
             0..=6 => self.honest(),
             7 => self.say(&target_frame(s)),
             8 => {
@@ -307,7 +313,7 @@ impl HostileTarget {
 
     /// Takes what comes; false if nothing does.
     fn receive(&mut self) -> bool {
-        let came = self.waiter.turn(&mut self.pipes);
+        let came = self.waiter.turn(&mut self.pipes, patience(self.lied));
         for (pipe, lane) in self.pipes[1..].iter_mut().zip(&mut self.lanes) {
             lane.land(&mut pipe.inbox);
         }

@@ -12,6 +12,7 @@ use pageferry::session::target::{Check, TargetAction, TargetEvent, TargetSession
 use pageferry::units::{BlockId, ChannelId, Epoch, Generation, InstanceId, PageSize, Round, SessionId, Verify};
 use pageferry::wire::control::{BlockInfo, Final, FrameDecoder, FrameEncoder, Setup, SourceFrame, TargetFrame};
 
+use super::OPEN;
 use super::frames::{sealed, source_frame};
 use super::script::Script;
 
@@ -21,7 +22,7 @@ const EVENTS_MAX: usize = 400;
 /// What one event can ask for, beside one frame for each of 255 lanes.
 const ACTIONS_MAX: usize = 300;
 
-pub fn run(input: &[u8]) {
+pub fn run(input: &[u8]) -> &'static str {
     let mut script = Script::new(input);
     let mut world = World::new();
     for _ in 0..EVENTS_MAX {
@@ -30,6 +31,7 @@ pub fn run(input: &[u8]) {
         }
         world.turn(&mut script);
     }
+    world.end
 }
 
 /// What the VMM is asked for and has not yet answered.
@@ -61,6 +63,7 @@ struct World {
     discarded: bool,
     refused_to_run: bool,
     ended: bool,
+    end: &'static str,
     /// Which of the hooks fail.
     failing: u8,
 }
@@ -86,6 +89,7 @@ impl World {
             discarded: false,
             refused_to_run: false,
             ended: false,
+            end: OPEN,
             failing: 0,
         }
     }
@@ -314,7 +318,7 @@ impl World {
                 self.discarded = true;
             }
             TargetAction::End(outcome) => {
-                self.ended = true;
+                (self.ended, self.end) = (true, outcome.word());
                 self.asked.clear();
                 assert_eq!(*outcome == Outcome::Completed, self.ran == Some(true), "{outcome}");
                 assert!(!matches!(outcome, Outcome::Uncertain(_)), "the target always knows");

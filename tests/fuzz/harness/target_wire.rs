@@ -15,7 +15,7 @@ use pageferry::{HookError, Incoming, Outcome, Ram, Target};
 
 use super::frames::{sealed, source_frame};
 use super::guarded::Guarded;
-use super::peer::{IN_TIME, Pipe, Waiter, timeouts};
+use super::peer::{IN_TIME, Pipe, Waiter, patience, timeouts};
 use super::script::Script;
 
 const SESSION: SessionId = SessionId([9; 16]);
@@ -32,7 +32,7 @@ const FLUSH: u8 = 2;
 const ROUND_END: u8 = 3;
 const BYE: u8 = 4;
 
-pub fn run(input: &[u8]) {
+pub fn run(input: &[u8]) -> &'static str {
     let mut script = Script::new(input);
     let stays = script.byte() == STAYS;
     let memory = Guarded::new(&BLOCKS);
@@ -67,6 +67,7 @@ pub fn run(input: &[u8]) {
     if vmm.prepared == 1 {
         peer.judge(&memory, completed);
     }
+    report.outcome.word()
 }
 
 /// The VMM of the target: it takes any machine, and leaves it to the library to see that its own memory fits.
@@ -207,6 +208,8 @@ struct HostileSource<'a> {
     joined: usize,
     loaded: bool,
     running: bool,
+    /// Whether it has done anything but what brings the migration on, and whether an answer has failed to come.
+    lied: bool,
     given_up: bool,
     model: Model,
 }
@@ -236,6 +239,7 @@ impl<'a> HostileSource<'a> {
             joined: 0,
             loaded: false,
             running: false,
+            lied: false,
             given_up: false,
             model: Model { pages, anything: false, last_round: 0 },
         }
@@ -250,15 +254,17 @@ impl<'a> HostileSource<'a> {
         }
         while !self.pipes[0].ended && self.receive() {}
         let until = Instant::now() + IN_TIME;
-        while stays && !self.pipes[0].ended && Instant::now() < until {
-            self.waiter.turn_until(&mut self.pipes, until);
+        while stays && self.answer_hello && !self.pipes[0].ended && Instant::now() < until {
+            self.waiter.turn(&mut self.pipes, IN_TIME);
         }
-        assert!(!stays || Instant::now() < until || !self.greeted, "it waits for a source that says no more");
+        assert!(Instant::now() < until, "it waits for a source that says no more");
         self.pipes.iter_mut().for_each(Pipe::close);
     }
 
     fn turn(&mut self, s: &mut Script<'_>) {
-        match s.below(20) {
+        let choice = s.below(20);
+        self.lied |= choice > 4;
+        match choice {
             0..=4 => self.honest(s),
             5 => self.say(&source_frame(s)),
             6 => {
@@ -500,7 +506,7 @@ impl<'a> HostileSource<'a> {
 
     /// Takes what comes; false if nothing does.
     fn receive(&mut self) -> bool {
-        let came = self.waiter.turn(&mut self.pipes);
+        let came = self.waiter.turn(&mut self.pipes, patience(self.lied));
         let mut inbox = std::mem::take(&mut self.pipes[0].inbox);
         let mut input = &inbox[..];
         if !self.answer_hello {
