@@ -64,7 +64,7 @@ pub fn run(input: &[u8]) -> &'static str {
     assert!(!matches!(report.outcome, Outcome::Uncertain(_)), "the target always knows: {why}");
     assert_eq!(vmm.discarded, u32::from(vmm.prepared == 1 && !completed), "{why}");
     assert!(report.state_bytes <= STATE_BYTES_MAX, "{} bytes of state", report.state_bytes);
-    if vmm.prepared == 1 {
+    if peer.ready {
         peer.judge(&memory, completed);
     }
     report.outcome.word()
@@ -113,13 +113,24 @@ impl Incoming for Vmm<'_> {
     }
 }
 
+/// What is known of a page.
+#[derive(Clone, Copy, Default)]
+struct Page {
+    /// How often a packet has named it.
+    named: u32,
+    /// The round and the content of the last packet that did, if that was a good one.
+    holds: Option<(u32, u8)>,
+}
+
 /// What may be in the target's memory.
 struct Model {
-    /// For each block and page how often it was named, and in which round it got what content, if it was named well.
-    pages: Vec<Vec<(u32, Option<(u32, u8)>)>>,
+    /// Of each block.
+    pages: Vec<Vec<Page>>,
     /// Whether bytes went out that may have named any page.
     anything: bool,
     last_round: u32,
+    /// Whether the target has said Ready: before that, memory may hold what it held before.
+    ready: bool,
 }
 
 impl Model {
@@ -128,8 +139,8 @@ impl Model {
             return;
         }
         for (block, pages) in self.pages.iter().enumerate() {
-            for (page, (named, content)) in pages.iter().enumerate() {
-                let expected = match (named, content) {
+            for (page, Page { named, holds }) in pages.iter().enumerate() {
+                let expected = match (named, holds) {
                     (0, _) => 0,
                     (1, Some((round, content))) if completed && *round <= self.last_round => *content,
                     _ => continue,
@@ -204,7 +215,6 @@ struct HostileSource<'a> {
     final_said: bool,
     data_greeted: usize,
     answer_hello: bool,
-    ready: bool,
     joined: usize,
     loaded: bool,
     running: bool,
@@ -218,7 +228,7 @@ impl<'a> HostileSource<'a> {
     fn new(pipes: Vec<Pipe>, commit_said: &'a AtomicBool) -> Self {
         let shape = |pages: &usize| BlockShape { pages: *pages as u64, page_size: PageSize::SIZE_4K };
         let digests = DigestTable::new(SESSION, &BLOCKS.map(|pages| shape(&pages))).expect("a little memory");
-        let pages = BLOCKS.iter().map(|pages| vec![(0, None); *pages]).collect();
+        let pages = BLOCKS.iter().map(|pages| vec![Page::default(); *pages]).collect();
         HostileSource {
             pipes,
             waiter: Waiter::new(),
@@ -235,13 +245,12 @@ impl<'a> HostileSource<'a> {
             final_said: false,
             data_greeted: 0,
             answer_hello: false,
-            ready: false,
             joined: 0,
             loaded: false,
             running: false,
             lied: false,
             given_up: false,
-            model: Model { pages, anything: false, last_round: 0 },
+            model: Model { pages, anything: false, last_round: 0, ready: false },
         }
     }
 
@@ -317,7 +326,7 @@ impl<'a> HostileSource<'a> {
             self.verify = [Verify::Off, Verify::Wire, Verify::Full][s.below(3)];
             self.say(&SourceFrame::Setup(setup(self.verify)));
         } else if self.data_greeted < LANES {
-            self.wait_for(|peer| peer.ready);
+            self.wait_for(|peer| peer.model.ready);
             let channel = ChannelId(self.data_greeted as u8);
             self.data_greeted += 1;
             self.pipes[self.data_greeted].write(&hello(HelloRole::Data(channel)).encode());
@@ -457,7 +466,7 @@ impl<'a> HostileSource<'a> {
         for (first, count, kind) in &packet.runs {
             let end = first.saturating_add(u64::from(*count)).min(pages.len() as u64);
             for page in *first..end {
-                let (named, holds) = &mut pages[page as usize];
+                let Page { named, holds } = &mut pages[page as usize];
                 *named += 1;
                 *holds = good.then_some((packet.at.round, if *kind == 1 { content } else { 0 }));
                 if let Some(recorder) = &mut recorder {
@@ -521,7 +530,7 @@ impl<'a> HostileSource<'a> {
         }
         while let Some(frame) = self.decoder.pull(&mut input).expect("what the target says is understood") {
             match frame {
-                TargetFrame::Ready { .. } => self.ready = true,
+                TargetFrame::Ready { .. } => self.model.ready = true,
                 TargetFrame::ChannelJoined { .. } => self.joined += 1,
                 TargetFrame::Loaded { .. } => self.loaded = true,
                 TargetFrame::Running => self.running = true,
