@@ -54,8 +54,9 @@ pub trait Connector: Send {
 
 /// Where connections come from.
 pub enum Endpoint {
-    /// Connect to this address.
-    Address(Address),
+    /// Connect to these addresses of one target, over different networks: the control connection goes to the first that
+    /// answers, and data channels are spread over all of them. At least one.
+    Addresses(Vec<Address>),
     /// Ask this.
     Connector(Box<dyn Connector>),
 }
@@ -63,7 +64,9 @@ pub enum Endpoint {
 impl fmt::Debug for Endpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Endpoint::Address(address) => write!(f, "{address}"),
+            Endpoint::Addresses(addresses) => {
+                f.write_str(&addresses.iter().map(Address::to_string).collect::<Vec<_>>().join(", "))
+            }
             Endpoint::Connector(_) => f.write_str("a connector"),
         }
     }
@@ -111,14 +114,34 @@ pub fn open(
             let fd = connector.open(opening).and_then(Socket::from_fd);
             Some(fd.map_err(|e| failed(format!("the VMM's connector ({opening})"), e))?)
         }
-        Endpoint::Address(address) => {
-            connect(address, bell, deadline, cancelled).map_err(|e| failed(address.to_string(), e))?
+        Endpoint::Addresses(addresses) => {
+            // The first network that works is good enough for the control connection; a data channel has its own.
+            let candidates = match opening {
+                Opening::Control => &addresses[..],
+                Opening::Data { channel, generation } => one_of(addresses, channel, generation),
+            };
+            let mut result = Err(Failure::Config("there is no address to connect to".to_owned()));
+            for (index, address) in candidates.iter().enumerate() {
+                let share = deadline.saturating_duration_since(Instant::now()) / (candidates.len() - index) as u32;
+                let until = Instant::now() + share;
+                result = connect(address, bell, until, cancelled).map_err(|e| failed(address.to_string(), e));
+                if result.is_ok() {
+                    break;
+                }
+            }
+            result?
         }
     };
     if let Some(socket) = &socket {
         socket.set_no_delay();
     }
     Ok(socket)
+}
+
+/// The address for a data channel: channels take turns, and one that is connected again tries the next.
+pub fn one_of(addresses: &[Address], channel: ChannelId, generation: Generation) -> &[Address] {
+    let turn = usize::from(channel.0) + generation.0.saturating_sub(1) as usize;
+    turn.checked_rem(addresses.len()).map_or(addresses, |index| &addresses[index..=index])
 }
 
 fn connect(

@@ -7,6 +7,6 @@ mod control;
 mod listen;
 
 pub use address::Address;
-pub use connect::{Connector, Endpoint, Fds, Opening, open};
+pub use connect::{Connector, Endpoint, Fds, Opening, one_of, open};
 pub use control::Control;
 pub use listen::{Greeting, Listener, Lobby, passes};

@@ -5,9 +5,9 @@ use std::collections::BTreeSet;
 
 use pageferry::Outcome;
 use pageferry::error::Failure;
-use pageferry::session::EPOCHS_OUTSTANDING_MAX;
 use pageferry::session::source::{Facts, SourceAction, SourceEvent, SourceSession};
-use pageferry::units::{BlockId, ChannelId, Epoch, Generation, InstanceId, Item, PageSize, Round, Verify};
+use pageferry::session::{EPOCHS_OUTSTANDING_MAX, FEATURE_RESUME};
+use pageferry::units::{BlockId, ChannelId, Epoch, Generation, InstanceId, Item, PageSize, Round, SessionId, Verify};
 use pageferry::wire::control::{BlockInfo, FrameDecoder, FrameEncoder, Setup, SourceFrame, TargetFrame};
 
 use super::OPEN;
@@ -15,6 +15,7 @@ use super::frames::{sealed, target_frame};
 use super::script::Script;
 
 const CHANNELS: u8 = 2;
+const INSTANCE: InstanceId = InstanceId([5; 16]);
 /// Events of one script, at the most: none needs more to reach anything.
 const EVENTS_MAX: usize = 400;
 /// What one event can ask for, beside one frame for each of 255 lanes.
@@ -41,8 +42,14 @@ enum Stage {
     Pausing,
     Paused,
     FinalSent,
+    /// Final was sent, and counts no more: it was withdrawn, or a channel is lost.
+    Void,
     Gate,
     Committed,
+    /// The control connection is lost.
+    Lost,
+    /// Resume was sent.
+    Resuming,
 }
 
 struct World {
@@ -52,6 +59,10 @@ struct World {
     frames: u32,
     stage: Stage,
     joined: BTreeSet<ChannelId>,
+    /// What the target is to be asked for, of a mismatch that it has told.
+    damage: bool,
+    /// Whether there is a control connection.
+    connected: bool,
     /// Rounds whose end was marked, and epochs.
     rounds: u32,
     epochs: u64,
@@ -59,6 +70,7 @@ struct World {
     applied: u64,
     last: Option<Round>,
     loaded: bool,
+    committed: bool,
     ended: bool,
     end: &'static str,
 }
@@ -72,11 +84,14 @@ impl World {
             frames: 0,
             stage: Stage::Fresh,
             joined: BTreeSet::new(),
+            damage: false,
+            connected: true,
             rounds: 0,
             epochs: 0,
             applied: 0,
             last: None,
             loaded: false,
+            committed: false,
             ended: false,
             end: OPEN,
         }
@@ -86,7 +101,7 @@ impl World {
         if self.stage == Stage::Fresh {
             return self.event(SourceEvent::Connected(setup()));
         }
-        match s.below(16) {
+        match s.below(18) {
             0..=3 => self.honest(),
             4 => self.say(&target_frame(s)),
             5 => self.say_raw(s),
@@ -96,11 +111,18 @@ impl World {
             9 => self.overrun(),
             10 => self.plausible(s),
             11 if self.stage == Stage::Gate => self.event(SourceEvent::CommitGranted),
+            15 => self.channel(s),
+            16 if self.damage => {
+                self.damage = false;
+                let chunks = s.list(Script::u32);
+                self.event(SourceEvent::Damaged { block: BlockId(0), chunks });
+            }
             12 => self.say(&TargetFrame::Loaded { round: self.last.unwrap_or(Round(0)) }),
             _ => match s.below(16) {
                 0 => self.event(SourceEvent::CancelAsked),
                 1 => self.event(SourceEvent::Failed(Failure::Worker("a finding of ours".to_owned()))),
-                2 => self.event(channel_failed(ChannelId(s.below(3) as u8))),
+                2 => self.event(SourceEvent::ControlLost(Failure::Protocol("a damaged frame".to_owned()))),
+                3 if self.stage == Stage::Lost || self.session.wants_control() => self.reconnect(),
                 _ => self.say(&TargetFrame::Pong { nonce: s.number(), lanes: Vec::new() }),
             },
         }
@@ -112,7 +134,7 @@ impl World {
         match self.stage {
             Stage::Fresh => {}
             Stage::Connecting if !self.session.awaits_lanes() => {
-                self.say(&TargetFrame::Ready { instance: InstanceId([5; 16]), features: 0 });
+                self.say(&TargetFrame::Ready { instance: INSTANCE, features: FEATURE_RESUME });
             }
             Stage::Connecting => {
                 if let Some(channel) = missing {
@@ -122,7 +144,12 @@ impl World {
             Stage::Live if self.rounds == 0 => self.round(),
             Stage::Live => self.event(SourceEvent::SwitchOver),
             Stage::Pausing => self.event(SourceEvent::GuestPaused),
+            Stage::Paused if self.rounds == 0 || !self.session.channels_are_settled() => self.round(),
             Stage::Paused => self.event(SourceEvent::Drained(Facts::default())),
+            Stage::Lost => self.reconnect(),
+            Stage::Resuming => self.say(&TargetFrame::Ready { instance: INSTANCE, features: FEATURE_RESUME }),
+            Stage::Committed if self.session.wants_control() => self.reconnect(),
+            Stage::Void => {}
             Stage::FinalSent => self.say(&TargetFrame::Loaded { round: self.last.unwrap_or(Round(0)) }),
             Stage::Gate => self.event(SourceEvent::CommitGranted),
             Stage::Committed => self.say(&TargetFrame::Running),
@@ -142,9 +169,30 @@ impl World {
     }
 
     fn overrun(&mut self) {
-        let loading = self.stage == Stage::FinalSent && self.session.awaits_loaded();
-        if loading || matches!(self.stage, Stage::Paused | Stage::Gate) {
+        let voided = self.stage == Stage::Void && !self.session.is_withdrawing();
+        if voided || matches!(self.stage, Stage::Paused | Stage::Gate | Stage::FinalSent) {
             self.event(SourceEvent::Overran);
+        }
+    }
+
+    /// A new control connection: nothing of the old one counts.
+    fn reconnect(&mut self) {
+        self.to_source = (FrameEncoder::new(), FrameDecoder::new());
+        self.to_target = (FrameEncoder::new(), FrameDecoder::new());
+        (self.frames, self.connected) = (0, true);
+        self.event(SourceEvent::Reconnected(SessionId([9; 16])));
+    }
+
+    /// What the channels come to.
+    fn channel(&mut self, s: &mut Script<'_>) {
+        let channel = ChannelId(s.below(CHANNELS.into()) as u8);
+        let (generation, reason) = (self.session.generation(channel), "reset".to_owned());
+        match s.below(3) {
+            0 => self.event(SourceEvent::ChannelFailed { channel, generation, reason }),
+            1 if self.session.is_down(channel) && self.session.wants_channels() => {
+                self.event(SourceEvent::ChannelOpened { channel, generation: Generation(generation.0 + 1) });
+            }
+            _ => self.say(&TargetFrame::ChannelRetired { channel, generation }),
         }
     }
 
@@ -195,7 +243,7 @@ impl World {
 
     /// Bytes come on the control connection; false if they end it.
     fn hear(&mut self, bytes: &[u8]) -> bool {
-        if self.ended {
+        if self.ended || !self.connected {
             return false;
         }
         match self.to_source.1.pull(&mut &bytes[..]) {
@@ -221,6 +269,8 @@ impl World {
         assert!(actions.len() <= ACTIONS_MAX, "{} actions for {event:?}", actions.len());
         match (&event, self.stage) {
             (SourceEvent::Connected(_), _) => self.stage = Stage::Connecting,
+            // What is not applied travels again, in new epochs.
+            (SourceEvent::ControlLost(_), _) => self.applied = self.epochs,
             (SourceEvent::GuestPaused, _) => self.stage = Stage::Paused,
             (SourceEvent::Overran, Stage::Paused | Stage::Gate) => (self.stage, self.loaded) = (Stage::Live, false),
             (SourceEvent::Frame(TargetFrame::ChannelJoined { channel, .. }), _) => drop(self.joined.insert(*channel)),
@@ -234,18 +284,41 @@ impl World {
             assert!(!self.ended, "its end is the last word: {actions:?}");
             self.judge(&event, action);
         }
-        if self.stage == Stage::FinalSent && !self.session.awaits_loaded() && !self.session.is_withdrawing() {
-            // An attempt that was withdrawn and answered: rounds go on.
-            self.stage = Stage::Live;
-        }
+        self.stage = self.stage_now();
+        self.damage &= self.session.waits_for_hook().is_some() && !self.session.is_committed();
         assert_eq!(self.session.is_ended(), self.ended);
         assert_eq!(self.session.round(), Round(self.rounds));
-        assert!(self.ended || self.session.is_committed() == (self.stage == Stage::Committed));
+        assert!(self.ended || self.session.is_committed() == self.committed, "{event:?}");
+    }
+
+    /// Where the session is, as it says by itself, or as its last actions have said.
+    fn stage_now(&self) -> Stage {
+        let session = &self.session;
+        match self.stage {
+            Stage::Committed => Stage::Committed,
+            _ if session.wants_control() => Stage::Lost,
+            _ if session.awaits_resumed() => Stage::Resuming,
+            _ if session.is_paused() => Stage::Paused,
+            _ if session.awaits_loaded() => Stage::FinalSent,
+            Stage::FinalSent | Stage::Void if session.waits_for_hook().is_some() => Stage::Void,
+            Stage::Lost | Stage::Resuming => Stage::Live,
+            stage => stage,
+        }
     }
 
     fn judge(&mut self, event: &SourceEvent, action: &SourceAction) {
         match action {
             SourceAction::Send(frame) => self.judge_frame(event, frame),
+            SourceAction::Reconnect => self.connected = false,
+            SourceAction::FindDamage { .. } => self.damage = true,
+            SourceAction::GiveBack { .. } => {
+                assert!(matches!(event, SourceEvent::Frame(TargetFrame::ChannelRetired { .. })), "{event:?}");
+            }
+            SourceAction::StartChannel { channel, .. } => assert!(self.session.is_live(*channel)),
+            SourceAction::CloseChannel { channel, .. } | SourceAction::HangUp { channel } => {
+                assert!(!self.session.is_live(*channel));
+            }
+            SourceAction::ShipAgain { .. } => assert!(matches!(event, SourceEvent::Damaged { .. })),
             SourceAction::OpenChannels => assert!(matches!(event, SourceEvent::Frame(TargetFrame::Ready { .. }))),
             SourceAction::StartRounds => {
                 let SourceEvent::Frame(TargetFrame::ChannelJoined { .. }) = event else { panic!("{event:?}") };
@@ -289,10 +362,13 @@ impl World {
                 assert!(matches!(event, SourceEvent::Drained(_)) && last.round.0 + 1 == self.rounds);
                 (self.stage, self.last, self.loaded) = (Stage::FinalSent, Some(last.round), false);
             }
+            SourceFrame::State { offset: 0, bytes } if bytes.is_empty() => {
+                (self.stage, self.loaded) = (Stage::Live, false)
+            }
             SourceFrame::Commit => {
                 assert_eq!(*event, SourceEvent::CommitGranted);
                 assert!(self.loaded && self.stage == Stage::Gate);
-                self.stage = Stage::Committed;
+                (self.stage, self.committed) = (Stage::Committed, true);
             }
             _ => {}
         }
@@ -303,7 +379,7 @@ impl World {
         (self.ended, self.end) = (true, outcome.word());
         let SourceEvent::Frame(frame) = event else {
             let ours = matches!(outcome, Outcome::Failed(_) | Outcome::Cancelled);
-            return assert_eq!(ours, self.stage != Stage::Committed, "{event:?}: {outcome}");
+            return assert_eq!(ours, !self.committed, "{event:?}: {outcome}");
         };
         let runs = matches!(frame, TargetFrame::Running | TargetFrame::QueryAnswer { running: true });
         let never_runs = matches!(
@@ -311,17 +387,12 @@ impl World {
             TargetFrame::RunFailed { .. } | TargetFrame::Discarded { .. } | TargetFrame::QueryAnswer { running: false }
         );
         match outcome {
-            Outcome::Completed => assert!(self.stage == Stage::Committed && runs, "{frame:?}"),
-            Outcome::Uncertain(_) => assert_eq!(self.stage, Stage::Committed),
-            Outcome::Failed(_) => assert!(self.stage != Stage::Committed || never_runs, "{frame:?}: {outcome}"),
+            Outcome::Completed => assert!(self.committed && runs, "{frame:?}"),
+            Outcome::Uncertain(_) => assert!(self.committed),
+            Outcome::Failed(_) => assert!(!self.committed || never_runs, "{frame:?}: {outcome}"),
             Outcome::Cancelled => panic!("nobody asked to cancel"),
         }
     }
-}
-
-/// The only way in which a worker's end is told.
-fn channel_failed(channel: ChannelId) -> SourceEvent {
-    SourceEvent::ChannelFailed { channel, generation: Generation(1), reason: "reset".to_owned() }
 }
 
 fn setup() -> Setup {
@@ -334,5 +405,12 @@ fn setup() -> Setup {
         backing_page_bytes: 4096,
     };
     let blocks = vec![block];
-    Setup { verify: Verify::Wire, channels: CHANNELS, features: 0, state_bytes_max: 0, blocks, opaque: Vec::new() }
+    Setup {
+        verify: Verify::Wire,
+        channels: CHANNELS,
+        features: FEATURE_RESUME,
+        state_bytes_max: 0,
+        blocks,
+        opaque: Vec::new(),
+    }
 }

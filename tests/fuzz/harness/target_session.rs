@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use pageferry::Outcome;
 use pageferry::barrier::LaneWord;
 use pageferry::error::Failure;
+use pageferry::session::FEATURE_RESUME;
 use pageferry::session::target::{Check, TargetAction, TargetEvent, TargetSession};
 use pageferry::units::{BlockId, ChannelId, Epoch, Generation, InstanceId, PageSize, Round, SessionId, Verify};
 use pageferry::wire::control::{BlockInfo, Final, FrameDecoder, FrameEncoder, Setup, SourceFrame, TargetFrame};
@@ -17,6 +18,7 @@ use super::frames::{sealed, source_frame};
 use super::script::Script;
 
 const STATE_BYTES_MAX: u64 = 40;
+const INSTANCE: InstanceId = InstanceId([3; 16]);
 /// Events of one script, at the most: none needs more to reach anything.
 const EVENTS_MAX: usize = 400;
 /// What one event can ask for, beside one frame for each of 255 lanes.
@@ -46,6 +48,8 @@ struct World {
     session: TargetSession,
     to_target: (FrameEncoder<SourceFrame>, FrameDecoder<SourceFrame>),
     to_source: (FrameEncoder<TargetFrame>, FrameDecoder<TargetFrame>),
+    /// Whether there is a control connection, and how many frames have come on it.
+    connected: bool,
     frames: u32,
     /// Connections that were offered, and what each channel's lane was last said to have done: rounds, epochs.
     offered: Vec<(ChannelId, Generation)>,
@@ -56,6 +60,10 @@ struct World {
     kept: u64,
     applied: Option<Epoch>,
     checking: Option<Final>,
+    /// Checks that came to nothing while they went on: their results come all the same, after those of later ones.
+    stale: u32,
+    /// Whether the event is the result of a check that counts.
+    answered: bool,
     asked: Vec<Asked>,
     prepared: bool,
     loaded: bool,
@@ -71,9 +79,10 @@ struct World {
 impl World {
     fn new() -> World {
         World {
-            session: TargetSession::new(STATE_BYTES_MAX),
+            session: TargetSession::new(STATE_BYTES_MAX, true),
             to_target: (FrameEncoder::new(), FrameDecoder::new()),
             to_source: (FrameEncoder::new(), FrameDecoder::new()),
+            connected: true,
             frames: 0,
             offered: Vec::new(),
             joined: BTreeMap::new(),
@@ -82,6 +91,8 @@ impl World {
             kept: 0,
             applied: None,
             checking: None,
+            stale: 0,
+            answered: false,
             asked: Vec::new(),
             prepared: false,
             loaded: false,
@@ -112,9 +123,15 @@ impl World {
             16 => self.say(&self.last()),
             17 => self.plausible(s),
             18 => self.failing = s.byte(),
-            _ => match s.below(8) {
+            _ => match s.below(10) {
                 0 => self.event(TargetEvent::CancelAsked),
-                1 => self.event(TargetEvent::Failed(Failure::Worker("a finding of ours".to_owned()))),
+                1 => self.event(TargetEvent::QueryAsked),
+                2 => self.event(TargetEvent::ControlLost(Failure::Protocol("a damaged frame".to_owned()))),
+                3 => {
+                    let instance = if s.flag() { InstanceId([4; 16]) } else { INSTANCE };
+                    self.event(TargetEvent::ResumeAsked { instance, epoch: Epoch(s.number()) });
+                }
+                4 => self.event(TargetEvent::Failed(Failure::Worker("a finding of ours".to_owned()))),
                 _ => self.say(&SourceFrame::Commit),
             },
         }
@@ -193,7 +210,7 @@ impl World {
 
     /// Bytes come on the control connection; false if they end it.
     fn hear(&mut self, bytes: &[u8]) -> bool {
-        if self.ended {
+        if self.ended || !self.connected {
             return false;
         }
         match self.to_target.1.pull(&mut &bytes[..]) {
@@ -236,7 +253,14 @@ impl World {
     }
 
     fn answer_check(&mut self, how: usize) {
-        if self.checking.take().is_none() || self.ended {
+        if self.ended {
+            return;
+        }
+        if self.checking.take().is_some() {
+            self.answered = true;
+        } else if let Some(stale) = self.stale.checked_sub(1) {
+            self.stale = stale;
+        } else {
             return;
         }
         self.event(TargetEvent::Checked(match how {
@@ -250,12 +274,13 @@ impl World {
     fn event(&mut self, event: TargetEvent) {
         let mut actions = self.session.on(event.clone());
         self.judge(&event, &actions);
+        self.answered = false;
         while let Some(asked) = self.asked.pop() {
             let fails = |bit: u8| self.failing & bit != 0;
             let answer = |fails: bool| if fails { Err("the VMM says no".to_owned()) } else { Ok(()) };
             let event = match asked {
                 Asked::Prepare if fails(1) => TargetEvent::Refused("the VMM says no".to_owned()),
-                Asked::Prepare => TargetEvent::Prepared(InstanceId([3; 16])),
+                Asked::Prepare => TargetEvent::Prepared(INSTANCE),
                 Asked::LoadState => TargetEvent::StateLoaded(answer(fails(2))),
                 Asked::Run => TargetEvent::RunReturned(answer(fails(4))),
             };
@@ -288,7 +313,30 @@ impl World {
                 self.channels = setup.channels;
                 self.asked.push(Asked::Prepare);
             }
-            TargetAction::StartLanes => assert!(self.prepared),
+            TargetAction::StartLanes | TargetAction::StartLane { .. } => assert!(self.prepared),
+            TargetAction::RetireLane { channel } => {
+                self.joined.remove(channel);
+                self.told.remove(channel);
+                // A Final that it stood in comes to nothing, and so does the check of it.
+                self.stale += u32::from(self.checking.take().is_some());
+                self.loaded = false;
+            }
+            TargetAction::DropControl => {
+                self.stale += u32::from(self.checking.take().is_some());
+                (self.connected, self.loaded) = (false, false);
+            }
+            TargetAction::TakeVisitor => {
+                self.to_target = (FrameEncoder::new(), FrameDecoder::new());
+                self.to_source = (FrameEncoder::new(), FrameDecoder::new());
+                // What is applied is counted from where the source says.
+                (self.connected, self.frames, self.applied) = (true, 0, None);
+                assert!(self.joined.is_empty(), "a lane of before may still land: {:?}", self.joined);
+            }
+            TargetAction::AnswerVisitor(TargetFrame::QueryAnswer { running }) => {
+                assert_eq!(*running, self.ran == Some(true));
+                self.refused_to_run = !running;
+            }
+            TargetAction::AnswerVisitor(frame) => assert!(matches!(frame, TargetFrame::Refused { .. }), "{frame:?}"),
             TargetAction::KeepState(bytes) => {
                 self.kept += bytes.len() as u64;
                 self.loaded = false;
@@ -305,7 +353,7 @@ impl World {
                 self.loaded = false;
             }
             TargetAction::LoadState => {
-                assert_eq!(*event, TargetEvent::Checked(Check::Agrees));
+                assert!(*event == TargetEvent::Checked(Check::Agrees) && self.answered, "{event:?}");
                 self.asked.push(Asked::LoadState);
             }
             TargetAction::Run => {
@@ -336,6 +384,7 @@ impl World {
             TargetFrame::ChannelJoined { channel, generation } => {
                 assert!(self.offered.contains(&(*channel, *generation)), "nobody connected channel {channel}");
                 self.joined.insert(*channel, *generation);
+                self.told.insert(*channel, (0, 0));
             }
             TargetFrame::EpochApplied { epoch, lanes } => {
                 assert!(self.applied.is_none_or(|before| before < *epoch), "epoch {epoch} was applied before");
@@ -380,5 +429,12 @@ fn setup() -> Setup {
         backing_page_bytes: 4096,
     };
     let blocks = vec![block];
-    Setup { verify: Verify::Wire, channels: 2, features: 0, state_bytes_max: 0, blocks, opaque: Vec::new() }
+    Setup {
+        verify: Verify::Wire,
+        channels: 2,
+        features: FEATURE_RESUME,
+        state_bytes_max: 0,
+        blocks,
+        opaque: Vec::new(),
+    }
 }
