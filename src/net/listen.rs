@@ -96,6 +96,11 @@ impl Listener {
         }
     }
 
+    /// Whether no connection can come any more.
+    pub fn is_exhausted(&self) -> bool {
+        matches!(self, Listener::Ready(sockets) if sockets.is_empty())
+    }
+
     /// The next connection, if there is one.
     ///
     /// # Errors

@@ -117,6 +117,11 @@ impl Lobby {
         guest
     }
 
+    /// Whether nobody is in it.
+    pub fn is_empty(&self) -> bool {
+        self.guests.is_empty()
+    }
+
     /// Connections that were dropped without having said a good Hello.
     pub fn turned_away(&self) -> u64 {
         self.turned_away

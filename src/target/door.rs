@@ -5,7 +5,7 @@
 use std::io;
 use std::time::{Duration, Instant};
 
-use crate::error::Failure;
+use crate::error::{Failure, OsReason};
 use crate::net::{CROWD_PAUSE, Control, ENTRANTS_MAX, Greeting, Listener, passes};
 use crate::session::source::FIRST_GENERATION;
 use crate::session::target::TargetEvent;
@@ -76,6 +76,13 @@ impl Driver<'_> {
                 }
                 Greeting::Silent => {}
             }
+        }
+        // Nobody else can come, and nothing would ever end the wait.
+        if self.begun.is_none() && self.listener.is_exhausted() && self.lobby.is_empty() {
+            let text = "none of the connections that were handed over is a source's control connection".to_owned();
+            let reason = OsReason { errno: None, text };
+            let doing = "waiting for the source's Hello";
+            return self.event(TargetEvent::Failed(Failure::Control { doing, reason }));
         }
         Ok(())
     }
