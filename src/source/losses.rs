@@ -196,10 +196,12 @@ impl Driver<'_> {
             } else if let Some(result) = way.dial.as_mut().and_then(Dial::poll) {
                 way.dial = None;
                 self.dialled(channel, result)?;
-            } else if way.dial.is_none() && self.session.is_down(channel) && self.session.wants_channels() {
-                if way.at.is_some_and(|at| now >= at) {
-                    self.dial(channel)?;
-                }
+            } else if way.at.is_some_and(|at| now >= at)
+                && way.dial.is_none()
+                && self.session.is_down(channel)
+                && self.session.wants_channels()
+            {
+                self.dial(channel)?;
             }
         }
         self.check_that_one_is_left(now)
