@@ -111,6 +111,11 @@ impl Losses {
         }
     }
 
+    /// Whether another connection is under way, or will be.
+    pub fn has_hope(&self) -> bool {
+        self.ways.iter().any(|way| way.at.is_some() || way.dial.is_some() || way.joining.is_some())
+    }
+
     /// A channel has got an epoch through: what happened before is forgotten.
     pub fn got_through(&mut self, channel: ChannelId) {
         if let Some(way) = self.ways.get_mut(usize::from(channel.0)) {
@@ -276,8 +281,7 @@ impl Driver<'_> {
             return Ok(());
         }
         let since = *self.losses.none_since.get_or_insert(now);
-        let hope = self.losses.ways.iter().any(|way| way.at.is_some() || way.dial.is_some() || way.joining.is_some());
-        if (hope || !self.session.channels_are_settled()) && now < since + self.settings.timeouts.stall {
+        if (self.losses.has_hope() || !self.session.channels_are_settled()) && now < since + self.settings.timeouts.stall {
             return Ok(());
         }
         let none = || Failure::Worker("internal error: no channel is left, and none was lost".to_owned());

@@ -81,7 +81,8 @@ impl Driver<'_> {
             all_quiet &= !owes;
             sum = sum.wrapping_add(sent).wrapping_add(landed);
             let at_barrier = pong.is_some_and(|pong| pong.at_barrier);
-            if sent + landed != motion.0 || !owes || at_barrier {
+            let moved = (sent + landed).abs_diff(motion.0);
+            if moved >= PROGRESS_BYTES_MIN || !owes || at_barrier {
                 *motion = (sent + landed, now);
             }
             if now.saturating_duration_since(motion.1) > limit {
@@ -92,19 +93,35 @@ impl Driver<'_> {
             self.motion.all = (sum, now);
         }
         let still = now.saturating_duration_since(self.motion.all.1);
-        if still > limit || (live > 0 && stalled.len() == live) {
+        if still > limit {
+            // Nothing moves anywhere. Where another connection is under way it may be better.
+            if !stalled.is_empty() && self.losses.has_hope() {
+                self.motion.all = (sum, now);
+                return self.lose_stalled(stalled, limit);
+            }
             let behind = self.pongs.iter().filter(|p| !p.at_barrier).min_by_key(|p| (p.rounds_passed, p.bytes));
             let channel = behind.map_or(ChannelId(0), |p| p.channel);
             return self.fail(Failure::Stalled { channel, ms: still.max(limit).as_millis() as u64 });
         }
+        // Where all are slow, that is the link they share.
+        if stalled.len() == live {
+            return Ok(());
+        }
+        self.lose_stalled(stalled, limit)
+    }
+
+    fn lose_stalled(&mut self, stalled: Vec<ChannelId>, limit: Duration) -> Result<(), Over> {
         for channel in stalled {
             let generation = self.session.generation(channel);
-            let reason = format!("nothing moved on it for {} ms, and the others wait for it", limit.as_millis());
+            let reason = format!("next to nothing moved on it for {} ms, and the others wait for it", limit.as_millis());
             self.event(SourceEvent::ChannelFailed { channel, generation, reason })?;
         }
         Ok(())
     }
 }
+
+/// What a lane has to move within the stall limit. Less is as good as nothing to those that wait for it.
+const PROGRESS_BYTES_MIN: u64 = 64 << 10;
 
 /// What has moved, on each channel and on all of them, and when that was seen to change last.
 pub(super) struct Motion {
