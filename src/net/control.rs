@@ -10,7 +10,7 @@ use crate::sys::event::PollSet;
 use crate::sys::socket::Socket;
 use crate::wire::WireError;
 use crate::wire::control::{Frame, FrameDecoder, FrameEncoder};
-use crate::wire::hello::{HELLO_BYTES, Hello};
+use crate::wire::hello::{HELLO_BYTES, Hello, Side};
 
 /// A control connection that sends frames of type `Out` and receives frames of type `In`.
 #[derive(Debug)]
@@ -32,8 +32,14 @@ pub struct Control<Out, In> {
 /// everything else, a cancel and the time limits above all; and tiny frames take several times their bytes in memory
 /// until they are dealt with.
 const RECEIVE_BYTES_MAX: usize = 64 << 10;
-/// Bytes that may wait for a peer to read them: a few times the device state that a source lets wait.
-const OUTBOX_BYTES_MAX: usize = 16 << 20;
+/// Bytes that may wait for a peer to read them. At a source, a few times the device state that it lets wait; at a target,
+/// whose peer may be anybody, answers that no honest source leaves unread.
+const fn outbox_bytes_max(sender: Side) -> usize {
+    match sender {
+        Side::Source => 16 << 20,
+        Side::Target => 2 << 20,
+    }
+}
 
 impl<Out: Frame, In: Frame> Control<Out, In> {
     /// Takes a connection whose Hellos have been exchanged.
@@ -105,7 +111,7 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
                         self.outbox.drain(..self.sent);
                         self.sent = 0;
                     }
-                    if self.unsent_bytes() > OUTBOX_BYTES_MAX {
+                    if self.unsent_bytes() > outbox_bytes_max(Out::SENDER) {
                         let what = format!("the peer does not read it: {} bytes wait", self.unsent_bytes());
                         return Err(io::Error::new(io::ErrorKind::QuotaExceeded, what));
                     }
@@ -289,7 +295,7 @@ mod tests {
         let (here, _there) = UnixStream::pair().unwrap();
         let mut control = Control::<TargetFrame, SourceFrame>::new(Socket::from_fd(here.into()).unwrap()).unwrap();
         let answer = TargetFrame::Discarded { reason: "x".repeat(1000) };
-        let refused = (0..2 * OUTBOX_BYTES_MAX / 1000).any(|_| control.send(&answer).is_err());
+        let refused = (0..2 * outbox_bytes_max(Side::Target) / 1000).any(|_| control.send(&answer).is_err());
         assert!(refused && control.flush().is_err());
     }
 

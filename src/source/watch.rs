@@ -8,6 +8,7 @@ use crate::source::driver::Driver;
 use crate::source::ends::Over;
 use crate::session::source::SourceEvent;
 use crate::units::ChannelId;
+use crate::wire::packet::HEADER_AND_TABLE_BYTES_MAX;
 
 impl Driver<'_> {
     /// Ends the migration if the target has kept us waiting for too long.
@@ -52,6 +53,7 @@ impl Driver<'_> {
     fn check_stall(&mut self, now: Instant, limit: Duration) -> Result<(), Over> {
         let Some(lanes) = &self.lanes else { return Ok(()) };
         let round = self.session.round();
+        let in_hand = self.settings.batch_bytes as u64 + HEADER_AND_TABLE_BYTES_MAX as u64;
         // No byte may be queued, and rounds be blocked all the same: by epochs that the target does not acknowledge.
         let epochs_wait = !self.session.may_close_epoch() && self.session.waits_for_hook().is_none();
         let (mut all_quiet, mut sum, mut live) = (!epochs_wait, 0u64, 0);
@@ -66,7 +68,9 @@ impl Driver<'_> {
             let sent = lanes.sent_bytes(index, &self.progress);
             let generation = self.session.generation(channel);
             let pong = self.pongs.iter().find(|pong| (pong.channel, pong.generation) == (channel, generation));
-            let landed = pong.map_or(0, |pong| pong.bytes).min(sent);
+            // The batch in the worker's hand counts as sent when all of it is: over a slow link it lands long before. What
+            // the target makes up beyond that is no progress.
+            let landed = pong.map_or(0, |pong| pong.bytes).min(sent + in_hand);
             // Bytes may be queued here, or the end mark of a round, for which the socket has no room; and what has left the
             // worker's hand may lie in socket buffers: a lane that has not passed a round owes it, and the policy, or an
             // epoch, may wait for every byte that was sent.

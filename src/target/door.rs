@@ -5,8 +5,8 @@
 use std::io;
 use std::time::{Duration, Instant};
 
-use crate::error::Failure;
-use crate::net::{Control, Greeting, Listener, passes};
+use crate::error::{Failure, OsReason};
+use crate::net::{CROWD_PAUSE, Control, ENTRANTS_MAX, Greeting, Listener, passes};
 use crate::session::source::FIRST_GENERATION;
 use crate::session::target::TargetEvent;
 use crate::sys::socket::Socket;
@@ -15,9 +15,6 @@ use crate::units::Generation;
 use crate::wire::control::{SourceFrame, TargetFrame};
 use crate::wire::hello::{Hello, HelloRole, Side};
 
-/// Connections accepted before those in the lobby are heard, at the most. Far fewer than the lobby holds: a crowd of
-/// strangers does not push out a channel that has said its Hello already, or keep the target from its work.
-const ACCEPTS_MAX: usize = 64;
 /// How long the listener is left alone when a connection cannot be accepted.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Remarks about strangers, at the most: they come from anybody.
@@ -46,7 +43,7 @@ impl Driver<'_> {
         // Ready-made connections wait for a source that may be slow to speak; strangers do not get that time.
         let ready = matches!(self.listener, Listener::Ready(_));
         let patience = if ready { Duration::from_secs(24 * 3600) } else { self.settings.timeouts.hello };
-        for _ in 0..ACCEPTS_MAX {
+        for _ in 0..ENTRANTS_MAX {
             match self.listener.accept().and_then(|socket| {
                 socket.map(|socket| self.lobby.enter(socket, patience)).transpose()
             }) {
@@ -66,11 +63,12 @@ impl Driver<'_> {
                 }
             }
         }
+        self.accept_again = Some(Instant::now() + CROWD_PAUSE);
         Ok(())
     }
 
     pub fn greet(&mut self) -> Result<(), Over> {
-        for greeting in self.lobby.listen() {
+        for greeting in self.lobby.listen(self.bell.sleeper().set()) {
             match greeting {
                 Greeting::Hello(socket, hello) => self.greet_one(socket, &hello)?,
                 Greeting::Stranger(why) => {
@@ -78,6 +76,13 @@ impl Driver<'_> {
                 }
                 Greeting::Silent => {}
             }
+        }
+        // Nobody else can come, and nothing would ever end the wait.
+        if self.begun.is_none() && self.listener.is_exhausted() && self.lobby.is_empty() {
+            let text = "none of the connections that were handed over is a source's control connection".to_owned();
+            let reason = OsReason { errno: None, text };
+            let doing = "waiting for the source's Hello";
+            return self.event(TargetEvent::Failed(Failure::Control { doing, reason }));
         }
         Ok(())
     }

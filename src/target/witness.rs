@@ -191,7 +191,8 @@ impl Witness {
     }
 
     fn greet(&mut self) {
-        for greeting in self.known.lobby.listen() {
+        let Testimony { lobby, bell, .. } = &mut self.known;
+        for greeting in lobby.listen(bell.sleeper().set()) {
             let Greeting::Hello(socket, hello) = greeting else { continue };
             // The source's own connections, come late, are of the first generation.
             if hello.role != HelloRole::Control || hello.side != Side::Source || hello.generation == FIRST_GENERATION {
@@ -219,7 +220,15 @@ impl Witness {
             let mut frames = Vec::new();
             let received = asker.control.receive(&mut frames);
             for frame in frames {
-                let SourceFrame::Query { session: asked } = frame else { return false };
+                let asked = match frame {
+                    SourceFrame::Query { session } => session,
+                    SourceFrame::Resume { .. } => {
+                        let reason = "the session has ended".to_owned();
+                        let _ = asker.control.send(&TargetFrame::Refused { reason });
+                        return false;
+                    }
+                    _ => return false,
+                };
                 if std::mem::replace(&mut asker.answered, true) {
                     return false;
                 }

@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
 use pageferry::net::{Connector, Opening};
-use pageferry::units::{BlockId, ChannelId, Epoch, InstanceId, PageSize, Round, SessionId};
+use pageferry::units::{BlockId, ChannelId, Epoch, Generation, InstanceId, PageSize, Round, SessionId};
 use pageferry::wire::control::{LanePong, SourceFrame, TargetFrame};
 use pageferry::wire::hello::{HelloRole, Side};
 use pageferry::{DirtyBitmap, Failure, Outcome, Source, SourceReport, Verify};
@@ -289,6 +289,54 @@ fn frames_out_of_turn_end_the_migration_and_are_named() {
         let discarded = TargetFrame::Discarded { reason: "changed my mind".to_owned() };
         FakeTarget::until_commit(l).control.send(&discarded);
     });
+}
+
+/// Reads all, in round 0 of many pages, until the source asks; then says this.
+fn in_round_0(frame: TargetFrame) -> impl FnOnce(TcpListener) + Send {
+    move |listener| {
+        let mut target = FakeTarget::live(listener);
+        while !matches!(target.control.next(), Some(SourceFrame::Ping { .. })) {}
+        target.control.send(&frame);
+        let heard = target.until_closed();
+        assert!(matches!(heard.last(), Some(SourceFrame::Error(_))), "the target heard {heard:?}");
+    }
+}
+
+#[test]
+fn words_about_what_was_never_sent_end_the_migration_in_the_middle_of_a_round() {
+    let applied = |epoch, lanes: &[(u8, u32)]| TargetFrame::EpochApplied {
+        epoch: Epoch(epoch),
+        lanes: lanes.iter().map(|lane| (ChannelId(lane.0), Generation(lane.1))).collect(),
+    };
+    let says = "epoch 0 cannot be applied now";
+    fails_with("an epoch that is still open", says, MANY_PAGES, in_round_0(applied(0, &[(0, 1)])));
+    let says = "epoch 18446744073709551615 cannot be applied now";
+    fails_with("the last of all epochs", says, MANY_PAGES, in_round_0(applied(u64::MAX, &[])));
+    let loaded = TargetFrame::Loaded { round: Round(0) };
+    fails_with("Loaded before Final", "Loaded came", MANY_PAGES, in_round_0(loaded));
+    let says = "DigestMismatch came";
+    let differs = TargetFrame::DigestMismatch { round: Round(0), block: BlockId(0), chunk_digests: vec![7; 65_536] };
+    fails_with("a mismatch before Final", says, MANY_PAGES, in_round_0(differs));
+    let joined = TargetFrame::ChannelJoined { channel: ChannelId(0), generation: FIRST };
+    fails_with("a channel that has joined", "ChannelJoined", MANY_PAGES, in_round_0(joined));
+    let other = TargetFrame::ChannelJoined { channel: ChannelId(0), generation: Generation(u32::MAX) };
+    fails_with("a generation that never was", "ChannelJoined", MANY_PAGES, in_round_0(other));
+}
+
+#[test]
+fn an_epoch_that_is_closed_and_not_sent_is_not_applied_whatever_the_target_says() {
+    // Two epochs of single pages lie in rings and sockets: nobody has read a byte, and both are said to be applied.
+    for lanes in [vec![(ChannelId(0), FIRST), (ChannelId(1), FIRST)], vec![(ChannelId(9), FIRST)]] {
+        let says = "was applied before it was sent|EpochApplied names channel 9|cannot be applied now";
+        fails_with("an epoch on its way", says, 4 * MANY_PAGES, |listener| {
+            let mut target = FakeTarget::live(listener);
+            for _ in 0..2 {
+                while !matches!(target.control.next(), Some(SourceFrame::Ping { .. })) {}
+            }
+            target.control.send(&TargetFrame::EpochApplied { epoch: Epoch(1), lanes: lanes.clone() });
+            target.until_closed();
+        });
+    }
 }
 
 #[test]
