@@ -40,6 +40,9 @@
 //! | the caller's, source | `socket` `connect` `getsockname` `getpeername` `getsockopt` `setsockopt` `fcntl` `eventfd2` `getrandom` `clone3` `poll` `read` `write` `sendto` `recvfrom` `futex` `shutdown` `close` `openat` `ioctl` `lseek` `sched_yield` `userfaultfd` |
 //! | the caller's, target | `socket` `bind` `listen` `getsockname` `getpeername` `accept4` `unlink` `getsockopt` `setsockopt` `fcntl` `eventfd2` `getrandom` `clone3` `poll` `read` `write` `sendto` `recvfrom` `futex` `shutdown` `close` `openat` `ioctl` `lseek` `madvise` `fallocate` `fstatfs` |
 //!
+//! [`settle`](crate::settle::settle) and a [`Witness`](crate::target::Witness) run on the thread that calls them, start none
+//! but `pf-resolve`, and make no other calls than the caller's thread at a source and at a target.
+//!
 //! `write` and `read` go to eventfds only, but for those of the allocator. The requests of `ioctl`, by what is used:
 //!
 //! | for | requests |
