@@ -313,6 +313,9 @@ impl SourceSession {
                 self.channels.all_gone();
                 self.epochs.forget_outstanding();
                 self.lost_late.clear();
+                // Pages of the round that is being filled may have landed, and travel again: in a round of their own, as
+                // a digest table keeps one entry a page and round. All others have nothing left to wait for.
+                self.rounds += 1;
                 out.push(SourceAction::Reconnect);
             }
             (Phase::AwaitResumed, SourceEvent::ControlLost(why)) => {
@@ -351,6 +354,14 @@ impl SourceSession {
             }
             (Phase::AwaitReady | Phase::AwaitResumed, TargetFrame::Refused { reason }) => {
                 self.end(Outcome::Failed(Failure::Refused(reason)), out);
+            }
+            // Whoever is there now knows nothing of the session: that settles nothing.
+            (Phase::AwaitAnswer, TargetFrame::Refused { reason }) => {
+                self.end(Outcome::Uncertain(Failure::Refused(reason)), out);
+            }
+            // No channel was opened yet.
+            (Phase::AwaitReady, frame @ (TargetFrame::ChannelJoined { .. } | TargetFrame::ChannelFailed { .. })) => {
+                self.breach(format!("{} came before Ready", frame.name()), out);
             }
             (_, TargetFrame::ChannelJoined { channel, generation }) => {
                 match self.channels.joined(channel, generation) {
@@ -504,7 +515,6 @@ impl SourceSession {
             self.lose(channel, generation, reason, out);
         }
     }
-
 
     fn breach(&mut self, what: String, out: &mut Vec<SourceAction>) {
         if self.is_committed() {
