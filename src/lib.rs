@@ -114,6 +114,8 @@ with_a_kernel! {
     pub mod poll;
     pub mod precopy;
     pub mod progress;
+    #[cfg(feature = "qemu")]
+    pub mod qemu;
     pub mod scanner;
     pub mod session;
     pub mod settle;

@@ -22,7 +22,7 @@ const LAYERS: &[(u8, &[&str])] = &[
     (0, &["sync"]),
     (0, &["sys"]),
     (1, &["ring", "bell", "gate", "digest", "wire", "dirty/runs", "precopy", "progress"]),
-    (1, &["barrier", "journal", "memory"]),
+    (1, &["barrier", "journal", "memory", "qemu/mod", "qemu/wire"]),
     (1, &["dirty/mod", "dirty/bitmap"]),
     (2, &["dirty/write_protect", "dirty/combined", "dirty/kvm", "dirty/vm_memory", "session", "poll"]),
     (3, &["crew", "cancel"]),

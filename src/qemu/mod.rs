@@ -1,0 +1,5 @@
+//! QEMU's live migration, spoken by this library: so far its [`wire`].
+
+#![forbid(unsafe_code)]
+
+pub mod wire;
