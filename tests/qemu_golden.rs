@@ -10,3 +10,7 @@
 
 #[path = "qemu_golden/channels.rs"]
 mod channels;
+#[path = "qemu_golden/main_stream.rs"]
+mod main_stream;
+#[path = "support/qemu_streams.rs"]
+mod streams;

@@ -35,8 +35,9 @@ impl Collector {
             let mut reader = Reader::new(self.stream, self.at, input);
             match read(&mut reader) {
                 Ok(record) => {
-                    self.over(reader.taken());
-                    take(input, reader.taken() as u64);
+                    let taken = reader.taken() as u64;
+                    take(input, taken);
+                    self.passed(taken);
                     return Ok(Some(record));
                 }
                 Err(Stop::Bad(error)) => return Err(error),
@@ -64,11 +65,16 @@ impl Collector {
         }
     }
 
-    /// A record of so many bytes is over. Nothing is held beyond it: no byte was taken that was not asked for.
+    /// A record of so many bytes is over. What was asked for beyond it belongs to the next.
     fn over(&mut self, bytes: usize) {
         self.passed(bytes as u64);
-        self.held.clear();
+        self.held.drain(..bytes);
         self.wanted = 1;
+    }
+
+    /// Whether bytes of the next record are held.
+    pub fn is_collecting(&self) -> bool {
+        !self.held.is_empty()
     }
 
     /// So many bytes have gone past, between two records.

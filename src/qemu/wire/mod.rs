@@ -28,6 +28,7 @@ mod device;
 mod dialect;
 mod error;
 mod init;
+mod main;
 mod name;
 mod packet;
 mod return_path;
@@ -37,6 +38,9 @@ pub use device::{DEVICE_DATA_BYTES_MAX, DEVICE_PACKET_BYTES, DevicePacket};
 pub use dialect::{Barrier, Dialect};
 pub use error::{Fault, Stream, StreamError};
 pub use init::{INIT_BYTES, InitPacket};
+pub use main::{
+    BLOCKS_MAX, Block, Command, MainDecoder, MainEncoder, PACKAGED_BYTES_MAX, Record, Subsection, VMDESC_BYTES_MAX,
+};
 pub use name::{NAME_BYTES_MAX, Name};
 pub use packet::{
     COMMON_BYTES, COMPRESSED_BYTES_MAX, Compression, NewRamPacket, Offsets, PACKET_PAGES_MAX, PacketKind,
