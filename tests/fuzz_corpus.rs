@@ -1,5 +1,6 @@
 //! Every input that fuzzing has kept, once more: what a fuzz target found stays found, without a fuzzer.
 #![cfg(not(loom))]
+#![cfg(feature = "qemu")]
 
 #[path = "fuzz/harness/mod.rs"]
 mod harness;
@@ -76,6 +77,16 @@ fn no_source_of_the_corpus_makes_a_target_break_its_promises() {
 #[test]
 fn no_target_of_the_corpus_makes_a_source_break_its_promises() {
     replays("source_wire", &["completed", "failed", "uncertain"]);
+}
+
+#[test]
+fn no_main_stream_of_qemus_in_the_corpus_is_a_finding() {
+    replays("qemu_main", &["accepted", "refused"]);
+}
+
+#[test]
+fn no_channel_of_qemus_in_the_corpus_is_a_finding() {
+    replays("qemu_channel", &["accepted", "refused"]);
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! What a decoder of QEMU's streams made of whole streams: golden tests, property tests and fuzz targets ask the same.
 
-#![allow(dead_code)] // Each of them uses a part.
+#![allow(dead_code)] // A golden test uses a part.
 
 use pageferry::qemu::wire::{
     ChannelDecoder, ChannelEvent, Dialect, MainDecoder, Record, ReturnDecoder, ReturnMessage, StreamError,

@@ -4,15 +4,23 @@
 // A fuzz target uses one of them, the test all.
 #![allow(dead_code)]
 
+#[path = "../../support/qemu_checks.rs"]
+mod checks;
 mod control;
 mod frames;
 mod guarded;
 mod hello;
 mod packet;
 mod peer;
+#[path = "../../support/qemu_plans.rs"]
+mod plans;
+mod qemu_channel;
+mod qemu_main;
 mod script;
 mod source_session;
 mod source_wire;
+#[path = "../../support/qemu_streams.rs"]
+mod streams;
 mod target_session;
 mod target_wire;
 #[path = "../../support/wire_checks.rs"]
@@ -26,7 +34,7 @@ pub type Target = (&'static str, fn(&[u8]) -> &'static str);
 pub const OPEN: &str = "open";
 
 /// All of them.
-pub const TARGETS: [Target; 7] = [
+pub const TARGETS: [Target; 9] = [
     ("packet", packet::run),
     ("control", control::run),
     ("hello", hello::run),
@@ -34,6 +42,8 @@ pub const TARGETS: [Target; 7] = [
     ("source_session", source_session::run),
     ("target_wire", target_wire::run),
     ("source_wire", source_wire::run),
+    ("qemu_main", qemu_main::run),
+    ("qemu_channel", qemu_channel::run),
 ];
 
 /// Runs the target of this name.
