@@ -1,6 +1,6 @@
 //! What must hold of any bytes on QEMU's streams: a property test and a fuzz target call the same functions.
 
-use pageferry::qemu::wire::Dialect;
+use pageferry::qemu::wire::{Dialect, Record};
 
 use super::plans;
 use super::streams::{receive, receive_channel, receive_return};
@@ -10,8 +10,10 @@ use super::streams::{receive, receive_channel, receive_return};
 pub fn any_main_stream_is_judged_well(stream: &[u8], dialect: Dialect, pieces: &[usize]) -> &'static str {
     let whole = receive(stream, dialect, &[]);
     assert_eq!(whole, receive(stream, dialect, pieces), "the same in pieces of {pieces:?} as at once");
-    let again = plans::encode(whole.records.iter().cloned(), dialect).expect("what was read can be written");
-    assert_eq!(receive(&again, dialect, &[]).records, whole.records);
+    let mut again = plans::encode(whole.records.iter().cloned(), dialect).expect("what was read can be written");
+    // Behind the last block a page size may follow: only what stands there tells.
+    again.extend(0x10_u64.to_be_bytes().iter().filter(|_| matches!(whole.records.last(), Some(Record::Blocks(_)))));
+    assert_eq!(receive(&again, dialect, &[]).records.get(..whole.records.len()), Some(&whole.records[..]));
     if whole.end.is_ok() { "accepted" } else { "refused" }
 }
 
