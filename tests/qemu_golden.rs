@@ -12,5 +12,7 @@
 mod channels;
 #[path = "qemu_golden/main_stream.rs"]
 mod main_stream;
+#[path = "qemu_golden/refusals.rs"]
+mod refusals;
 #[path = "support/qemu_streams.rs"]
 mod streams;

@@ -2,10 +2,10 @@
 
 use pageferry::qemu::wire::{Compression, Dialect, InitPacket, Name, NewRamPacket, PacketKind, RamPacket, packet_kind};
 
-const INITS: [&[u8; 64]; 3] =
+pub const INITS: [&[u8; 64]; 3] =
     [include_bytes!("ch0_init.bin"), include_bytes!("ch1_init.bin"), include_bytes!("ch2_init.bin")];
 
-const PACKETS: [[&[u8; 1344]; 4]; 3] = [
+pub const PACKETS: [[&[u8; 1344]; 4]; 3] = [
     [
         include_bytes!("ch0_packet0.bin"),
         include_bytes!("ch0_packet1.bin"),

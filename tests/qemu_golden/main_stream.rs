@@ -4,7 +4,7 @@ use pageferry::qemu::wire::{Barrier, Command, Dialect, MainDecoder, MainEncoder,
 
 use crate::streams::{Received, receive};
 
-const STREAM: &[u8] = include_bytes!("main.raw");
+pub const STREAM: &[u8] = include_bytes!("main.raw");
 
 /// Where the state of the devices begins, where its end mark is, and the length of the description after it.
 const TAIL_AT: usize = 1771;

@@ -94,7 +94,7 @@ impl<'a> Reader<'a> {
         let bytes = self.bytes(count)?;
         let Some(first) = bytes.iter().position(|byte| *byte != 0) else { return Ok(()) };
         let found = bytes[first].into();
-        Err(self.bad(count - first, Fault::Value { field, found, expected: "zero bytes" }))
+        Err(self.bad(count - first, Fault::Value { field, found, expected: "zero" }))
     }
 
     /// A length in one byte, and a name.

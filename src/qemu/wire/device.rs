@@ -71,7 +71,7 @@ impl DevicePacket {
     fn read(fields: &mut Reader<'_>) -> Result<DevicePacket, Stop> {
         let flags = common(fields)?;
         if flags != FLAG_DEVICE_STATE {
-            let fault = Fault::Value { field: "flags", found: flags.into(), expected: "0x40: device state and no other" };
+            let fault = Fault::Value { field: "flag word", found: flags.into(), expected: "0x40: device state and no other" };
             return Err(fields.bad(4, fault));
         }
         let padded = fields.bytes(256)?;

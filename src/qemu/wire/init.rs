@@ -63,7 +63,7 @@ impl InitPacket {
         if init.channel == u8::MAX {
             return Err(fields.bad(1, Fault::TooLarge { field: "channel id", found: 255, limit: 254 }));
         }
-        fields.zeros("reserved bytes of the init packet", 39)?;
+        fields.zeros("reserved byte of the init packet", 39)?;
         Ok(init)
     }
 }

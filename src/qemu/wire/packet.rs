@@ -211,7 +211,7 @@ impl<'a> RamPacket<'a> {
             return Err(fields.bad(24, Fault::Value { field: "pages_alloc", found: alloc.into(), expected }));
         }
         let data_bytes = data_bytes(fields, dialect, compression, normal, size)?;
-        fields.zeros("reserved bytes of a RAM packet", 28)?;
+        fields.zeros("reserved byte of a RAM packet", 28)?;
 
         // QEMU 7.2 leaves what it sent before in whatever a packet does not use.
         let stale = dialect == Dialect::V7_2;
@@ -289,12 +289,12 @@ fn flags(fields: &mut Reader<'_>) -> Result<(bool, Compression), Stop> {
         0x04 => Compression::Zstd,
         _ => {
             let expected = "no compression, zlib (0x2) or zstd (0x4)";
-            return Err(fields.bad(4, Fault::Value { field: "flags", found: flags.into(), expected }));
+            return Err(fields.bad(4, Fault::Value { field: "flag word", found: flags.into(), expected }));
         }
     };
     if flags & !(FLAG_SYNC | FLAGS_COMPRESSION) != 0 {
         let expected = "SYNC (0x1) and one way of compression";
-        return Err(fields.bad(4, Fault::Value { field: "flags", found: flags.into(), expected }));
+        return Err(fields.bad(4, Fault::Value { field: "flag word", found: flags.into(), expected }));
     }
     Ok((flags & FLAG_SYNC != 0, compression))
 }

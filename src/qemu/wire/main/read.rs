@@ -48,8 +48,13 @@ fn kind(from: &mut Reader<'_>, known: &[u8], expected: &'static str) -> Result<u
 }
 
 fn section_or_command(from: &mut Reader<'_>, order: &Order) -> Result<Record<'static>, Stop> {
-    const KNOWN: [u8; 5] = [START, PART, END, SUBSECTION, COMMAND];
-    let found = kind(from, &KNOWN, order.expected())?;
+    let known: &[u8] = match order.phase {
+        Phase::Configuration => &[SUBSECTION, COMMAND, START],
+        Phase::Before => &[COMMAND, START],
+        Phase::Between => &[COMMAND, PART, END],
+        _ => &[COMMAND],
+    };
+    let found = kind(from, known, order.expected())?;
     match found {
         SUBSECTION => subsection(from).map(Record::Subsection),
         COMMAND => command(from).map(Record::Command),
