@@ -12,6 +12,8 @@
 mod channels;
 #[path = "qemu_golden/main_stream.rs"]
 mod main_stream;
+#[path = "qemu_golden/order.rs"]
+mod order;
 #[path = "qemu_golden/refusals.rs"]
 mod refusals;
 #[path = "support/qemu_streams.rs"]
