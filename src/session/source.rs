@@ -192,6 +192,11 @@ impl SourceSession {
         self.channels.are_settled()
     }
 
+    /// Whether the target has still to say that a lost channel is out of its set. The driver must set a time for that, too.
+    pub fn awaits_retired(&self) -> bool {
+        self.channels.any_is_lost()
+    }
+
     /// How often chunks had to travel again.
     pub fn repairs(&self) -> u32 {
         self.repairs

@@ -64,6 +64,11 @@ impl TargetSession {
         self.phase == Phase::Ended
     }
 
+    /// Whether what has landed is being compared with a Final that is still good.
+    pub fn is_checking(&self) -> bool {
+        self.phase == Phase::Checking
+    }
+
     /// Whether the control connection is lost, and the source may come back.
     pub fn is_dormant(&self) -> bool {
         self.phase == Phase::Dormant

@@ -56,6 +56,8 @@ pub(super) struct Losses {
     pub returned_bytes: u64,
     /// Since when no channel is left.
     none_since: Option<Instant>,
+    /// Since when the target has not answered that a lost channel is out of its set.
+    pub retired_since: Option<Instant>,
     last: Option<Failure>,
     /// Bytes that were sent, or taken up to be sent, and travelled again as nobody knew whether they had been applied.
     pub reshipped_bytes: u64,
@@ -74,6 +76,7 @@ impl Losses {
             returned: Vec::new(),
             returned_bytes: 0,
             none_since: None,
+            retired_since: None,
             last: None,
             reshipped_bytes: 0,
             repaired_bytes: 0,
@@ -144,6 +147,7 @@ impl Driver<'_> {
 
     /// The target has retired a channel: its runs travel again.
     pub fn give_back(&mut self, channel: ChannelId) {
+        self.losses.retired_since = None;
         let Some(given) = self.lanes.as_mut().map(|lanes| lanes.give_back(channel)) else { return };
         let bytes = |runs: &[Run]| runs.iter().map(|run| self.bytes_of(run)).sum::<u64>();
         let popped = bytes(&given.popped);

@@ -45,7 +45,23 @@ impl Driver<'_> {
                 return if owed.is_none() { self.control_lost(why) } else { self.fail(why) };
             }
         }
+        self.check_retired(now)?;
         self.check_stall(now, timeouts.stall)
+    }
+
+    /// A target that does not take a lost channel out of its set holds everything up.
+    fn check_retired(&mut self, now: Instant) -> Result<(), Over> {
+        // While it is in a hook of its VMM it answers nobody; that has a limit of its own.
+        if !self.session.awaits_retired() || self.session.waits_for_hook().is_some() || self.session.is_committed() {
+            self.losses.retired_since = None;
+            return Ok(());
+        }
+        let waited = now.saturating_duration_since(*self.losses.retired_since.get_or_insert(now));
+        if waited <= self.settings.timeouts.hello {
+            return Ok(());
+        }
+        let waiting_for = "ChannelRetired for a lost data channel";
+        self.fail(Failure::Silent { waiting_for, ms: waited.as_millis() as u64 })
     }
 
     /// Only while data waits to move can it stall, and only the lane that others wait for is to blame: one that is at

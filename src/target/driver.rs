@@ -23,7 +23,7 @@ use crate::target::witness::{Testimony, Witness, may_be_in_doubt};
 use crate::target::{Incoming, Settings, Target, TargetReport};
 use crate::target::door::Visitor;
 use crate::units::{ChannelId, Generation, InstanceId, SessionId, Verify};
-use crate::wire::control::{STATE_CHUNK_BYTES_MAX, Setup, SourceFrame, TargetFrame};
+use crate::wire::control::{Final, STATE_CHUNK_BYTES_MAX, Setup, SourceFrame, TargetFrame};
 
 /// The session has ended: whoever sees it goes back to [`receive`], and does nothing else.
 pub(super) struct Over;
@@ -60,6 +60,9 @@ pub(super) struct Driver<'a> {
     pub digests: Option<Arc<DigestTable>>,
     pub state: Vec<Vec<u8>>,
     pub outcome: Option<Outcome>,
+    /// Whether what landed is being compared with a Final, and a Final that came meanwhile.
+    pub checking: bool,
+    pub next_check: Option<Final>,
     pub begun: Option<Instant>,
     final_at: Option<Instant>,
     loaded_at: Option<Instant>,
@@ -98,6 +101,8 @@ pub(super) fn receive(target: Target, incoming: &mut dyn Incoming) -> (TargetRep
         digests: None,
         state: Vec::new(),
         outcome: None,
+        checking: false,
+        next_check: None,
         begun: None,
         final_at: None,
         loaded_at: None,
@@ -315,8 +320,17 @@ impl Driver<'_> {
                 self.act(TargetAction::Send(TargetFrame::Pong { nonce, lanes }))
             }
             TargetAction::Check(last) => {
-                let check = self.check(&last)?;
-                self.event(TargetEvent::Checked(check))
+                // Frames are heard while a check goes on: one of them can void it, and another Final can follow.
+                if self.next_check.replace(last).is_some() || self.checking {
+                    return Ok(());
+                }
+                self.checking = true;
+                let mut check = None;
+                while let Some(last) = self.next_check.take() {
+                    check = self.check(&last)?;
+                }
+                self.checking = false;
+                check.map_or(Ok(()), |check| self.event(TargetEvent::Checked(check)))
             }
             TargetAction::LoadState => {
                 let loaded = self.incoming.load_state(&mut Pieces { pieces: &self.state, at: 0 });
