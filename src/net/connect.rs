@@ -14,7 +14,7 @@ use crossbeam_queue::ArrayQueue;
 
 use crate::bell::Bell;
 use crate::error::Failure;
-use crate::net::Address;
+use crate::net::{Address, Stream, Tls};
 use crate::poll::PollSleeper;
 use crate::sys::socket::Socket;
 use crate::units::{ChannelId, Generation};
@@ -93,18 +93,19 @@ impl Connector for Fds {
     }
 }
 
-/// Opens a connection. Comes back when it is there, when `deadline` has passed, or when `cancelled` says so after a
-/// ring of the bell: then with `None`.
+/// Opens a connection, encrypted if `tls` is given. Comes back when it is there, when `deadline` has passed, or when
+/// `cancelled` says so after a ring of the bell: then with `None`.
 ///
 /// # Errors
-/// [`Failure::Connect`], with the address and what the system said.
-pub fn open(
+/// [`Failure::Connect`], with the address and what the system said; [`Failure::Tls`] where hands were not shaken.
+pub(crate) fn open(
     endpoint: &mut Endpoint,
     opening: Opening,
+    tls: Option<&Tls>,
     bell: &mut Bell<PollSleeper>,
     deadline: Instant,
     cancelled: &dyn Fn() -> bool,
-) -> Result<Option<Socket>, Failure> {
+) -> Result<Option<Stream>, Failure> {
     let failed = |address: String, e: io::Error| Failure::Connect { address, reason: e.into() };
     let socket = match endpoint {
         Endpoint::Connector(connector) => {
@@ -115,10 +116,39 @@ pub fn open(
             connect(address, bell, deadline, cancelled).map_err(|e| failed(address.to_string(), e))?
         }
     };
-    if let Some(socket) = &socket {
-        socket.set_no_delay();
+    let Some(socket) = socket else { return Ok(None) };
+    socket.set_no_delay();
+    let Some(tls) = tls else { return Ok(Some(Stream::from(socket))) };
+    let shaken = socket.set_nonblocking(true).and_then(|()| tls.connect(socket));
+    shaken.and_then(|stream| shake_hands(stream, bell, deadline, cancelled)).map_err(|e| Failure::Tls {
+        peer: format!("{endpoint:?}"),
+        reason: e.to_string(),
+    })
+}
+
+/// Shakes hands over a connection.
+fn shake_hands(
+    mut stream: Stream,
+    bell: &mut Bell<PollSleeper>,
+    deadline: Instant,
+    cancelled: &dyn Fn() -> bool,
+) -> io::Result<Option<Stream>> {
+    loop {
+        if cancelled() {
+            return Ok(None);
+        }
+        if stream.shake_hands()? {
+            return Ok(Some(stream));
+        }
+        if Instant::now() >= deadline {
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "the target did not finish the handshake in time"));
+        }
+        let set = bell.sleeper().set();
+        set.clear();
+        set.until(deadline);
+        set.watch(stream.as_fd(), true, stream.unsent_bytes() > 0);
+        bell.wait();
     }
-    Ok(socket)
 }
 
 fn connect(

@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 
 use crate::error::Failure;
 use crate::net::Address;
+use crate::net::stream::{Stream, is_tls};
 use crate::sys::event::PollSet;
 use crate::sys::socket::{Socket, set_backlog};
-use crate::wire::WireError;
 use crate::wire::hello::{HELLO_BYTES, Hello};
 
 /// Where connections come from.
@@ -151,7 +151,7 @@ pub struct Lobby {
 
 #[derive(Debug)]
 struct Guest {
-    socket: Socket,
+    stream: Stream,
     hello: [u8; HELLO_BYTES],
     got: usize,
     until: Instant,
@@ -161,9 +161,9 @@ struct Guest {
 #[derive(Debug)]
 pub enum Greeting {
     /// It said a good Hello.
-    Hello(Socket, Hello),
-    /// It said something else.
-    Stranger(WireError),
+    Hello(Stream, Hello),
+    /// It said something else, or is not trusted: why.
+    Stranger(String),
     /// It said nothing in time, or left.
     Silent,
 }
@@ -176,13 +176,14 @@ impl Lobby {
     ///
     /// # Errors
     /// What fcntl(2) says.
-    pub fn enter(&mut self, socket: Socket, hello_timeout: Duration) -> io::Result<()> {
-        socket.set_nonblocking(true)?;
+    pub fn enter(&mut self, stream: impl Into<Stream>, hello_timeout: Duration) -> io::Result<()> {
+        let mut stream = stream.into();
+        stream.set_nonblocking(true)?;
         if self.guests.len() >= GUESTS_MAX {
             self.make_room();
         }
         let until = Instant::now() + hello_timeout;
-        self.guests.push(Guest { socket, hello: [0; HELLO_BYTES], got: 0, until });
+        self.guests.push(Guest { stream, hello: [0; HELLO_BYTES], got: 0, until });
         Ok(())
     }
 
@@ -202,7 +203,7 @@ impl Lobby {
     /// Adds every guest to a poll set.
     pub fn watch(&self, set: &mut PollSet) {
         for guest in &self.guests {
-            set.watch(guest.socket.as_fd(), true, false);
+            set.watch(guest.stream.as_fd(), true, guest.stream.unsent_bytes() > 0);
             set.until(guest.until);
         }
     }
@@ -218,8 +219,8 @@ impl Lobby {
                 Some(heard) => {
                     let guest = self.guests.remove(index);
                     done.push(match heard {
-                        Heard::All(hello) => Greeting::Hello(guest.socket, hello),
-                        Heard::Nonsense(e) => Greeting::Stranger(e),
+                        Heard::All(hello) => Greeting::Hello(guest.stream, hello),
+                        Heard::Nonsense(why) => Greeting::Stranger(why),
                         Heard::Nothing => Greeting::Silent,
                     });
                 }
@@ -232,25 +233,30 @@ impl Lobby {
 
 enum Heard {
     All(Hello),
-    Nonsense(WireError),
+    Nonsense(String),
     Nothing,
 }
 
 impl Guest {
     fn hear(&mut self, now: Instant) -> Option<Heard> {
         while self.got < HELLO_BYTES {
-            match self.socket.recv(&mut self.hello[self.got..]) {
+            match self.stream.recv(&mut self.hello[self.got..]) {
                 Ok(0) => return Some(Heard::Nothing),
                 Ok(n) => self.got += n,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                     return (now >= self.until).then_some(Heard::Nothing);
                 }
+                // Not the system's, but what TLS has to say against it.
+                Err(e) if e.raw_os_error().is_none() => return Some(Heard::Nonsense(e.to_string())),
                 Err(_) => return Some(Heard::Nothing),
             }
         }
         Some(match Hello::decode(&self.hello) {
             Ok(hello) => Heard::All(hello),
-            Err(e) => Heard::Nonsense(e),
+            Err(_) if is_tls(&self.hello) => {
+                Heard::Nonsense("it speaks TLS, and this side does not; give --tls-dir here, too".to_owned())
+            }
+            Err(e) => Heard::Nonsense(e.to_string()),
         })
     }
 }

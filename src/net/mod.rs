@@ -5,8 +5,20 @@ mod address;
 mod connect;
 mod control;
 mod listen;
+mod stream;
+#[cfg(feature = "tls")]
+mod tls;
+#[cfg(not(feature = "tls"))]
+#[path = "no_tls.rs"]
+mod tls;
 
 pub use address::Address;
-pub use connect::{Connector, Endpoint, Fds, Opening, open};
+pub(crate) use connect::open;
+pub use connect::{Connector, Endpoint, Fds, Opening};
 pub use control::Control;
 pub use listen::{Greeting, Listener, Lobby, passes};
+pub use stream::{Encryption, Stream};
+#[cfg(feature = "tls")]
+pub use tls::Tls;
+#[cfg(not(feature = "tls"))]
+pub(crate) use tls::Tls;

@@ -13,7 +13,7 @@ use crate::dirty::DirtySource;
 use crate::error::{Failure, Outcome};
 use crate::gate::Gate;
 use crate::memory::Ram;
-use crate::net::{Control, Endpoint, Opening, open};
+use crate::net::{Control, Encryption, Endpoint, Opening, Stream, open};
 use crate::poll::PollSleeper;
 use crate::precopy::Precopy;
 use crate::progress::{Progress, Stage};
@@ -23,7 +23,7 @@ use crate::source::ends::{Attempt, Over};
 use crate::source::gauge::Gauge;
 use crate::source::lanes::Lanes;
 use crate::source::pace::Pace;
-use crate::source::{DowntimeParts, Guest, Settings, Source, SourceReport, ZeroCopyReport};
+use crate::source::{DowntimeParts, Guest, Settings, Source, SourceReport, TlsReport, ZeroCopyReport};
 use crate::sys::random::random_16;
 use crate::units::{BlockId, ChannelId, Generation, SessionId, Verify};
 use crate::wire::control::{BlockInfo, LanePong, Setup, SourceFrame, TargetFrame};
@@ -104,6 +104,10 @@ struct Totals {
     cpus: Vec<Option<usize>>,
     why_copied: Vec<Option<WhyCopied>>,
     control_bytes: u64,
+    /// Of the control connection.
+    encryption: Option<Encryption>,
+    /// Data channels that went on from its session.
+    resumed: u8,
 }
 
 pub(super) fn migrate(source: Source, dirty: &mut dyn DirtySource, guest: &mut dyn Guest) -> SourceReport {
@@ -212,8 +216,9 @@ impl Driver<'_> {
                 Err(e) => return self.fail(Failure::Memory(format!("no memory for the page digests: {e}"))),
             }
         }
-        let socket = self.open(Opening::Control)?;
-        let mut control = match Control::new(socket) {
+        let stream = self.open(Opening::Control)?;
+        self.sum.encryption = stream.encryption();
+        let mut control = match Control::new(stream) {
             Ok(control) => control,
             Err(e) => return self.fail(Failure::Control { doing: "setting it up", reason: e.into() }),
         };
@@ -244,11 +249,12 @@ impl Driver<'_> {
         Hello { role, side: Side::Source, generation, session: self.id, features: 0 }
     }
 
-    fn open(&mut self, opening: Opening) -> Result<crate::sys::socket::Socket, Over> {
+    fn open(&mut self, opening: Opening) -> Result<Stream, Over> {
         let deadline = Instant::now() + self.settings.timeouts.connect;
         let gate = self.gate.clone();
-        match open(&mut self.endpoint, opening, &mut self.bell, deadline, &|| gate.is_cancelled()) {
-            Ok(Some(socket)) => Ok(socket),
+        let tls = self.settings.tls.as_ref();
+        match open(&mut self.endpoint, opening, tls, &mut self.bell, deadline, &|| gate.is_cancelled()) {
+            Ok(Some(stream)) => Ok(stream),
             Ok(None) => {
                 self.event(SourceEvent::CancelAsked)?;
                 Err(Over)
@@ -259,32 +265,33 @@ impl Driver<'_> {
 
     /// Connects the data channels and starts their workers.
     fn open_channels(&mut self) -> Result<(), Over> {
-        let mut sockets = Vec::new();
+        let mut streams = Vec::new();
         for channel in (0..self.settings.channels).map(ChannelId) {
             // One after the other, over a long link many of them take longer than the target bears silence.
             self.heartbeat()?;
-            let socket = self.open(Opening::Data { channel, generation: FIRST_GENERATION })?;
+            let mut stream = self.open(Opening::Data { channel, generation: FIRST_GENERATION })?;
+            self.sum.resumed += u8::from(stream.encryption().is_some_and(|how| how.resumed));
             // A fresh socket's buffer takes 64 bytes at once: no need to wait for room.
             let hello = self.hello(HelloRole::Data(channel)).encode();
-            let said = socket.send(&hello).and_then(|n| match n {
-                HELLO_BYTES => socket.set_nonblocking(false),
+            let said = stream.send(&hello).and_then(|n| match n {
+                HELLO_BYTES if stream.unsent_bytes() == 0 => stream.set_nonblocking(false),
                 _ => Err(std::io::ErrorKind::WriteZero.into()),
             });
             if let Err(e) = said {
                 let reason = format!("saying Hello: {e}");
                 return self.event(SourceEvent::ChannelFailed { channel, generation: FIRST_GENERATION, reason });
             }
-            sockets.push(Arc::new(socket));
+            streams.push(stream);
         }
         // Held beside the workers' own handles: should these fail to start, the target is told why before it finds the
         // channels closed.
-        let channels = sockets.clone();
+        let channels: Vec<_> = streams.iter().map(|stream| stream.socket().clone()).collect();
         let ringer = self.bell.ringer();
         let lanes = Lanes::muster(
             &self.ram,
             &self.settings,
             &self.options,
-            sockets,
+            streams,
             self.digests.as_ref(),
             &ringer,
             &self.progress,
@@ -566,6 +573,7 @@ impl Driver<'_> {
             throttling: self.policy.summary(),
             send_syscalls: counts.syscalls,
             zero_copy: ZeroCopyReport::new(&counts, self.sum.why_copied),
+            tls: self.sum.encryption.map(|how| TlsReport { suite: how.suite, channels_resumed: self.sum.resumed }),
             cpus: self.sum.cpus,
             remarks: self.remarks,
         }

@@ -19,7 +19,7 @@ use crate::poll::PollSleeper;
 use crate::progress::Progress;
 use crate::ring::{Consumer, Producer, ring};
 use crate::source::Settings;
-use crate::sys::socket::Socket;
+use crate::net::Stream;
 use crate::units::{ChannelId, Epoch, Item, Round};
 
 /// Runs in one ring at the most: as many single pages as [`super::QUEUE_BYTES`] holds, and marks.
@@ -51,18 +51,18 @@ impl Lanes {
         ram: &Ram,
         settings: &Settings,
         options: &CrewOptions,
-        sockets: Vec<Arc<Socket>>,
+        streams: Vec<Stream>,
         digests: Option<&Arc<DigestTable>>,
         controller: &Ringer<PollSleeper>,
         progress: &Progress,
     ) -> Result<Lanes, Failure> {
-        let count = sockets.len();
+        let count = streams.len();
         let sent = Arc::new(Barrier::new(count));
         let look = Look::new(digests.is_some(), settings.zero_test);
-        let place = options.place(count, Peer::of(sockets.iter().map(|socket| &**socket)))?;
+        let place = options.place(count, Peer::of(streams.iter().map(|stream| &**stream.socket())))?;
         let (mut rings, mut journals, mut roles) = (Vec::new(), Vec::new(), Vec::new());
-        for (index, socket) in sockets.into_iter().enumerate() {
-            let by_reference = ByReference::new(settings.zero_copy, &socket)
+        for (index, stream) in streams.into_iter().enumerate() {
+            let by_reference = ByReference::new(settings.zero_copy, &stream)
                 .map_err(|why| Failure::Config(format!("no zero copy on data channel {index}: {why}; use auto or off")))?;
             let (ring_in, ring_out) = ring(RING_SLOTS);
             let (journal_in, journal_out) = ring(JOURNAL_SLOTS);
@@ -70,7 +70,7 @@ impl Lanes {
             journals.push(journal_out);
             roles.push(SendRole::new(SendGear {
                 channel: ChannelId(index as u8),
-                socket,
+                stream,
                 by_reference,
                 ring: ring_out,
                 journal: journal_in,

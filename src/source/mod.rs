@@ -26,7 +26,7 @@ use crate::dirty::DirtySource;
 use crate::error::{Failure, HookError, Outcome};
 use crate::gate::Gate;
 use crate::memory::Ram;
-use crate::net::{Address, Connector, Endpoint};
+use crate::net::{Address, Connector, Endpoint, Tls};
 use crate::poll::PollSleeper;
 use crate::precopy::{AtLimit, Limits, Overrun, Throttled};
 use crate::progress::{ChannelCounts, Progress};
@@ -122,6 +122,8 @@ pub struct SourceReport {
     pub send_syscalls: u64,
     /// What became of sending by reference.
     pub zero_copy: ZeroCopyReport,
+    /// How the connections were encrypted; `None` if they were not.
+    pub tls: Option<TlsReport>,
     /// The CPU each worker was pinned to.
     pub cpus: Vec<Option<usize>>,
     /// A failure that did not decide the outcome: a hook that failed while cleaning up, a harvest that counted as all
@@ -140,6 +142,15 @@ pub struct DowntimeParts {
     pub load: Duration,
     /// From Commit until the target said that the guest runs.
     pub run: Duration,
+}
+
+/// How the connections of a migration were encrypted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct TlsReport {
+    /// The cipher suite, by its name in RFC 8446.
+    pub suite: &'static str,
+    /// Data channels that went on from the session of the control connection, with neither certificates nor signatures.
+    pub channels_resumed: u8,
 }
 
 /// What became of sending by reference.
@@ -174,6 +185,7 @@ pub(crate) struct Settings {
     pub verify: Verify,
     pub zero_test: bool,
     pub zero_copy: ZeroCopy,
+    pub tls: Option<Tls>,
     pub limits: Limits,
     pub timeouts: Timeouts,
     /// Bytes a second before the pause; 0 is no limit.
@@ -242,6 +254,14 @@ impl SourceBuilder {
     /// Whether pages are handed to the kernel by reference; [`ZeroCopy::Auto`] unless told otherwise.
     pub fn zero_copy(mut self, zero_copy: ZeroCopy) -> Self {
         self.settings.zero_copy = zero_copy;
+        self
+    }
+
+    /// Encrypts every connection, and proves to each side who the other is; nothing is unless told otherwise. The target's
+    /// certificate must be for the host of the address, or for [`Tls::name`].
+    #[cfg(feature = "tls")]
+    pub fn tls(mut self, tls: Tls) -> Self {
+        self.settings.tls = Some(tls);
         self
     }
 
@@ -324,10 +344,16 @@ impl SourceBuilder {
         self.build(Endpoint::Connector(Box::new(connector)))
     }
 
-    fn build(self, endpoint: Endpoint) -> Result<Source, Failure> {
+    fn build(mut self, endpoint: Endpoint) -> Result<Source, Failure> {
         let channels = usize::from(self.settings.channels);
         if channels == 0 || channels > CHANNELS_MAX {
             return Err(Failure::Config(format!("{channels} channels are not possible; 1 to {CHANNELS_MAX} are")));
+        }
+        if let Some(tls) = &self.settings.tls {
+            if self.settings.zero_copy == ZeroCopy::On {
+                return Err(Failure::Config(format!("no zero copy: {}; use auto or off", WhyCopied::Encrypted)));
+            }
+            self.settings.tls = Some(tls.for_endpoint(&endpoint)?);
         }
         // Said before anybody is disturbed; of a connector's sockets it is known only when they are there.
         if let (ZeroCopy::On, Endpoint::Address(Address::Unix(_))) = (self.settings.zero_copy, &endpoint) {
@@ -390,6 +416,7 @@ impl Source {
             verify: Verify::default(),
             zero_test: true,
             zero_copy: ZeroCopy::default(),
+            tls: None,
             limits: Limits::default(),
             timeouts: Timeouts::default(),
             bandwidth_max: 0,

@@ -12,13 +12,12 @@ use crate::digest::{BlockShape, DigestTable};
 use crate::error::{Failure, Outcome};
 use crate::gate::Gate;
 use crate::memory::{Ram, full};
-use crate::net::{Control, Greeting, Listener, Lobby, passes};
+use crate::net::{Control, Greeting, Listener, Lobby, Stream, passes};
 use crate::poll::PollSleeper;
 use crate::progress::{Progress, Stage};
 use crate::session::source::FIRST_GENERATION;
 use crate::session::target::{Check, TargetAction, TargetEvent, TargetSession};
 use crate::sys::random::random_16;
-use crate::sys::socket::Socket;
 use crate::target::lanes::{LaneGear, Lanes};
 use crate::target::{Incoming, Settings, Target, TargetReport};
 use crate::units::{BlockId, Generation, InstanceId, SessionId, Verify};
@@ -46,7 +45,7 @@ struct Driver<'a> {
     verify: Verify,
     channels: u8,
     ram: Option<Ram>,
-    sockets: Vec<Option<Socket>>,
+    streams: Vec<Option<Stream>>,
     lanes: Option<Lanes>,
     digests: Option<Arc<DigestTable>>,
     state: Vec<Vec<u8>>,
@@ -78,7 +77,7 @@ pub(super) fn receive(target: Target, incoming: &mut dyn Incoming) -> TargetRepo
         verify: Verify::Off,
         channels: 0,
         ram: None,
-        sockets: Vec::new(),
+        streams: Vec::new(),
         lanes: None,
         digests: None,
         state: Vec::new(),
@@ -163,9 +162,15 @@ impl Driver<'_> {
         let ready = matches!(self.listener, Listener::Ready(_));
         let patience = if ready { Duration::from_secs(24 * 3600) } else { self.settings.timeouts.hello };
         for _ in 0..ACCEPTS_MAX {
-            match self.listener.accept().and_then(|socket| {
-                socket.map(|socket| self.lobby.enter(socket, patience)).transpose()
-            }) {
+            let accepted = self.listener.accept().and_then(|socket| {
+                let Some(socket) = socket else { return Ok(None) };
+                let stream = match &self.settings.tls {
+                    None => Stream::from(socket),
+                    Some(tls) => tls.accept(socket, self.control.is_none())?,
+                };
+                self.lobby.enter(stream, patience).map(Some)
+            });
+            match accepted {
                 Ok(Some(())) => {}
                 Ok(None) => return Ok(()),
                 // Out of descriptors, say: those who are here already are served all the same, and the listener, which
@@ -190,7 +195,7 @@ impl Driver<'_> {
     fn greet(&mut self) -> Result<(), Over> {
         for greeting in self.lobby.listen() {
             match greeting {
-                Greeting::Hello(socket, hello) => self.greet_one(socket, &hello)?,
+                Greeting::Hello(stream, hello) => self.greet_one(stream, &hello)?,
                 Greeting::Stranger(why) => {
                     if self.remarks.len() < REMARKS_MAX {
                         self.remarks.push(format!("a connection was turned away: {why}"));
@@ -204,10 +209,10 @@ impl Driver<'_> {
 
     /// Takes a connection for what it says it is; anything that does not belong to this migration is dropped, and
     /// disturbs nobody.
-    fn greet_one(&mut self, socket: Socket, hello: &Hello) -> Result<(), Over> {
+    fn greet_one(&mut self, stream: Stream, hello: &Hello) -> Result<(), Over> {
         match hello.role {
             HelloRole::Control if self.control.is_none() && hello.side == Side::Source => {
-                let mut control = match Control::new(socket) {
+                let mut control = match Control::new(stream) {
                     Ok(control) => control,
                     Err(e) => {
                         let why = Failure::Control { doing: "setting it up", reason: e.into() };
@@ -233,7 +238,7 @@ impl Driver<'_> {
                     && hello.session == self.id
                     && self.session.expects(channel, hello.generation) =>
             {
-                self.sockets[usize::from(channel.0)] = Some(socket);
+                self.streams[usize::from(channel.0)] = Some(stream);
                 let generation: Generation = hello.generation;
                 self.event(TargetEvent::ChannelConnected { channel, generation })
             }
@@ -406,16 +411,16 @@ impl Driver<'_> {
             let table = DigestTable::new(self.id, &shapes).map_err(|e| format!("no memory for page digests: {e}"))?;
             self.digests = Some(Arc::new(table));
         }
-        self.sockets = (0..setup.channels).map(|_| None).collect();
+        self.streams = (0..setup.channels).map(|_| None).collect();
         random_16().map(InstanceId).map_err(|e| format!("no random number for the instance: {e}"))
     }
 
     fn start_lanes(&mut self) -> Result<(), Failure> {
         let Some(ram) = &self.ram else { return Ok(()) };
-        let mut sockets = Vec::new();
-        for socket in std::mem::take(&mut self.sockets).into_iter().flatten() {
-            socket.set_nonblocking(false).map_err(|e| Failure::Worker(format!("a data socket: {e}")))?;
-            sockets.push(socket);
+        let mut streams = Vec::new();
+        for mut stream in std::mem::take(&mut self.streams).into_iter().flatten() {
+            stream.set_nonblocking(false).map_err(|e| Failure::Worker(format!("a data socket: {e}")))?;
+            streams.push(stream);
         }
         let gear = LaneGear {
             ram: ram.clone(),
@@ -423,7 +428,7 @@ impl Driver<'_> {
             controller: self.bell.ringer(),
             progress: self.progress.clone(),
         };
-        self.lanes = Some(Lanes::muster(sockets, &gear, &self.options)?);
+        self.lanes = Some(Lanes::muster(streams, &gear, &self.options)?);
         Ok(())
     }
 

@@ -18,7 +18,7 @@ use crate::poll::PollSleeper;
 use crate::progress::Progress;
 use crate::session::source::FIRST_GENERATION;
 use crate::session::target::TargetEvent;
-use crate::sys::socket::Socket;
+use crate::net::Stream;
 use crate::units::{BlockId, ChannelId};
 use crate::wire::control::LanePong;
 
@@ -40,21 +40,21 @@ pub(super) struct Lanes {
 }
 
 impl Lanes {
-    pub fn muster(sockets: Vec<Socket>, gear: &LaneGear, options: &CrewOptions) -> Result<Lanes, Failure> {
-        let count = sockets.len();
+    pub fn muster(streams: Vec<Stream>, gear: &LaneGear, options: &CrewOptions) -> Result<Lanes, Failure> {
+        let count = streams.len();
         let barrier = Arc::new(Barrier::new(count));
         let (landed, named) = (DirtyBitmap::for_ram(&gear.ram), DirtyBitmap::for_ram(&gear.ram));
         let look = Look::new(gear.digests.is_some(), false);
         let launch = Launch {
-            start: options.place(count, Peer::of(&sockets))?.start,
+            start: options.place(count, Peer::of(streams.iter().map(|stream| &**stream.socket())))?.start,
             ..Launch::new(&*options.spawn, Arc::new(gear.controller.clone()))
         };
         let made = crate::sys::thread::with_signals_blocked(|| {
             Crew::muster(0..count, &launch, |bells| {
-                let roles = sockets.into_iter().enumerate().map(|(index, socket)| {
+                let roles = streams.into_iter().enumerate().map(|(index, stream)| {
                     let own = RecvGear {
                         channel: ChannelId(index as u8),
-                        socket: Arc::new(socket),
+                        stream,
                         ram: gear.ram.clone(),
                         landed: landed.clone(),
                         named: named.clone(),

@@ -17,7 +17,7 @@ use crate::crew::{Spawn, StartHook};
 use crate::error::{Failure, HookError, Outcome};
 use crate::gate::Gate;
 use crate::memory::Ram;
-use crate::net::{Address, Listener};
+use crate::net::{Address, Listener, Tls};
 use crate::poll::PollSleeper;
 use crate::progress::Progress;
 use crate::units::Verify;
@@ -107,6 +107,7 @@ pub struct TargetBuilder {
 pub(crate) struct Settings {
     pub timeouts: Timeouts,
     pub state_bytes_max: u64,
+    pub tls: Option<Tls>,
 }
 
 /// Device state that a target takes unless told otherwise.
@@ -146,6 +147,14 @@ impl TargetBuilder {
     /// The most device state to take; it is kept in memory until it is loaded. 1 GiB unless told otherwise.
     pub fn state_bytes_max(mut self, bytes: u64) -> Self {
         self.settings.state_bytes_max = bytes;
+        self
+    }
+
+    /// Encrypts every connection, and lets in nobody but who shows a certificate of the CA; anybody is let in, and nothing
+    /// is encrypted, unless told otherwise.
+    #[cfg(feature = "tls")]
+    pub fn tls(mut self, tls: Tls) -> Self {
+        self.settings.tls = Some(tls);
         self
     }
 
@@ -209,7 +218,7 @@ impl fmt::Debug for Target {
 impl Target {
     /// Begins to describe a target.
     pub fn builder() -> TargetBuilder {
-        let settings = Settings { timeouts: Timeouts::default(), state_bytes_max: STATE_BYTES_MAX };
+        let settings = Settings { timeouts: Timeouts::default(), state_bytes_max: STATE_BYTES_MAX, tls: None };
         TargetBuilder { settings, crew: CrewOptions::default() }
     }
 
