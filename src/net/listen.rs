@@ -246,6 +246,7 @@ impl Guest {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                     return (now >= self.until).then_some(Heard::Nothing);
                 }
+                Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Some(Heard::Nothing),
                 // Not the system's, but what TLS has to say against it.
                 Err(e) if e.raw_os_error().is_none() => return Some(Heard::Nonsense(e.to_string())),
                 Err(_) => return Some(Heard::Nothing),

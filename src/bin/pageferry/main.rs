@@ -16,6 +16,7 @@ mod report;
 mod send;
 mod sizes;
 mod state;
+mod tls;
 mod writers;
 mod zero_copy;
 

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::limits::Convergence;
 use crate::sizes::{Cpus, human, ms};
+use crate::tls::Encrypted;
 use crate::zero_copy::ByReference;
 
 /// How it ended.
@@ -85,6 +86,9 @@ pub struct Report {
     /// What became of sending by reference, at a source.
     #[serde(flatten)]
     pub by_reference: Option<ByReference>,
+    /// How the connections were encrypted, at a source.
+    #[serde(flatten)]
+    pub encrypted: Option<Encrypted>,
     /// What it took to let the rounds of a guest that keeps writing end.
     #[serde(flatten)]
     pub convergence: Option<Convergence>,
@@ -189,6 +193,7 @@ impl Report {
             cpus: Vec::new(),
             remarks: Vec::new(),
             by_reference: None,
+            encrypted: None,
             convergence: None,
             demo: None,
             file: None,
@@ -203,6 +208,7 @@ impl Report {
             downtime_expected_ms: report.downtime_expected.map(ms),
             downtime_parts: Some(PartsMs::from(report.downtime_parts)),
             by_reference: Some(ByReference::from(&report.zero_copy)),
+            encrypted: Some(Encrypted::from(report.tls)),
             convergence,
             verify: verify_word(report.verify),
             verified: report.verified,
@@ -315,6 +321,9 @@ impl fmt::Display for Report {
         }
         if let Some(by_reference) = &self.by_reference {
             by_reference.fmt(f)?;
+        }
+        if let Some(encrypted) = &self.encrypted {
+            encrypted.fmt(f)?;
         }
         let calls = match (self.send_syscalls, self.recv_syscalls) {
             (Some(sends), Some(receives)) => format!("; {sends} system calls to send, {receives} to receive"),

@@ -148,12 +148,11 @@ impl Session {
         while self.common().is_handshaking() {
             match self.turn(socket, &mut |_: &[u8]| 0)? {
                 Turn::Took(_) | Turn::Again => {}
-                Turn::Blocked if asked => {
-                    self.flush(socket)?;
-                    return Ok(false);
-                }
                 Turn::Blocked => {
-                    self.flush(socket)?;
+                    self.flush_before_receiving(socket);
+                    if asked {
+                        return Ok(false);
+                    }
                     asked = true;
                     match self.fill(socket) {
                         Ok(0) => return Err(self.hung_up()),
@@ -165,10 +164,7 @@ impl Session {
                 Turn::Ended => return Err(self.hung_up()),
             }
         }
-        // What the last turn has left to be sent.
-        if let Turn::Ended = self.turn(socket, &mut |_: &[u8]| 0)? {
-            return Err(self.hung_up());
-        }
+        self.catch_up(socket)?;
         self.flush(socket)?;
         Ok(self.unsent_bytes() == 0)
     }
@@ -181,59 +177,64 @@ impl Session {
             return Err(io::ErrorKind::WouldBlock.into());
         }
         let n = bytes.len().min(RECORD_BYTES);
-        self.encrypt(socket, |_| n, Some(&bytes[..n]))?;
+        self.seal(socket, &bytes[..n])?;
         self.flush(socket)?;
         Ok(n)
     }
 
-    /// Sends whatever `fill` puts into the room it is given, until it puts nothing there: as few bytes a record as it
-    /// likes, as many as it can.
-    pub fn send_from(&mut self, socket: &Socket, mut fill: impl FnMut(&mut [u8]) -> usize) -> io::Result<Sent> {
-        self.check()?;
+    /// Sends whatever `fill` puts into the room it is given, until it puts nothing there.
+    pub fn send_from(&mut self, socket: &Socket, fill: impl FnMut(&mut [u8]) -> usize) -> io::Result<Sent> {
+        let mut chunk = std::mem::take(&mut self.chunk);
+        let sent = self.send_through(&mut chunk, socket, fill);
+        self.chunk = chunk;
+        sent
+    }
+
+    fn send_through(
+        &mut self,
+        chunk: &mut [u8],
+        socket: &Socket,
+        mut fill: impl FnMut(&mut [u8]) -> usize,
+    ) -> io::Result<Sent> {
         let mut sent = Sent::default();
-        let before = self.sent_bytes;
         loop {
-            let n = self.encrypt(socket, &mut fill, None)?;
+            let n = fill(chunk);
+            if n > 0 {
+                self.seal(socket, &chunk[..n])?;
+            }
             if n == 0 || self.out.len() - self.out_end < RECORD_ROOM {
                 while self.unsent_bytes() > 0 {
-                    self.send_out(socket)?;
+                    sent.bytes += self.send_out(socket)?;
                     sent.calls += 1;
                 }
             }
             if n == 0 {
-                sent.bytes = (self.sent_bytes - before) as usize;
                 return Ok(sent);
             }
         }
     }
 
-    /// Encrypts one record into `out`, of these bytes or of what `fill` puts into `chunk`.
-    fn encrypt(
-        &mut self,
-        socket: &Socket,
-        mut fill: impl FnMut(&mut [u8]) -> usize,
-        bytes: Option<&[u8]>,
-    ) -> io::Result<usize> {
-        // rustls gives leave to send only where nothing else is left to be done.
+    /// Encrypts these bytes, one record's, into `out`.
+    fn seal(&mut self, socket: &Socket, bytes: &[u8]) -> io::Result<()> {
+        self.catch_up(socket)?;
+        self.make_room(RECORD_ROOM);
+        let Session { side, inbox, inbox_at, inbox_end, out, out_end, .. } = self;
+        let (inbox, room) = (&mut inbox[*inbox_at..*inbox_end], &mut out[*out_end..]);
+        *out_end += match side {
+            Side::Source(conn) => seal(conn.process_tls_records(inbox), bytes, room),
+            Side::Target(conn) => seal(conn.process_tls_records(inbox), bytes, room),
+        }?;
+        Ok(())
+    }
+
+    /// Does what is left to be done: rustls gives leave to send only after that.
+    fn catch_up(&mut self, socket: &Socket) -> io::Result<()> {
         loop {
             match self.turn(socket, &mut |_: &[u8]| 0)? {
                 Turn::Took(_) | Turn::Again => {}
-                Turn::Blocked | Turn::Ended => break,
+                Turn::Blocked | Turn::Ended => return Ok(()),
             }
         }
-        let n = if bytes.is_some() { fill(&mut []) } else { fill(&mut self.chunk) };
-        if n == 0 {
-            return Ok(0);
-        }
-        self.make_room(RECORD_ROOM);
-        let Session { side, inbox, inbox_at, inbox_end, out, out_end, chunk, .. } = self;
-        let (inbox, bytes) = (&mut inbox[*inbox_at..*inbox_end], bytes.unwrap_or(&chunk[..n]));
-        let written = match side {
-            Side::Source(conn) => seal(conn.process_tls_records(inbox), bytes, &mut out[*out_end..]),
-            Side::Target(conn) => seal(conn.process_tls_records(inbox), bytes, &mut out[*out_end..]),
-        };
-        *out_end += written?;
-        Ok(n)
     }
 
     /// Has so many bytes free at the end of `out`.
@@ -249,7 +250,7 @@ impl Session {
     pub fn flush(&mut self, socket: &Socket) -> io::Result<()> {
         while self.unsent_bytes() > 0 {
             match self.send_out(socket) {
-                Ok(()) => {}
+                Ok(_) => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
                 Err(e) => return Err(e),
             }
@@ -257,14 +258,20 @@ impl Session {
         Ok(())
     }
 
-    fn send_out(&mut self, socket: &Socket) -> io::Result<()> {
+    /// What the socket does not take is found again when it is received from, after all that the other end had to say
+    /// before it left: that says more than a broken pipe.
+    fn flush_before_receiving(&mut self, socket: &Socket) {
+        let _ = self.flush(socket);
+    }
+
+    fn send_out(&mut self, socket: &Socket) -> io::Result<usize> {
         let n = socket.send(&self.out[self.out_at..self.out_end])?;
         self.out_at += n;
         self.sent_bytes += n as u64;
         if self.out_at == self.out_end {
             (self.out_at, self.out_end) = (0, 0);
         }
-        Ok(())
+        Ok(n)
     }
 
     pub fn has_received(&self) -> bool {
@@ -286,7 +293,7 @@ impl Session {
                 Turn::Took(n) => return Ok(n),
                 Turn::Ended => return Ok(0),
                 Turn::Blocked => {
-                    self.flush(socket)?;
+                    self.flush_before_receiving(socket);
                     if asked && self.nonblocking {
                         return Err(io::ErrorKind::WouldBlock.into());
                     }
@@ -356,16 +363,26 @@ impl Session {
             (*inbox_at, *inbox_end) = (0, 0);
         }
         turn.map_err(|e| {
-            // The alert that says so to the other end.
-            let Session { side, plain, out, out_end, .. } = self;
-            let mut none = |_: &[u8]| 0;
-            let _ = match side {
-                Side::Source(conn) => handle(conn.process_tls_records(&mut []), &mut none, plain, out, out_end),
-                Side::Target(conn) => handle(conn.process_tls_records(&mut []), &mut none, plain, out, out_end),
-            };
+            self.encode_alert();
             let _ = self.flush(socket);
             self.fail(words::words(&e, self.peer()))
         })
+    }
+
+    /// What tells the other end why nothing will come of it. rustls has it ready, and is not to look at received bytes
+    /// again: after an error it may have lost count of them.
+    fn encode_alert(&mut self) {
+        while self.common().wants_write() {
+            let Session { side, plain, out, out_end, .. } = self;
+            let mut none = |_: &[u8]| 0;
+            let (_, encoded) = match side {
+                Side::Source(conn) => handle(conn.process_tls_records(&mut []), &mut none, plain, out, out_end),
+                Side::Target(conn) => handle(conn.process_tls_records(&mut []), &mut none, plain, out, out_end),
+            };
+            if encoded.is_err() {
+                break;
+            }
+        }
     }
 
     fn check(&self) -> io::Result<()> {
@@ -382,7 +399,8 @@ impl Session {
 
     fn hung_up(&mut self) -> io::Error {
         let why = words::hung_up(self.peer(), self.received_bytes);
-        self.fail(why)
+        self.failed = Some(why.clone());
+        io::Error::new(io::ErrorKind::UnexpectedEof, why)
     }
 }
 
