@@ -67,7 +67,7 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
 
     /// Bytes sent and received.
     pub fn wire_bytes(&self) -> u64 {
-        self.stream.wire_bytes(self.wire_bytes)
+        self.wire_bytes
     }
 
     /// Bytes that wait to be sent.
@@ -207,7 +207,7 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
             set.watch(self.stream.as_fd(), true, !closed);
             set.wait();
         }
-        self.wire_bytes()
+        self.wire_bytes
     }
 }
 

@@ -71,10 +71,6 @@ impl Session {
         match *self {}
     }
 
-    pub fn wire_bytes(&self) -> u64 {
-        match *self {}
-    }
-
     pub fn send_from(&mut self, _socket: &Socket, _fill: impl FnMut(&mut [u8]) -> usize) -> io::Result<Sent> {
         match *self {}
     }

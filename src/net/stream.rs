@@ -137,11 +137,6 @@ impl Stream {
         true
     }
 
-    /// Bytes that travelled, both ways: `plain` where nothing is encrypted.
-    pub fn wire_bytes(&self, plain: u64) -> u64 {
-        self.tls.as_ref().map_or(plain, |tls| tls.wire_bytes())
-    }
-
     /// Sends a packet whole on a blocking connection that is encrypted; `None` where it is not, as there is a choice then
     /// of how to hand it to the kernel.
     ///

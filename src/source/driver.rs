@@ -13,7 +13,7 @@ use crate::dirty::DirtySource;
 use crate::error::{Failure, Outcome};
 use crate::gate::Gate;
 use crate::memory::Ram;
-use crate::net::{Control, Encryption, Endpoint, Opening, Stream, open};
+use crate::net::{Control, Endpoint, Opening, Stream, open};
 use crate::poll::PollSleeper;
 use crate::precopy::Precopy;
 use crate::progress::{Progress, Stage};
@@ -104,10 +104,7 @@ struct Totals {
     cpus: Vec<Option<usize>>,
     why_copied: Vec<Option<WhyCopied>>,
     control_bytes: u64,
-    /// Of the control connection.
-    encryption: Option<Encryption>,
-    /// Data channels that went on from its session.
-    resumed: u8,
+    tls: Option<TlsReport>,
 }
 
 pub(super) fn migrate(source: Source, dirty: &mut dyn DirtySource, guest: &mut dyn Guest) -> SourceReport {
@@ -217,7 +214,7 @@ impl Driver<'_> {
             }
         }
         let stream = self.open(Opening::Control)?;
-        self.sum.encryption = stream.encryption();
+        self.sum.tls = TlsReport::of(&stream);
         let mut control = match Control::new(stream) {
             Ok(control) => control,
             Err(e) => return self.fail(Failure::Control { doing: "setting it up", reason: e.into() }),
@@ -270,7 +267,7 @@ impl Driver<'_> {
             // One after the other, over a long link many of them take longer than the target bears silence.
             self.heartbeat()?;
             let mut stream = self.open(Opening::Data { channel, generation: FIRST_GENERATION })?;
-            self.sum.resumed += u8::from(stream.encryption().is_some_and(|how| how.resumed));
+            self.sum.tls = self.sum.tls.map(|tls| tls.and(&stream));
             // A fresh socket's buffer takes 64 bytes at once: no need to wait for room.
             let hello = self.hello(HelloRole::Data(channel)).encode();
             let said = stream.send(&hello).and_then(|n| match n {
@@ -573,7 +570,7 @@ impl Driver<'_> {
             throttling: self.policy.summary(),
             send_syscalls: counts.syscalls,
             zero_copy: ZeroCopyReport::new(&counts, self.sum.why_copied),
-            tls: self.sum.encryption.map(|how| TlsReport { suite: how.suite, channels_resumed: self.sum.resumed }),
+            tls: self.sum.tls,
             cpus: self.sum.cpus,
             remarks: self.remarks,
         }

@@ -58,7 +58,6 @@ pub(crate) struct Session {
     /// Where bytes of guest RAM are copied to, to be encrypted.
     chunk: Vec<u8>,
     received_bytes: u64,
-    sent_bytes: u64,
     said_goodbye: bool,
     /// Why nothing more can be sent or received.
     failed: Option<String>,
@@ -97,7 +96,6 @@ impl Session {
             out_end: 0,
             chunk: Vec::new(),
             received_bytes: 0,
-            sent_bytes: 0,
             said_goodbye: false,
             failed: None,
         }
@@ -139,10 +137,6 @@ impl Session {
         self.out_end - self.out_at
     }
 
-    pub fn wire_bytes(&self) -> u64 {
-        self.received_bytes + self.sent_bytes
-    }
-
     pub fn shake_hands(&mut self, socket: &Socket) -> io::Result<bool> {
         let mut asked = false;
         while self.common().is_handshaking() {
@@ -182,7 +176,8 @@ impl Session {
         Ok(n)
     }
 
-    /// Sends whatever `fill` puts into the room it is given, until it puts nothing there.
+    /// Sends whatever `fill` puts into the room it is given, until it puts nothing there. Counted is what it put there, as
+    /// the other end counts: what is on its way is the difference between the two.
     pub fn send_from(&mut self, socket: &Socket, fill: impl FnMut(&mut [u8]) -> usize) -> io::Result<Sent> {
         let mut chunk = std::mem::take(&mut self.chunk);
         let sent = self.send_through(&mut chunk, socket, fill);
@@ -201,10 +196,11 @@ impl Session {
             let n = fill(chunk);
             if n > 0 {
                 self.seal(socket, &chunk[..n])?;
+                sent.bytes += n;
             }
             if n == 0 || self.out.len() - self.out_end < RECORD_ROOM {
                 while self.unsent_bytes() > 0 {
-                    sent.bytes += self.send_out(socket)?;
+                    self.send_out(socket)?;
                     sent.calls += 1;
                 }
             }
@@ -250,7 +246,7 @@ impl Session {
     pub fn flush(&mut self, socket: &Socket) -> io::Result<()> {
         while self.unsent_bytes() > 0 {
             match self.send_out(socket) {
-                Ok(_) => {}
+                Ok(()) => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
                 Err(e) => return Err(e),
             }
@@ -264,14 +260,13 @@ impl Session {
         let _ = self.flush(socket);
     }
 
-    fn send_out(&mut self, socket: &Socket) -> io::Result<usize> {
+    fn send_out(&mut self, socket: &Socket) -> io::Result<()> {
         let n = socket.send(&self.out[self.out_at..self.out_end])?;
         self.out_at += n;
-        self.sent_bytes += n as u64;
         if self.out_at == self.out_end {
             (self.out_at, self.out_end) = (0, 0);
         }
-        Ok(n)
+        Ok(())
     }
 
     pub fn has_received(&self) -> bool {
