@@ -31,9 +31,8 @@
 //! | all, at the start | `rseq` `set_robust_list` `prctl` `rt_sigprocmask` `gettid` `sched_getaffinity` `sched_setaffinity` `sigaltstack` |
 //! | all, at the end | `rt_sigprocmask` `sigaltstack` `madvise` `munmap` `exit` |
 //! | all, where the vDSO does not serve | `clock_gettime` `getcpu` |
-//! | `pf-send-i` | `sendmsg` `futex` `write`; where the other side is on this host, `sched_yield`; where pages go by reference ([`ZeroCopy`](crate::ZeroCopy)), `recvmsg` `poll` `getsockopt` |
-//! | `pf-send-i`, `pf-recv-i` under TLS | `sendto` and `recvfrom` in the place of `sendmsg` and `recvmsg` |
-//! | `pf-recv-i` | `recvmsg` `recvfrom` `futex` `write` `getrusage` `mincore` `fallocate` |
+//! | `pf-send-i` | `sendmsg` `futex` `write`; where the other side is on this host, `sched_yield`; where pages go by reference ([`ZeroCopy`](crate::ZeroCopy)), `recvmsg` `poll` `getsockopt`; under TLS `sendto` |
+//! | `pf-recv-i` | `recvmsg` `recvfrom` `futex` `write` `getrusage` `mincore` `fallocate`; under TLS `sendto` |
 //! | `pf-pause` | `poll` `read` `write` `sendto` `recvfrom` `futex` |
 //! | `pf-scan` | `poll` `read` `write` `sendto` `recvfrom` `futex` `ioctl` `sched_yield` |
 //! | `pf-hash`, `pf-hash-i` | `clone3` `futex` `write` |
