@@ -13,7 +13,6 @@ mod muster;
 mod role;
 
 use std::any::Any;
-use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::{fmt, mem};
 
@@ -119,10 +118,11 @@ impl<R: Role> Crew<R> {
     /// # Panics
     /// If `make` panics, after all threads have been joined.
     pub fn muster<E>(
-        ids: Range<usize>,
+        ids: impl IntoIterator<Item = usize, IntoIter: ExactSizeIterator>,
         launch: &Launch<'_>,
         make: impl FnOnce(&[Ringer<Park>]) -> Result<Vec<R>, E>,
     ) -> Result<Self, MusterError<E>> {
+        let ids = ids.into_iter();
         let wanted = ids.len();
         let mut muster = Muster::new(wanted);
         let failed = |created, cause| MusterError { kind: R::KIND, wanted, created, cause };

@@ -108,6 +108,13 @@ pub enum Failure {
         /// For how long.
         ms: u64,
     },
+    /// All connections were lost, and the source did not come back, or could not, while the session was kept.
+    NotResumed {
+        /// For how long it was kept.
+        ms: u64,
+        /// How the control connection was lost.
+        lost: String,
+    },
     /// Data was outstanding and nothing moved for too long.
     Stalled {
         /// The channel that others wait for.
@@ -182,6 +189,9 @@ impl fmt::Display for Failure {
             }
             Failure::Silent { waiting_for, ms } => {
                 write!(f, "waited for {ms} ms in vain for {waiting_for}")
+            }
+            Failure::NotResumed { ms, lost } => {
+                write!(f, "the connection did not come back within the resume window of {ms} ms: {lost}")
             }
             Failure::Stalled { channel, ms } => {
                 write!(f, "nothing moved for {ms} ms although data was waiting; channel {channel} is the one that lags")

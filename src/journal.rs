@@ -11,17 +11,27 @@ use crate::units::{Epoch, Item, Run};
 
 /// A queue that gives its oldest item first.
 pub trait Oldest {
+    /// Looks at the oldest item.
+    fn peek_oldest(&mut self) -> Option<Item>;
     /// Takes the oldest item.
     fn take_oldest(&mut self) -> Option<Item>;
 }
 
 impl Oldest for Consumer<Item> {
+    fn peek_oldest(&mut self) -> Option<Item> {
+        self.peek()
+    }
+
     fn take_oldest(&mut self) -> Option<Item> {
         self.pop()
     }
 }
 
 impl Oldest for std::collections::VecDeque<Item> {
+    fn peek_oldest(&mut self) -> Option<Item> {
+        self.front().copied()
+    }
+
     fn take_oldest(&mut self) -> Option<Item> {
         self.pop_front()
     }
@@ -29,8 +39,14 @@ impl Oldest for std::collections::VecDeque<Item> {
 
 /// Frees everything up to and with the mark of `epoch`. Returns false if the journal ended before the mark was seen:
 /// the peer acknowledged an epoch that this channel never flushed.
+///
+/// Where a later mark comes first, the channel was not there yet when that epoch was flushed, and nothing is to be freed.
 pub fn free_through(journal: &mut impl Oldest, epoch: Epoch) -> bool {
-    while let Some(item) = journal.take_oldest() {
+    while let Some(item) = journal.peek_oldest() {
+        match item {
+            Item::Flush(later) if later > epoch => return true,
+            _ => journal.take_oldest(),
+        };
         if item == Item::Flush(epoch) {
             return true;
         }
@@ -72,6 +88,15 @@ mod tests {
         let mut left = Vec::new();
         drain_runs(&mut journal, |r| left.push(r.first));
         assert_eq!(left, [3]);
+    }
+
+    #[test]
+    fn a_channel_that_came_after_an_epoch_keeps_what_it_has_taken_since() {
+        let mut journal = VecDeque::from([Item::RoundEnd(Round(4)), Item::Flush(Epoch(2)), run(1), Item::Flush(Epoch(3))]);
+        assert!(free_through(&mut journal, Epoch(1)), "it counts as having flushed it");
+        assert_eq!(journal.len(), 3, "only what stands before its first mark is gone");
+        assert!(free_through(&mut journal, Epoch(2)));
+        assert_eq!(journal.front(), Some(&run(1)));
     }
 
     #[test]

@@ -3,6 +3,9 @@
 
 #[path = "support/certs.rs"]
 mod certs;
+#[allow(dead_code)]
+#[path = "failover/cutter.rs"]
+mod cutter;
 #[cfg(feature = "cli")]
 #[path = "support/program.rs"]
 mod program;
@@ -14,6 +17,7 @@ use std::net::{Shutdown, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use certs::Ca;
+use cutter::Cutter;
 use pageferry::net::Tls;
 use pageferry::units::{BlockId, PageSize};
 use pageferry::{
@@ -135,6 +139,23 @@ fn without_tickets_that_fit_the_channels_shake_hands_in_full_and_the_migration_c
     assert_arrived(&guest, &trip);
     let resumed = trip.sent.tls.unwrap().channels_resumed;
     assert!((100..140).contains(&resumed), "{resumed} of 140");
+}
+
+#[test]
+fn channels_that_are_lost_come_back_encrypted_and_resume_the_session() {
+    let ca = Ca::new("ca");
+    let mut guest = guest(4000);
+    let target = Target::builder().tls(ca.side(&[HERE])).listen("127.0.0.1:0").unwrap();
+    // Two of four data connections are cut while pages are on their way.
+    let plan = |number: usize| (1..=2).contains(&number).then_some(1_000_000);
+    let cutter = Cutter::before(&target.address().unwrap().to_string(), Box::new(plan));
+    let source = Source::builder(guest.ram.clone()).channels(4).verify(Verify::Full).tls(ca.side(&["source"]));
+    let source = source.connect(cutter.address()).unwrap();
+    guest.start(300);
+    let trip = travel(source, &mut guest, target);
+    assert_arrived(&guest, &trip);
+    assert!(trip.sent.channels_lost >= 2, "{:?}", trip.sent);
+    assert!(trip.sent.tls.unwrap().channels_resumed >= 4, "{:?}", trip.sent.tls);
 }
 
 #[test]

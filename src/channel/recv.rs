@@ -59,14 +59,15 @@ pub struct RecvGear {
     pub controller: Ringer<PollSleeper>,
     /// Counters.
     pub progress: Progress,
+    /// Whether the channel was connected before. Then its first marks say how far it counts as having come: it carries
+    /// nothing of before.
+    pub joins_late: bool,
 }
 
 impl RecvRole {
-    /// A lane that is ready to start; `peers` are the bells of all lanes.
-    pub fn new(mut gear: RecvGear, peers: &[Ringer<Park>]) -> RecvRole {
+    /// A lane that is ready to start; `peers` are the bells of the other lanes.
+    pub fn new(mut gear: RecvGear, peers: Vec<Ringer<Park>>) -> RecvRole {
         gear.stream.make_room_for_pages();
-        let own = usize::from(gear.channel.0);
-        let peers = peers.iter().enumerate().filter(|(i, _)| *i != own).map(|(_, r)| r.clone()).collect();
         RecvRole {
             scatter: Scatter::new(gear.ram.clone()),
             prefault: Prefault::new(&gear.ram),
@@ -98,13 +99,15 @@ impl RecvRole {
                 PacketKind::Pages => self.pages(&header, cx)?,
                 PacketKind::Flush => {
                     self.gear.barrier.flush(self.gear.channel.0.into(), header.epoch);
-                    self.epoch = Epoch(header.epoch.0 + 1);
+                    self.epoch = Epoch(header.epoch.0.saturating_add(1));
+                    self.round = header.round;
                     self.ring_controller();
                     self.read_header()?
                 }
                 PacketKind::RoundEnd => {
                     self.meet(header.round, cx)?;
                     self.round = Round(header.round.0 + 1);
+                    self.epoch = header.epoch;
                     self.read_header()?
                 }
                 PacketKind::Bye => return Ok(()),
@@ -117,13 +120,20 @@ impl RecvRole {
         let is = (header.sequence, header.round, header.epoch);
         let expected = (self.sequence, self.round, self.epoch);
         let bye = header.kind == PacketKind::Bye;
-        if is == expected || (bye && header.sequence == self.sequence) {
+        if is == expected || (bye && header.sequence == self.sequence) || self.catches_up(header) {
             return Ok(());
         }
         Err(ChannelError::Order(format!(
             "a {} packet has sequence, round and epoch {}, {}, {} where {}, {}, {} were expected",
             header.kind, is.0, is.1, is.2, expected.0, expected.1, expected.2
         )))
+    }
+
+    /// Whether this is the mark with which a channel begins that was connected before: it counts as having passed that
+    /// round, or epoch, and goes on from there.
+    fn catches_up(&self, header: &PacketHeader) -> bool {
+        let is_mark = matches!(header.kind, PacketKind::RoundEnd | PacketKind::Flush);
+        self.gear.joins_late && is_mark && (self.sequence, header.sequence) == (0, 0)
     }
 
     /// Lands a packet of pages; gives the header behind it.

@@ -91,6 +91,10 @@ pub struct SendGear {
     pub takes_turns: bool,
     /// Counters.
     pub progress: Progress,
+    /// The round that it is in when it starts.
+    pub round: Round,
+    /// The epoch that it is in when it starts.
+    pub epoch: Epoch,
 }
 
 /// Bytes that may wait in a TCP socket before they are sent, where the link does not keep up: else megabytes do. Then
@@ -120,7 +124,7 @@ impl SendRole {
         };
         let eyes = Eyes { ram, look, digests };
         let (low_water_bytes, takes_turns, progress) = (gear.low_water_bytes, gear.takes_turns, gear.progress);
-        let (round, epoch, sequence) = (Round(0), Epoch(0), 0);
+        let (round, epoch, sequence) = (gear.round, gear.epoch, 0);
         SendRole {
             channel,
             stream,

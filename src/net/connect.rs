@@ -54,8 +54,9 @@ pub trait Connector: Send {
 
 /// Where connections come from.
 pub enum Endpoint {
-    /// Connect to this address.
-    Address(Address),
+    /// Connect to these addresses of one target, over different networks: the control connection goes to the first that
+    /// answers, and data channels are spread over all of them. At least one.
+    Addresses(Vec<Address>),
     /// Ask this.
     Connector(Box<dyn Connector>),
 }
@@ -63,7 +64,9 @@ pub enum Endpoint {
 impl fmt::Debug for Endpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Endpoint::Address(address) => write!(f, "{address}"),
+            Endpoint::Addresses(addresses) => {
+                f.write_str(&addresses.iter().map(Address::to_string).collect::<Vec<_>>().join(", "))
+            }
             Endpoint::Connector(_) => f.write_str("a connector"),
         }
     }
@@ -107,23 +110,62 @@ pub(crate) fn open(
     cancelled: &dyn Fn() -> bool,
 ) -> Result<Option<Stream>, Failure> {
     let failed = |address: String, e: io::Error| Failure::Connect { address, reason: e.into() };
-    let socket = match endpoint {
+    match endpoint {
         Endpoint::Connector(connector) => {
             let fd = connector.open(opening).and_then(Socket::from_fd);
-            Some(fd.map_err(|e| failed(format!("the VMM's connector ({opening})"), e))?)
+            let peer = format!("the VMM's connector ({opening})");
+            let socket = fd.map_err(|e| failed(peer.clone(), e))?;
+            secure(socket, tls, None, bell, deadline, cancelled).map_err(|e| e.of(peer))
         }
-        Endpoint::Address(address) => {
-            connect(address, bell, deadline, cancelled).map_err(|e| failed(address.to_string(), e))?
+        Endpoint::Addresses(addresses) => {
+            // The first network that works is good enough for the control connection; a data channel has its own.
+            let candidates = match opening {
+                Opening::Control => &addresses[..],
+                Opening::Data { channel, generation } => one_of(addresses, channel, generation),
+            };
+            let mut result = Err(Failure::Config("there is no address to connect to".to_owned()));
+            for (index, address) in candidates.iter().enumerate() {
+                let share = deadline.saturating_duration_since(Instant::now()) / (candidates.len() - index) as u32;
+                let until = Instant::now() + share;
+                let connected = connect(address, bell, until, cancelled).map_err(|e| failed(address.to_string(), e));
+                result = match connected {
+                    Ok(Some(socket)) => {
+                        let shaken = secure(socket, tls, Some(address), bell, until, cancelled);
+                        shaken.map_err(|e| e.of(address.to_string()))
+                    }
+                    Ok(None) => Ok(None),
+                    Err(why) => Err(why),
+                };
+                if result.is_ok() {
+                    break;
+                }
+            }
+            result
         }
-    };
-    let Some(socket) = socket else { return Ok(None) };
+    }
+}
+/// Why hands were not shaken.
+struct NotShaken(io::Error);
+
+impl NotShaken {
+    fn of(self, peer: String) -> Failure {
+        Failure::Tls { peer, reason: self.0.to_string() }
+    }
+}
+
+/// Makes a stream of a connected socket, encrypted if `tls` is given.
+fn secure(
+    socket: Socket,
+    tls: Option<&Tls>,
+    address: Option<&Address>,
+    bell: &mut Bell<PollSleeper>,
+    deadline: Instant,
+    cancelled: &dyn Fn() -> bool,
+) -> Result<Option<Stream>, NotShaken> {
     socket.set_no_delay();
     let Some(tls) = tls else { return Ok(Some(Stream::from(socket))) };
-    let shaken = socket.set_nonblocking(true).and_then(|()| tls.connect(socket));
-    shaken.and_then(|stream| shake_hands(stream, bell, deadline, cancelled)).map_err(|e| Failure::Tls {
-        peer: format!("{endpoint:?}"),
-        reason: e.to_string(),
-    })
+    let stream = socket.set_nonblocking(true).and_then(|()| tls.connect(socket, address));
+    stream.and_then(|stream| shake_hands(stream, bell, deadline, cancelled)).map_err(NotShaken)
 }
 
 /// Shakes hands over a connection.
@@ -149,6 +191,12 @@ fn shake_hands(
         set.watch(stream.as_fd(), true, stream.unsent_bytes() > 0);
         bell.wait();
     }
+}
+
+/// The address for a data channel: channels take turns, and one that is connected again tries the next.
+pub fn one_of(addresses: &[Address], channel: ChannelId, generation: Generation) -> &[Address] {
+    let turn = usize::from(channel.0) + generation.0.saturating_sub(1) as usize;
+    turn.checked_rem(addresses.len()).map_or(addresses, |index| &addresses[index..=index])
 }
 
 fn connect(

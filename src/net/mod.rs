@@ -14,7 +14,7 @@ mod tls;
 
 pub use address::Address;
 pub(crate) use connect::open;
-pub use connect::{Connector, Endpoint, Fds, Opening};
+pub use connect::{Connector, Endpoint, Fds, Opening, one_of};
 pub use control::Control;
 pub use listen::{Greeting, Listener, Lobby, passes};
 pub use stream::{Encryption, Stream};

@@ -34,6 +34,11 @@ impl EpochLedger {
         Some(Epoch(self.open - 1))
     }
 
+    /// Nothing is outstanding any more: all of it travels again, in epochs to come.
+    pub fn forget_outstanding(&mut self) {
+        self.applied = self.open;
+    }
+
     /// Takes the target's word that `epoch` and all before it are applied. False if that cannot be: the epoch is
     /// still open, or was applied before.
     pub fn applied(&mut self, epoch: Epoch) -> bool {

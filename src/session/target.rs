@@ -1,102 +1,12 @@
 #![forbid(unsafe_code)]
 //! The target's side of a session: from Setup to Running, as (state, event) -> (state, actions).
 
-use crate::barrier::{LaneWord, min_over_set};
 use crate::error::{Failure, Outcome};
-use crate::session::code_of;
-use crate::session::source::FIRST_GENERATION;
-use crate::units::{BlockId, ChannelId, Epoch, Generation, InstanceId, Round};
-use crate::wire::control::{Final, Frame, PeerError, Setup, SourceFrame, TargetFrame};
-
-/// What happens to the target.
-#[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub enum TargetEvent {
-    /// The source sent a frame.
-    Frame(SourceFrame),
-    /// The VMM took the machine, and every block reads as zeros.
-    Prepared(InstanceId),
-    /// The VMM does not take the machine.
-    Refused(String),
-    /// A data connection with a good Hello is there.
-    ChannelConnected {
-        /// The channel.
-        channel: ChannelId,
-        /// Its generation.
-        generation: Generation,
-    },
-    /// A lane's progress, as it stands in the barrier.
-    LaneMoved {
-        /// The channel.
-        channel: ChannelId,
-        /// Rounds passed.
-        rounds: LaneWord,
-        /// Epochs flushed.
-        epochs: LaneWord,
-    },
-    /// A lane ended with an error.
-    LaneFailed {
-        /// The channel.
-        channel: ChannelId,
-        /// Why.
-        reason: String,
-    },
-    /// The digests were compared with those of Final.
-    Checked(Check),
-    /// `load_state` returned.
-    StateLoaded(Result<(), String>),
-    /// `run` returned.
-    RunReturned(Result<(), String>),
-    /// Someone asked to cancel here.
-    CancelAsked,
-    /// The control connection is gone, a deadline passed, or something of ours failed.
-    Failed(Failure),
-}
-
-/// The result of comparing with Final.
-#[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub enum Check {
-    /// Everything agrees.
-    Agrees,
-    /// A block differs.
-    Differs {
-        /// The block.
-        block: BlockId,
-        /// The target's digests of its chunks, from which the source learns which they are.
-        chunk_digests: Vec<u64>,
-    },
-    /// The device state is not what Final says.
-    StateDiffers(String),
-}
-
-/// What the driver is to do.
-#[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub enum TargetAction {
-    /// Send this on the control connection.
-    Send(TargetFrame),
-    /// Ask the VMM for its memory, and make it read as zeros.
-    Prepare(Setup),
-    /// All channels are connected: start the lanes.
-    StartLanes,
-    /// Keep this piece of device state; pieces come in order, without a gap.
-    KeepState(Vec<u8>),
-    /// Forget the device state that is here: a new attempt at the hand-over sends it again.
-    ForgetState,
-    /// Answer a Ping with the lanes' progress.
-    Pong {
-        /// Its nonce.
-        nonce: u64,
-    },
-    /// Compare with Final: everything has landed.
-    Check(Final),
-    /// Give the VMM its device state.
-    LoadState,
-    /// Let the VMM run the guest.
-    Run,
-    /// Tell the VMM that the guest will not run here; undoes a load.
-    Discard,
-    /// It is over.
-    End(Outcome),
-}
+pub use crate::session::events::{Check, TargetAction, TargetEvent};
+use crate::session::lanes::{Arrival, Lanes};
+use crate::session::{FEATURE_RESUME, REPAIRS_MAX, code_of};
+use crate::units::{ChannelId, Epoch, Generation, InstanceId, Round};
+use crate::wire::control::{Final, Frame, PeerError, SourceFrame, TargetFrame};
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 enum Phase {
@@ -109,43 +19,43 @@ enum Phase {
     AwaitLanes(Final),
     Checking,
     Loading,
-    /// Loaded was sent: Commit, a new attempt (State from offset 0 on), or the end may follow.
+    /// Loaded was sent: Commit, a new attempt (State from offset 0 on, or another Final), or the end may follow.
     AwaitCommit,
+    /// The control connection is lost: the source may come back.
+    Dormant,
     /// Commit has come: the guest is ours, even if the control connection is gone.
     Starting,
     Ended,
-}
-
-#[derive(Clone, PartialEq, Eq, Hash, Debug)]
-struct Lane {
-    connected: bool,
-    rounds: LaneWord,
-    epochs: LaneWord,
 }
 
 /// The target's state machine.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct TargetSession {
     phase: Phase,
-    lanes: Vec<Lane>,
+    lanes: Lanes,
     /// Epochs acknowledged.
     applied: u64,
     state_bytes: u64,
     state_bytes_max: u64,
-    /// A lane that ended after Loaded, when nothing was left to carry: that counts only if rounds go on after all.
-    ended_early: Option<(ChannelId, String)>,
+    /// Whether this side keeps the session when all connections are lost; then whether both do.
+    resumes: bool,
+    instance: InstanceId,
+    /// Finals that did not agree with what had landed.
+    mismatches: u32,
 }
 
 impl TargetSession {
-    /// A session that takes at most this much device state.
-    pub fn new(state_bytes_max: u64) -> TargetSession {
+    /// A session that takes at most this much device state, and may be resumed or not.
+    pub fn new(state_bytes_max: u64, resumes: bool) -> TargetSession {
         TargetSession {
             phase: Phase::AwaitSetup,
-            lanes: Vec::new(),
+            lanes: Lanes::default(),
             applied: 0,
             state_bytes: 0,
             state_bytes_max,
-            ended_early: None,
+            resumes,
+            instance: InstanceId([0; 16]),
+            mismatches: 0,
         }
     }
 
@@ -154,11 +64,29 @@ impl TargetSession {
         self.phase == Phase::Ended
     }
 
+    /// Whether the control connection is lost, and the source may come back.
+    pub fn is_dormant(&self) -> bool {
+        self.phase == Phase::Dormant
+    }
+
+    /// Whether both sides have agreed to keep the session when all connections are lost.
+    pub fn resumes(&self) -> bool {
+        self.resumes && self.has_prepared()
+    }
+
     /// Whether a connection for this channel is expected now.
     pub fn expects(&self, channel: ChannelId, generation: Generation) -> bool {
-        self.phase == Phase::AwaitChannels
-            && generation == FIRST_GENERATION
-            && self.lanes.get(usize::from(channel.0)).is_some_and(|lane| !lane.connected)
+        self.takes_channels() && self.lanes.expects(channel, generation)
+    }
+
+    /// The generation of a channel's lane.
+    pub fn generation(&self, channel: ChannelId) -> Generation {
+        self.lanes.generation(channel)
+    }
+
+    /// Finals that did not agree with what had landed.
+    pub fn mismatches(&self) -> u32 {
+        self.mismatches
     }
 
     /// What the target waits for from the source, in words.
@@ -190,7 +118,8 @@ impl TargetSession {
             (_, TargetEvent::Frame(frame)) => self.frame(frame, out),
             (Phase::Preparing, TargetEvent::Prepared(instance)) => {
                 self.phase = Phase::AwaitChannels;
-                out.push(TargetAction::Send(TargetFrame::Ready { instance, features: 0 }));
+                self.instance = instance;
+                out.push(TargetAction::Send(self.ready()));
             }
             (Phase::Preparing, TargetEvent::Refused(reason)) => {
                 out.push(TargetAction::Send(TargetFrame::Refused { reason: reason.clone() }));
@@ -200,33 +129,39 @@ impl TargetSession {
                 if !self.expects(channel, generation) {
                     return; // a stranger, or a double: the driver drops it, and the migration goes on
                 }
-                self.lanes[usize::from(channel.0)].connected = true;
-                let all = self.lanes.iter().all(|lane| lane.connected);
-                if all {
-                    self.phase = Phase::Live;
-                    out.push(TargetAction::StartLanes);
+                match self.lanes.arrived(channel, generation) {
+                    Arrival::First => {
+                        self.start_if_all_are_there(out);
+                        out.push(TargetAction::Send(TargetFrame::ChannelJoined { channel, generation }));
+                    }
+                    Arrival::Announced => self.join(channel, generation, out),
+                    Arrival::Early => {}
                 }
-                out.push(TargetAction::Send(TargetFrame::ChannelJoined { channel, generation }));
             }
             (_, TargetEvent::LaneMoved { channel, rounds, epochs }) => {
-                if let Some(lane) = self.lanes.get_mut(usize::from(channel.0)) {
-                    lane.rounds = rounds;
-                    lane.epochs = epochs;
-                }
+                self.lanes.moved(channel, rounds, epochs);
                 self.evaluate(out);
             }
-            (Phase::AwaitCommit, TargetEvent::LaneFailed { channel, reason }) => {
-                self.ended_early = Some((channel, reason)); // all has landed: nothing is left to carry
+            (_, TargetEvent::LaneFailed { channel, reason }) => {
+                // It stays in the set, and the others wait for it, until the source says that it is lost.
+                let generation = self.lanes.generation(channel);
+                out.push(TargetAction::Send(TargetFrame::ChannelFailed { channel, generation, reason }));
             }
-            (_, TargetEvent::LaneFailed { channel, reason }) => self.lane_failed(channel, reason, out),
+            // A Final that came to nothing while it was checked.
+            (Phase::Live | Phase::Dormant, TargetEvent::Checked(_)) => {}
             (Phase::Checking, TargetEvent::Checked(Check::Agrees)) => {
                 self.phase = Phase::Loading;
                 out.push(TargetAction::LoadState);
             }
             (Phase::Checking, TargetEvent::Checked(Check::Differs { block, chunk_digests })) => {
-                let round = self.last_round();
+                let (round, whole) = (self.last_round(), chunk_digests.is_empty());
                 out.push(TargetAction::Send(TargetFrame::DigestMismatch { round, block, chunk_digests }));
-                self.discard(Failure::Digest { block, chunks: Vec::new() }, out);
+                self.mismatches += 1;
+                // What was sent is what landed, and RAM differs all the same: sending it again would not help.
+                if whole || self.mismatches > REPAIRS_MAX {
+                    return self.discard(Failure::Digest { block, chunks: Vec::new() }, out);
+                }
+                self.phase = Phase::Live;
             }
             (Phase::Checking, TargetEvent::Checked(Check::StateDiffers(what))) => self.breach(what, out),
             (Phase::Loading, TargetEvent::StateLoaded(Ok(()))) => {
@@ -244,7 +179,23 @@ impl TargetSession {
                 }
                 self.end(Outcome::Cancelled, out);
             }
-            (_, TargetEvent::Failed(why)) => self.tell_and_discard(why, out),
+            (_, TargetEvent::ResumeAsked { instance, epoch }) => self.resume(instance, epoch, out),
+            (_, TargetEvent::QueryAsked) => {
+                // A fence: whatever the old connection may still hold, this guest will not run.
+                out.push(TargetAction::DropControl);
+                if self.has_prepared() {
+                    out.push(TargetAction::Discard);
+                }
+                let why = "asked whether the guest runs here, it gave it up".to_owned();
+                self.phase = Phase::Ended;
+                out.push(TargetAction::AnswerVisitor(TargetFrame::QueryAnswer { running: false }));
+                out.push(TargetAction::End(Outcome::Failed(Failure::CancelledBySource(why))));
+            }
+            (_, TargetEvent::ControlLost(_)) if self.resumes && self.may_be_resumed() => {
+                self.phase = Phase::Dormant;
+                out.push(TargetAction::DropControl);
+            }
+            (_, TargetEvent::Failed(why) | TargetEvent::ControlLost(why)) => self.tell_and_discard(why, out),
             // An event of the driver that comes in no other phase: the driver's fault, not the peer's.
             (phase, event) => debug_assert!(false, "{event:?} in {phase:?}"),
         }
@@ -253,8 +204,8 @@ impl TargetSession {
     fn frame(&mut self, frame: SourceFrame, out: &mut Vec<TargetAction>) {
         match (&self.phase, frame) {
             (Phase::AwaitSetup, SourceFrame::Setup(setup)) => {
-                let lane = Lane { connected: false, rounds: LaneWord::default(), epochs: LaneWord::default() };
-                self.lanes = vec![lane; setup.channels.into()];
+                self.lanes = Lanes::expected(setup.channels);
+                self.resumes &= setup.features & FEATURE_RESUME != 0;
                 self.phase = Phase::Preparing;
                 out.push(TargetAction::Prepare(setup));
             }
@@ -264,9 +215,6 @@ impl TargetSession {
                 let goes_on = self.phase == Phase::Live && offset == self.state_bytes;
                 if offset != 0 && !goes_on {
                     return self.breach(format!("State at offset {offset}, {} bytes are here", self.state_bytes), out);
-                }
-                if let Some((channel, reason)) = self.ended_early.take() {
-                    return self.lane_failed(channel, reason, out);
                 }
                 if offset == 0 {
                     self.phase = Phase::Live;
@@ -281,9 +229,33 @@ impl TargetSession {
                     out.push(TargetAction::KeepState(bytes));
                 }
             }
+            (Phase::AwaitChannels, SourceFrame::ChannelLost { channel, generation }) => {
+                if self.retire(channel, generation, out) {
+                    self.start_if_all_are_there(out);
+                }
+            }
+            // A Final that the lane stood in is no longer good: another one comes, after another round.
+            (
+                Phase::Live | Phase::AwaitLanes(_) | Phase::Checking | Phase::AwaitCommit,
+                SourceFrame::ChannelLost { channel, generation },
+            ) => {
+                self.phase = Phase::Live;
+                if self.retire(channel, generation, out) {
+                    self.evaluate(out);
+                }
+            }
+            (Phase::Live, SourceFrame::ChannelJoin { channel, generation }) => {
+                if !self.lanes.announced(channel, generation) {
+                    return self.breach(format!("ChannelJoin for channel {channel}, generation {generation}"), out);
+                }
+                if self.lanes.is_here(channel) {
+                    self.join(channel, generation, out);
+                }
+            }
+            // The chunks come as pages of the next round, like any others.
+            (Phase::Live, SourceFrame::Repair { .. }) => {}
             (Phase::Live, SourceFrame::Final(last)) => {
-                let set = (0..self.lanes.len()).map(|c| (ChannelId(c as u8), FIRST_GENERATION));
-                if !last.lanes.iter().copied().eq(set) {
+                if !last.lanes.iter().copied().eq(self.lanes.set()) {
                     return self.breach("Final names other channels than have joined".to_owned(), out);
                 }
                 if last.state_bytes != self.state_bytes {
@@ -309,15 +281,14 @@ impl TargetSession {
 
     /// What the lanes' progress allows: an epoch to acknowledge, a Final to check.
     fn evaluate(&mut self, out: &mut Vec<TargetAction>) {
-        let flushed = min_over_set(self.lanes.iter().map(|lane| lane.epochs)).unwrap_or(0);
+        let flushed = self.lanes.flushed_by_all();
         if flushed > self.applied {
             self.applied = flushed;
-            let lanes = (0..self.lanes.len()).map(|c| (ChannelId(c as u8), FIRST_GENERATION)).collect();
+            let lanes = self.lanes.set().collect();
             out.push(TargetAction::Send(TargetFrame::EpochApplied { epoch: Epoch(flushed - 1), lanes }));
         }
         if let Phase::AwaitLanes(last) = &self.phase {
-            let passed = min_over_set(self.lanes.iter().map(|lane| lane.rounds)).unwrap_or(0);
-            if passed > u64::from(last.round.0) {
+            if self.lanes.passed_by_all() > u64::from(last.round.0) {
                 let last = last.clone();
                 self.phase = Phase::Checking;
                 // The source learns that the lanes are through before hooks keep this side from answering its Pings.
@@ -327,15 +298,64 @@ impl TargetSession {
         }
     }
 
-    fn lane_failed(&mut self, channel: ChannelId, reason: String, out: &mut Vec<TargetAction>) {
-        let generation = FIRST_GENERATION;
-        out.push(TargetAction::Send(TargetFrame::ChannelFailed { channel, generation, reason: reason.clone() }));
-        self.discard(Failure::Channel { channel, generation, reason }, out);
+    fn start_if_all_are_there(&mut self, out: &mut Vec<TargetAction>) {
+        if self.phase == Phase::AwaitChannels && self.lanes.all_are_there() {
+            self.phase = Phase::Live;
+            out.push(TargetAction::StartLanes);
+        }
+    }
+
+    /// A channel is back: its lane is in the set before the source is told so.
+    fn join(&mut self, channel: ChannelId, generation: Generation, out: &mut Vec<TargetAction>) {
+        self.lanes.joined(channel);
+        out.push(TargetAction::StartLane { channel });
+        out.push(TargetAction::Send(TargetFrame::ChannelJoined { channel, generation }));
+    }
+
+    /// The source has given a channel up. False after a breach.
+    fn retire(&mut self, channel: ChannelId, generation: Generation, out: &mut Vec<TargetAction>) -> bool {
+        if !self.lanes.lost(channel, generation) {
+            self.breach(format!("ChannelLost for channel {channel}, generation {generation}"), out);
+            return false;
+        }
+        out.push(TargetAction::RetireLane { channel });
+        out.push(TargetAction::Send(TargetFrame::ChannelRetired { channel, generation }));
+        true
+    }
+
+    fn resume(&mut self, instance: InstanceId, epoch: Epoch, out: &mut Vec<TargetAction>) {
+        if !self.resumes || !(self.may_be_resumed() || self.phase == Phase::Dormant) || instance != self.instance {
+            let reason = "this session cannot be resumed here".to_owned();
+            out.push(TargetAction::AnswerVisitor(TargetFrame::Refused { reason }));
+            return;
+        }
+        // No lane of before may land anything after the source was told that it may send again.
+        out.push(TargetAction::DropControl);
+        out.extend(self.lanes.set().map(|(channel, _)| TargetAction::RetireLane { channel }));
+        self.lanes.all_lost();
+        out.push(TargetAction::TakeVisitor);
+        out.push(TargetAction::ForgetState);
+        self.state_bytes = 0;
+        self.applied = epoch.0;
+        self.phase = Phase::Live;
+        out.push(TargetAction::Send(self.ready()));
+    }
+
+    fn ready(&self) -> TargetFrame {
+        TargetFrame::Ready { instance: self.instance, features: if self.resumes { FEATURE_RESUME } else { 0 } }
+    }
+
+    /// Whether there is something to go on with: no hook of the VMM is in progress, and the guest is not ours.
+    fn may_be_resumed(&self) -> bool {
+        matches!(self.phase, Phase::Live | Phase::AwaitLanes(_) | Phase::Checking | Phase::AwaitCommit)
+    }
+
+    fn takes_channels(&self) -> bool {
+        matches!(self.phase, Phase::AwaitChannels | Phase::Live)
     }
 
     fn last_round(&self) -> Round {
-        let passed = min_over_set(self.lanes.iter().map(|lane| lane.rounds)).unwrap_or(1);
-        Round(passed.saturating_sub(1) as u32)
+        Round(self.lanes.passed_by_all().max(1).saturating_sub(1) as u32)
     }
 
     fn has_prepared(&self) -> bool {
@@ -380,6 +400,7 @@ fn words(phase: &Phase) -> &'static str {
         Phase::AwaitLanes(_) | Phase::Checking => "the last round on every channel",
         Phase::Loading => "its own load_state hook",
         Phase::AwaitCommit => "Commit",
+        Phase::Dormant => "the source to come back",
         Phase::Starting | Phase::Ended => "nothing",
     }
 }

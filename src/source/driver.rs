@@ -1,19 +1,20 @@
 #![forbid(unsafe_code)]
 //! Drives the source's session: does what its actions say, and tells it what happens.
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_queue::SegQueue;
 
 use crate::bell::Bell;
-use crate::config::{CrewOptions, HEARTBEAT, WhyCopied};
-use crate::digest::{BlockShape, DigestTable};
+use crate::config::{CrewOptions, WhyCopied};
+use crate::digest::DigestTable;
 use crate::dirty::DirtySource;
 use crate::error::{Failure, Outcome};
 use crate::gate::Gate;
 use crate::memory::Ram;
-use crate::net::{Control, Endpoint, Opening, Stream, open};
+use crate::net::{Control, Endpoint};
 use crate::poll::PollSleeper;
 use crate::precopy::Precopy;
 use crate::progress::{Progress, Stage};
@@ -22,19 +23,19 @@ use crate::session::source::{FIRST_GENERATION, SourceAction, SourceEvent, Source
 use crate::source::ends::{Attempt, Over};
 use crate::source::gauge::Gauge;
 use crate::source::lanes::Lanes;
+use crate::source::losses::Losses;
 use crate::source::pace::Pace;
+use crate::source::watch::Motion;
 use crate::source::{DowntimeParts, Guest, Settings, Source, SourceReport, TlsReport, ZeroCopyReport};
-use crate::sys::random::random_16;
-use crate::units::{BlockId, ChannelId, Generation, SessionId, Verify};
-use crate::wire::control::{BlockInfo, LanePong, Setup, SourceFrame, TargetFrame};
+use crate::units::{BlockId, ChannelId, SessionId, Verify};
+use crate::wire::control::{LanePong, SourceFrame, TargetFrame};
 use crate::wire::crc::Crc32c;
-use crate::wire::hello::{HELLO_BYTES, Hello, HelloRole, Side};
 
 pub(super) struct Driver<'a> {
     pub ram: Ram,
     pub settings: Settings,
     pub options: CrewOptions,
-    endpoint: Endpoint,
+    pub endpoint: Endpoint,
     pub bell: Bell<PollSleeper>,
     pub gate: Gate,
     pub progress: Progress,
@@ -45,8 +46,15 @@ pub(super) struct Driver<'a> {
     pub lanes: Option<Lanes>,
     pub digests: Option<Arc<DigestTable>>,
     pub dirty: &'a mut dyn DirtySource,
-    armed: bool,
+    pub armed: bool,
     pub armed_at: Instant,
+    /// Which pages the next round ships, and how many chunks of it were harvested before it was interrupted.
+    pub which: Which,
+    pub chunks_done: usize,
+    /// Whether a round is being pushed.
+    pub filling: bool,
+    pub losses: Losses,
+    pub tls: Option<TlsReport>,
     pub scanner: Option<Scanner>,
     outcome: Option<Outcome>,
     ended_at: Instant,
@@ -80,14 +88,12 @@ pub(super) struct Driver<'a> {
     pub parts: DowntimeParts,
     pub overruns: u32,
     pub interrupted: Duration,
-    pings: u64,
-    ping_at: Instant,
+    pub pings: u64,
+    pub ping_at: Instant,
     pub pongs: Vec<LanePong>,
-    pub moved_bytes: u64,
-    pub moved_at: Instant,
+    pub motion: Motion,
     /// What the target owes us, and since when.
     pub owed: (&'static str, Instant),
-    mismatch: Option<(BlockId, Vec<u64>)>,
     sum: Totals,
 }
 
@@ -104,7 +110,6 @@ struct Totals {
     cpus: Vec<Option<usize>>,
     why_copied: Vec<Option<WhyCopied>>,
     control_bytes: u64,
-    tls: Option<TlsReport>,
 }
 
 pub(super) fn migrate(source: Source, dirty: &mut dyn DirtySource, guest: &mut dyn Guest) -> SourceReport {
@@ -121,6 +126,11 @@ pub(super) fn migrate(source: Source, dirty: &mut dyn DirtySource, guest: &mut d
         dirty,
         armed: false,
         armed_at: begun,
+        which: Which::All,
+        chunks_done: 0,
+        filling: false,
+        losses: Losses::new(channels, FIRST_GENERATION),
+        tls: None,
         scanner: None,
         outcome: None,
         ended_at: begun,
@@ -149,10 +159,8 @@ pub(super) fn migrate(source: Source, dirty: &mut dyn DirtySource, guest: &mut d
         pings: 0,
         ping_at: begun,
         pongs: Vec::new(),
-        moved_bytes: 0,
-        moved_at: begun,
+        motion: Motion::new(channels, begun),
         owed: ("", begun),
-        mismatch: None,
         sum: Totals::default(),
         options: crew,
         ram,
@@ -170,19 +178,38 @@ pub(super) fn migrate(source: Source, dirty: &mut dyn DirtySource, guest: &mut d
 impl Driver<'_> {
     /// The whole way, from connecting to Running; it ends early wherever the session does.
     fn flow(&mut self, guest: &mut dyn Guest, paused_at: &mut Option<Instant>) -> Result<(), Over> {
+        let mut end = self.set_out(guest);
+        loop {
+            if end.is_ok() {
+                end = self.go_on(guest, paused_at);
+            }
+            match end {
+                // All connections are lost, and the session is not.
+                Err(Over) if self.outcome.is_none() && self.session.wants_control() => {
+                    end = self.come_back(guest, paused_at);
+                }
+                _ => return end,
+            }
+        }
+    }
+
+    fn set_out(&mut self, guest: &mut dyn Guest) -> Result<(), Over> {
         self.prepare(guest)?;
         while !self.flags.start_rounds {
             self.service(true)?;
         }
         self.arm()?;
         self.progress.stage(Stage::Precopy);
-        let mut which = Which::All;
-        loop {
-            self.precopy(guest, which)?;
+        Ok(())
+    }
+
+    /// Rounds and the hand-over, from wherever they stand.
+    fn go_on(&mut self, guest: &mut dyn Guest, paused_at: &mut Option<Instant>) -> Result<(), Over> {
+        while !self.session.is_committed() {
+            self.precopy(guest)?;
             match self.hand_over(guest, paused_at)? {
                 Attempt::Committed => break,
                 Attempt::Withdrawn => {
-                    which = Which::Dirty;
                     self.dirty_bytes()?;
                 }
             }
@@ -192,137 +219,12 @@ impl Driver<'_> {
         }
     }
 
-    /// Connects, says Hello and Setup.
-    fn prepare(&mut self, guest: &mut dyn Guest) -> Result<(), Over> {
-        if self.gate.is_cancelled() {
-            return self.event(SourceEvent::CancelAsked);
-        }
-        let opaque = match guest.setup_bytes() {
-            Ok(opaque) => opaque,
-            Err(e) => return self.fail(Failure::Hook { hook: "setup_bytes", reason: e.to_string() }),
-        };
-        self.id = match random_16() {
-            Ok(id) => SessionId(id),
-            Err(e) => return self.fail(Failure::Config(format!("no random number for the session: {e}"))),
-        };
-        if self.settings.verify != Verify::Off {
-            let shapes: Vec<_> =
-                self.ram.blocks().iter().map(|b| BlockShape { pages: b.pages(), page_size: b.page_size() }).collect();
-            match DigestTable::new(self.id, &shapes) {
-                Ok(table) => self.digests = Some(Arc::new(table)),
-                Err(e) => return self.fail(Failure::Memory(format!("no memory for the page digests: {e}"))),
-            }
-        }
-        let stream = self.open(Opening::Control)?;
-        self.sum.tls = TlsReport::of(&stream);
-        let mut control = match Control::new(stream) {
-            Ok(control) => control,
-            Err(e) => return self.fail(Failure::Control { doing: "setting it up", reason: e.into() }),
-        };
-        control.send_raw(&self.hello(HelloRole::Control).encode());
-        self.control = Some(control);
-        let blocks = self.ram.iter().map(|(id, b)| BlockInfo {
-            id,
-            name: b.name().to_owned(),
-            guest_address: b.guest_address(),
-            bytes: b.bytes(),
-            page_size: b.page_size(),
-            // The wire's unit is the tracking page, and this host's pages may be smaller.
-            backing_page_bytes: b.backing_page_bytes().max(b.page_size().bytes()),
-        });
-        let setup = Setup {
-            verify: self.settings.verify,
-            channels: self.settings.channels,
-            features: 0,
-            state_bytes_max: 0,
-            blocks: blocks.collect(),
-            opaque,
-        };
-        self.event(SourceEvent::Connected(setup))
-    }
-
-    fn hello(&self, role: HelloRole) -> Hello {
-        let generation = FIRST_GENERATION;
-        Hello { role, side: Side::Source, generation, session: self.id, features: 0 }
-    }
-
-    fn open(&mut self, opening: Opening) -> Result<Stream, Over> {
-        let deadline = Instant::now() + self.settings.timeouts.connect;
-        let gate = self.gate.clone();
-        let tls = self.settings.tls.as_ref();
-        match open(&mut self.endpoint, opening, tls, &mut self.bell, deadline, &|| gate.is_cancelled()) {
-            Ok(Some(stream)) => Ok(stream),
-            Ok(None) => {
-                self.event(SourceEvent::CancelAsked)?;
-                Err(Over)
-            }
-            Err(why) => self.fail(why).map(|()| unreachable!("fail is over")),
-        }
-    }
-
-    /// Connects the data channels and starts their workers.
-    fn open_channels(&mut self) -> Result<(), Over> {
-        let mut streams = Vec::new();
-        for channel in (0..self.settings.channels).map(ChannelId) {
-            // One after the other, over a long link many of them take longer than the target bears silence.
-            self.heartbeat()?;
-            let mut stream = self.open(Opening::Data { channel, generation: FIRST_GENERATION })?;
-            self.sum.tls = self.sum.tls.map(|tls| tls.and(&stream));
-            // A fresh socket's buffer takes 64 bytes at once: no need to wait for room.
-            let hello = self.hello(HelloRole::Data(channel)).encode();
-            let said = stream.send(&hello).and_then(|n| match n {
-                HELLO_BYTES if stream.unsent_bytes() == 0 => stream.set_nonblocking(false),
-                _ => Err(std::io::ErrorKind::WriteZero.into()),
-            });
-            if let Err(e) = said {
-                let reason = format!("saying Hello: {e}");
-                return self.event(SourceEvent::ChannelFailed { channel, generation: FIRST_GENERATION, reason });
-            }
-            streams.push(stream);
-        }
-        // Held beside the workers' own handles: should these fail to start, the target is told why before it finds the
-        // channels closed.
-        let channels: Vec<_> = streams.iter().map(|stream| stream.socket().clone()).collect();
-        let ringer = self.bell.ringer();
-        let lanes = Lanes::muster(
-            &self.ram,
-            &self.settings,
-            &self.options,
-            streams,
-            self.digests.as_ref(),
-            &ringer,
-            &self.progress,
-        );
-        match lanes {
-            Ok(lanes) => self.lanes = Some(lanes),
-            Err(why) => return self.fail(why),
-        }
-        drop(channels);
-        Ok(())
-    }
-
-    fn arm(&mut self) -> Result<(), Over> {
-        // Allocated before tracking begins: from then on, rounds allocate nothing.
-        self.scanner = Some(Scanner::new(&self.ram));
-        self.armed = true;
-        let armed = self.dirty.arm(&self.ram);
-        self.armed_at = Instant::now();
-        self.excuse_silence();
-        // The way is measured anew, while round 0 is shipped: what was measured so far waited for what the target prepared.
-        self.gauge.forget_pings();
-        self.ping_at = self.armed_at;
-        match armed {
-            Ok(()) => Ok(()),
-            Err(e) => self.fail(Failure::Dirty(e.to_string())),
-        }
-    }
-
     /// Tells the session what happened, and does what it says. `Err` when it has ended.
     pub fn event(&mut self, event: SourceEvent) -> Result<(), Over> {
         for action in self.session.on(event) {
             self.act(action)?;
         }
-        if self.outcome.is_some() { Err(Over) } else { Ok(()) }
+        if self.outcome.is_some() || self.session.wants_control() { Err(Over) } else { Ok(()) }
     }
 
     /// Keeps a remark for the report; not more than a person would read.
@@ -340,7 +242,7 @@ impl Driver<'_> {
         Err(Over)
     }
 
-    fn act(&mut self, action: SourceAction) -> Result<(), Over> {
+    pub fn act(&mut self, action: SourceAction) -> Result<(), Over> {
         match action {
             SourceAction::Send(frame) => {
                 let Some(control) = &mut self.control else { return Ok(()) };
@@ -353,7 +255,12 @@ impl Driver<'_> {
                 }
             }
             SourceAction::OpenChannels => self.open_channels()?,
-            SourceAction::StartRounds => self.flags.start_rounds = true,
+            SourceAction::StartRounds => {
+                self.flags.start_rounds = true;
+                for channel in (0..self.settings.channels).map(ChannelId) {
+                    self.losses.take_joining(channel);
+                }
+            }
             SourceAction::PushMark(mark) => {
                 // The caller has made sure of room: marks have slots of their own.
                 if !self.lanes.as_mut().is_some_and(|lanes| lanes.push_mark(mark)) {
@@ -365,7 +272,24 @@ impl Driver<'_> {
                     let what = format!("epoch {through} of channel {channel} was applied before it was sent");
                     return self.fail(Failure::Protocol(what));
                 }
+                self.losses.got_through(channel);
             }
+            SourceAction::CloseChannel { channel, generation, reason } => {
+                self.close_channel(channel, generation, &reason)?;
+            }
+            SourceAction::GiveBack { channel } => self.give_back(channel),
+            SourceAction::StartChannel { channel, round, epoch, .. } => self.start_channel(channel, round, epoch)?,
+            SourceAction::HangUp { channel } => self.losses.hang_up(channel),
+            SourceAction::FindDamage { block, chunk_digests } => {
+                if self.ram.block(block).is_none() {
+                    let what = format!("DigestMismatch names block {block}, which does not exist");
+                    return self.fail(Failure::Protocol(what));
+                }
+                let chunks = self.find_damage(block, &chunk_digests);
+                self.event(SourceEvent::Damaged { block, chunks })?;
+            }
+            SourceAction::ShipAgain { block, chunks } => self.ship_again(block, &chunks),
+            SourceAction::Reconnect => self.close_everything()?,
             SourceAction::PauseGuest => self.flags.pause = true,
             SourceAction::AskCommit => self.flags.ask_commit = true,
             SourceAction::End(outcome) => {
@@ -376,134 +300,46 @@ impl Driver<'_> {
         Ok(())
     }
 
-    /// Sends a Ping when its time has come.
-    fn heartbeat(&mut self) -> Result<(), Over> {
-        let now = Instant::now();
-        if now >= self.ping_at {
-            self.ping_at = now + HEARTBEAT;
-            self.pings += 1;
-            let nonce = self.pings;
-            // While the target is in a hook it answers nobody.
-            if self.session.waits_for_hook().is_none() {
-                self.gauge.ping_sent(nonce);
-            }
-            self.act(SourceAction::Send(SourceFrame::Ping { nonce }))?;
-            self.measure();
-        }
-        Ok(())
-    }
-
-    /// Asks the target how far it is, unless it has been asked.
-    pub fn ask_now(&mut self) -> Result<(), Over> {
-        if !self.gauge.awaits_pong() {
-            self.ping_at = Instant::now();
-            self.heartbeat()?;
-        }
-        Ok(())
-    }
-
-    /// Asks the target soon how far it is, rather than with the next heartbeat.
-    pub fn ask_soon(&mut self) {
-        if let Some(at) = self.gauge.ask_at() {
-            self.ping_at = self.ping_at.min(at);
-        }
-    }
-
     /// Looks after everything that is not pages: frames, ended workers, cancel, time. Waits for any of it if `wait`.
     pub fn service(&mut self, wait: bool) -> Result<(), Over> {
         self.send_state()?;
         self.heartbeat()?;
+        let mut readable = Vec::new();
         if wait {
+            let channels_wake_at = self.channels_wake_at();
+            let mut watched = Vec::new();
             let set = self.bell.sleeper().set();
             set.clear();
             set.until(self.wake_at.take().map_or(self.ping_at, |at| at.min(self.ping_at)));
+            if let Some(at) = channels_wake_at {
+                set.until(at);
+            }
             if let Some(control) = &self.control {
                 set.watch(control.fd(), true, control.unsent_bytes() > 0);
             }
+            for (channel, socket) in self.losses.joining_sockets() {
+                watched.push((channel, set.watch(socket.as_fd(), true, false)));
+            }
             self.bell.wait();
+            let set = self.bell.sleeper().set();
+            readable.extend(watched.iter().filter(|(_, place)| set.ready(*place).readable).map(|(channel, _)| *channel));
         }
         if self.gate.is_cancelled() && !self.session.is_committed() {
             self.event(SourceEvent::CancelAsked)?;
         }
         self.receive()?;
-        while let Some((channel, reason)) = self.lanes.as_mut().and_then(Lanes::poll_end) {
+        while let Some((channel, reason, is_ours)) = self.lanes.as_mut().and_then(Lanes::poll_end) {
             // If the target has said why it closed its channels, that is the reason to report.
             self.receive()?;
-            let generation: Generation = FIRST_GENERATION;
+            let generation = self.session.generation(channel);
+            if is_ours && !self.session.is_committed() {
+                return self.fail(Failure::Channel { channel, generation, reason });
+            }
             self.event(SourceEvent::ChannelFailed { channel, generation, reason })?;
         }
+        self.look_after_channels(&readable)?;
         self.check_time()?;
         self.check_precopy_time()
-    }
-
-    fn receive(&mut self) -> Result<(), Over> {
-        let Some(control) = &mut self.control else { return Ok(()) };
-        let flushed = control.flush();
-        if !self.greeted {
-            match control.receive_hello() {
-                Ok(None) => match flushed {
-                    Ok(()) => return Ok(()),
-                    Err(e) => return self.fail(Failure::Control { doing: "sending on it", reason: e.into() }),
-                },
-                Ok(Some(hello)) => {
-                    if hello.session != self.id || hello.side != Side::Target || hello.role != HelloRole::Control {
-                        return self.fail(Failure::Protocol("its Hello is for another connection".to_owned()));
-                    }
-                    self.greeted = true;
-                }
-                Err(e) => return self.fail(e.into_failure("waiting for the target's Hello")),
-            }
-        }
-        let Some(control) = &mut self.control else { return Ok(()) };
-        let mut frames = Vec::new();
-        let result = control.receive(&mut frames);
-        for frame in frames {
-            match &frame {
-                TargetFrame::Pong { nonce, lanes } => {
-                    self.gauge.pong_came(*nonce);
-                    self.pongs.clone_from(lanes);
-                    continue;
-                }
-                TargetFrame::DigestMismatch { block, chunk_digests, .. } => {
-                    // Before it is kept: chunks are looked up by it when the guest waits to be resumed.
-                    if self.ram.block(*block).is_none() {
-                        let what = format!("DigestMismatch names block {block}, which does not exist");
-                        return self.fail(Failure::Protocol(what));
-                    }
-                    self.mismatch = Some((*block, chunk_digests.clone()));
-                }
-                _ => {}
-            }
-            self.event(SourceEvent::Frame(frame))?;
-        }
-        // Last: what the target said before it left says more than a broken pipe.
-        match (result, flushed) {
-            (Err(e), _) => self.fail(e.into_failure("waiting for the target")),
-            (Ok(()), Err(e)) => self.fail(Failure::Control { doing: "sending on it", reason: e.into() }),
-            (Ok(()), Ok(())) => Ok(()),
-        }
-    }
-
-    /// Sends the device state that has been written so far, as fast as the control connection takes it.
-    fn send_state(&mut self) -> Result<(), Over> {
-        /// State that may wait in memory here beside what waits in the writer.
-        const UNSENT_BYTES_MAX: usize = 4 << 20;
-        while self.control.as_ref().is_some_and(|c| c.unsent_bytes() < UNSENT_BYTES_MAX) {
-            let Some(bytes) = self.state.pop() else { break };
-            self.state_crc.update(&bytes);
-            let offset = self.state_bytes;
-            self.state_bytes += bytes.len() as u64;
-            self.act(SourceAction::Send(SourceFrame::State { offset, bytes }))?;
-        }
-        Ok(())
-    }
-
-    /// Counts time that this thread spent in a hook of the VMM as if the target had been heard.
-    pub fn excuse_silence(&mut self) {
-        if let Some(control) = &mut self.control {
-            control.excuse_silence();
-        }
-        self.gauge.forget_ping();
     }
 
     /// Everything that remains to be done however it ended.
@@ -511,7 +347,6 @@ impl Driver<'_> {
         let mut outcome = self.outcome.take().unwrap_or_else(|| {
             Outcome::Failed(Failure::Worker("internal error: the migration ended without an outcome".to_owned()))
         });
-        self.name_chunks(&mut outcome);
         let ours = matches!(outcome, Outcome::Failed(_) | Outcome::Cancelled);
         if let Some(lanes) = self.lanes.take() {
             // Never a drain: a worker that says Bye to a target that no longer reads would block in it for ever, and be
@@ -570,22 +405,26 @@ impl Driver<'_> {
             throttling: self.policy.summary(),
             send_syscalls: counts.syscalls,
             zero_copy: ZeroCopyReport::new(&counts, self.sum.why_copied),
-            tls: self.sum.tls,
+            tls: self.tls,
             cpus: self.sum.cpus,
+            session: self.id,
+            channels_lost: self.losses.channels_lost,
+            reconnects: self.losses.reconnects,
+            resumes: self.losses.resumes,
+            repairs: self.session.repairs(),
+            reshipped_bytes: self.losses.reshipped_bytes,
+            repaired_bytes: self.losses.repaired_bytes,
             remarks: self.remarks,
         }
     }
 
-    /// Names the chunks of a mismatch: the target has sent its digests of the block, and ours are here.
-    fn name_chunks(&self, outcome: &mut Outcome) {
-        if let (Outcome::Failed(Failure::Digest { chunks, .. }), Some((block, peer)), Some(table)) =
-            (outcome, &self.mismatch, &self.digests)
-        {
-            // The number comes from the target.
-            if self.ram.block(*block).is_none() {
-                return;
+    /// The chunks of a block in which source and target differ; none where that is not known.
+    fn find_damage(&self, block: BlockId, peer: &[u64]) -> Vec<u32> {
+        match &self.digests {
+            Some(table) if !peer.is_empty() => {
+                table.differing_chunks(block, peer).map(|chunk| chunk as u32).collect()
             }
-            *chunks = table.differing_chunks(*block, peer).map(|c| c as u32).collect();
+            _ => Vec::new(),
         }
     }
 }

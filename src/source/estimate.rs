@@ -3,6 +3,8 @@
 
 use crate::precopy::Estimate;
 use crate::source::driver::Driver;
+use crate::units::ChannelId;
+use crate::wire::control::LanePong;
 
 impl Driver<'_> {
     /// Takes note of what was sent since the last look, and how long that took.
@@ -16,7 +18,8 @@ impl Driver<'_> {
         Estimate {
             rounds: self.session.round().0,
             elapsed: self.armed_at.elapsed(),
-            queued_bytes: self.lanes.as_ref().map_or(0, |lanes| lanes.queued_bytes()),
+            // What lost channels gave back is to be pushed once more.
+            queued_bytes: self.lanes.as_ref().map_or(0, |lanes| lanes.queued_bytes()) + self.losses.returned_bytes,
             in_flight_bytes: self.in_flight_bytes(),
             dirty_bytes,
             // What was dirty in each round so far is taken to be dirty again, and is counted once.
@@ -30,12 +33,21 @@ impl Driver<'_> {
     /// Bytes that were sent and that the target had not read when it last said how far it is: never too few, and exact
     /// where nothing was sent since.
     pub fn in_flight_bytes(&self) -> u64 {
-        let of = |index: usize| {
-            let sent = self.progress.channel(index).map_or(0, |counts| counts.wire_bytes);
-            let read = self.pongs.iter().find(|pong| usize::from(pong.channel.0) == index).map_or(0, |pong| pong.bytes);
-            sent.saturating_sub(read)
-        };
-        (0..usize::from(self.settings.channels)).map(of).sum()
+        (0..usize::from(self.settings.channels)).map(|index| self.sent_and_landed(index)).map(|(s, l)| s - l).sum()
+    }
+
+    /// Bytes that a channel has sent over its present connection, and how many of them the target says it has read. What it
+    /// says counts no further than what was sent: numbers that it makes up are no progress.
+    pub fn sent_and_landed(&self, index: usize) -> (u64, u64) {
+        let sent = self.lanes.as_ref().map_or(0, |lanes| lanes.sent_bytes(index, &self.progress));
+        (sent, self.pong(index).map_or(0, |pong| pong.bytes).min(sent))
+    }
+
+    /// What the target said last of the present connection of a channel.
+    pub fn pong(&self, index: usize) -> Option<&LanePong> {
+        let channel = ChannelId(index as u8);
+        let generation = self.session.generation(channel);
+        self.pongs.iter().find(|pong| pong.channel == channel && pong.generation == generation)
     }
 
     /// Shows what the policy goes by.

@@ -13,7 +13,6 @@ use crate::source::driver::Driver;
 use crate::source::ends::{Attempt, Over};
 use crate::source::{DowntimeParts, Guest, ROUNDS_MAX, StateWriter};
 use crate::units::{Round, Verify};
-use crate::wire::crc::Crc32c;
 
 impl Driver<'_> {
     /// Pauses the guest and hands it over. `paused_at` is set for as long as it stands still.
@@ -36,25 +35,33 @@ impl Driver<'_> {
         self.break_off_at = self.may_withdraw().then_some(begun + self.settings.limits.downtime_limit);
         self.parts = DowntimeParts { pause: begun.elapsed(), ..DowntimeParts::default() };
         self.ship_the_rest(guest)?;
-        self.parts.ship = begun.elapsed() - self.parts.pause;
-        // What is still to come crosses the link twice.
-        let overran = self.overran(begun.elapsed() + self.gauge.commit_cost() + self.gauge.run_cost());
-        if overran || self.broken_off {
-            return self.withdraw(guest, begun, paused_at);
-        }
-        let final_at = Instant::now();
-        let facts = self.facts()?;
-        self.gauge.forget_ping();
-        self.progress.stage(Stage::HandOver);
-        self.event(SourceEvent::Drained(facts))?;
-        while !self.flags.ask_commit {
-            let late = begun + self.settings.limits.downtime_limit;
-            if Instant::now() >= late && self.overran(begun.elapsed()) {
+        let final_at = loop {
+            self.parts.ship = begun.elapsed() - self.parts.pause;
+            // What is still to come crosses the link twice.
+            let overran = self.overran(begun.elapsed() + self.gauge.commit_cost() + self.gauge.run_cost());
+            if overran || self.broken_off {
                 return self.withdraw(guest, begun, paused_at);
             }
-            self.wake_at = Some(late).filter(|late| *late > Instant::now());
-            self.service(true)?;
-        }
+            let final_at = Instant::now();
+            let facts = self.facts()?;
+            self.gauge.forget_ping();
+            self.progress.stage(Stage::HandOver);
+            self.event(SourceEvent::Drained(facts))?;
+            while !self.flags.ask_commit && !self.session.is_paused() {
+                let late = begun + self.settings.limits.downtime_limit;
+                if Instant::now() >= late && self.overran(begun.elapsed()) {
+                    return self.withdraw(guest, begun, paused_at);
+                }
+                self.wake_at = Some(late).filter(|late| *late > Instant::now());
+                self.service(true)?;
+            }
+            if self.flags.ask_commit {
+                break final_at;
+            }
+            // A channel was lost behind Final, or something was damaged: what was given back travels in a round of its own.
+            self.progress.stage(Stage::Paused);
+            self.ship_what_came_back()?;
+        };
         self.flags.ask_commit = false;
         self.parts.load = final_at.elapsed();
         self.gauge.attempt_took(self.parts.pause, self.parts.load);
@@ -92,7 +99,6 @@ impl Driver<'_> {
         }
         *paused_at = None;
         (self.break_off_at, self.broken_off) = (None, false);
-        self.parts = DowntimeParts::default();
         self.excuse_silence();
         self.interrupted += begun.elapsed();
         self.overruns += 1;
@@ -107,10 +113,7 @@ impl Driver<'_> {
             self.service(true)?;
         }
         // What was saved is forgotten on both sides.
-        while self.state.pop().is_some() {}
-        (self.state_bytes, self.state_crc) = (0, Crc32c::new());
-        self.flags.pause = false;
-        self.flags.ask_commit = false;
+        self.forget_attempt();
         Ok(Attempt::Withdrawn)
     }
 
@@ -129,9 +132,18 @@ impl Driver<'_> {
         if !self.breaks_off() {
             self.ship_paused_round()?;
         }
-        let last = Round(self.session.round().0 - 1);
-        while !self.lanes.as_ref().is_some_and(|lanes| lanes.all_sent(last)) || !self.state.is_empty() {
-            if self.breaks_off() {
+        self.ship_what_came_back()
+    }
+
+    /// Waits until every ring and every hand is empty, and all state is out; ships what lost channels gave back meanwhile.
+    fn ship_what_came_back(&mut self) -> Result<(), Over> {
+        while !self.breaks_off() {
+            if self.losses.returned_bytes > 0 && self.session.channels_are_settled() {
+                self.ship_paused_round()?;
+            }
+            let last = Round(self.session.round().0 - 1);
+            let empty = self.lanes.as_ref().is_some_and(|lanes| lanes.all_sent(last)) && self.state.is_empty();
+            if empty && self.session.channels_are_settled() && self.losses.returned_bytes == 0 {
                 break;
             }
             self.wake_at = self.break_off_at;

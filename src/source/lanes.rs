@@ -1,6 +1,7 @@
 #![forbid(unsafe_code)]
-//! The source's end of all channels: rings, journals, and the crew that empties the one into the other.
+//! The source's end of all channels: rings, journals, and the workers that empty the one into the other.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 
 use crate::barrier::Barrier;
@@ -8,19 +9,19 @@ use crate::bell::{Close, Park, Ringer};
 use crate::channel::ChannelError;
 use crate::channel::send::{SendEnd, SendGear, SendRole};
 use crate::channel::zero_copy::ByReference;
-use crate::config::{CrewOptions, Peer, WhyCopied};
+use crate::config::{CrewOptions, Peer, Placement, WhyCopied};
 use crate::crew::{Crew, Exit, Launch};
 use crate::digest::DigestTable;
 use crate::error::Failure;
 use crate::journal;
 use crate::memory::Ram;
 use crate::memory::look::Look;
+use crate::net::Stream;
 use crate::poll::PollSleeper;
 use crate::progress::Progress;
 use crate::ring::{Consumer, Producer, ring};
 use crate::source::Settings;
-use crate::net::Stream;
-use crate::units::{ChannelId, Epoch, Item, Round};
+use crate::units::{ChannelId, Epoch, Item, Round, Run};
 
 /// Runs in one ring at the most: as many single pages as [`super::QUEUE_BYTES`] holds, and marks.
 const RING_SLOTS: usize = 4096;
@@ -33,82 +34,175 @@ pub(super) const EPOCH_ITEMS_MAX: u64 = 16384;
 /// gone through one channel, and their marks.
 const JOURNAL_SLOTS: usize = 4 * EPOCH_ITEMS_MAX as usize;
 
+/// What every worker is made from.
+pub(super) struct Kit<'a> {
+    pub ram: &'a Ram,
+    pub settings: &'a Settings,
+    pub options: &'a CrewOptions,
+    pub digests: Option<&'a Arc<DigestTable>>,
+    pub controller: &'a Ringer<PollSleeper>,
+    pub progress: &'a Progress,
+}
+
 /// All channels of the source.
 pub(super) struct Lanes {
-    rings: Vec<Producer<Item>>,
-    bells: Vec<Ringer<Park>>,
-    journals: Vec<Consumer<Item>>,
+    channels: Vec<Channel>,
+    /// How far each worker has sent; those of no use are out of it.
     sent: Arc<Barrier>,
-    pub crew: Crew<SendRole>,
+    place: Placement,
     queue_bytes: u64,
     /// The ring that was filled last: of several that are equally empty the next one is taken, so that few runs reach
     /// all channels.
     last: usize,
 }
 
+#[derive(Default)]
+struct Channel {
+    line: Line,
+    /// What the counters stood at when its latest worker began.
+    wire_bytes_before: u64,
+    cpu: Option<usize>,
+    why_copied: Option<WhyCopied>,
+}
+
+#[derive(Default)]
+enum Line {
+    /// Nothing is outstanding, and nothing can be sent.
+    #[default]
+    Down,
+    Up(Box<Up>),
+    /// Its worker has ended. What it leaves behind is not dirty again before the target has retired the channel.
+    Closed {
+        journal: Consumer<Item>,
+        ring: Consumer<Item>,
+    },
+}
+
+struct Up {
+    crew: Crew<SendRole>,
+    ring: Producer<Item>,
+    journal: Consumer<Item>,
+    bell: Ringer<Park>,
+}
+
+/// Runs that travel again.
+#[derive(Default)]
+pub(super) struct GivenBack {
+    /// Those that a worker had taken, and may have sent.
+    pub popped: Vec<Run>,
+    /// Those that it had not.
+    pub queued: Vec<Run>,
+}
+
 impl Lanes {
-    pub fn muster(
-        ram: &Ram,
-        settings: &Settings,
-        options: &CrewOptions,
-        streams: Vec<Stream>,
-        digests: Option<&Arc<DigestTable>>,
-        controller: &Ringer<PollSleeper>,
-        progress: &Progress,
-    ) -> Result<Lanes, Failure> {
+    /// Starts a worker for every channel that is connected; the others may follow.
+    pub fn muster(kit: &Kit<'_>, streams: Vec<Option<Stream>>) -> Result<Lanes, Failure> {
         let count = streams.len();
-        let sent = Arc::new(Barrier::new(count));
-        let look = Look::new(digests.is_some(), settings.zero_test);
-        let place = options.place(count, Peer::of(streams.iter().map(|stream| &**stream.socket())))?;
-        let (mut rings, mut journals, mut roles) = (Vec::new(), Vec::new(), Vec::new());
+        let peer = Peer::of(streams.iter().flatten().map(|stream| &**stream.socket()));
+        let mut lanes = Lanes {
+            channels: (0..count).map(|_| Channel::default()).collect(),
+            sent: Arc::new(Barrier::new(count)),
+            place: kit.options.place(count, peer)?,
+            queue_bytes: kit.settings.queue_bytes,
+            last: count - 1,
+        };
         for (index, stream) in streams.into_iter().enumerate() {
-            let by_reference = ByReference::new(settings.zero_copy, &stream)
-                .map_err(|why| Failure::Config(format!("no zero copy on data channel {index}: {why}; use auto or off")))?;
-            let (ring_in, ring_out) = ring(RING_SLOTS);
-            let (journal_in, journal_out) = ring(JOURNAL_SLOTS);
-            rings.push(ring_in);
-            journals.push(journal_out);
-            roles.push(SendRole::new(SendGear {
-                channel: ChannelId(index as u8),
-                stream,
-                by_reference,
-                ring: ring_out,
-                journal: journal_in,
-                ram: ram.clone(),
-                look,
-                digests: digests.cloned(),
-                sent: sent.clone(),
-                controller: controller.clone(),
-                batch_bytes: settings.batch_bytes,
-                low_water_bytes: settings.queue_bytes / 2,
-                takes_turns: place.takes_turns,
-                progress: progress.clone(),
-            }));
+            lanes.sent.retire(index);
+            if let Some(stream) = stream {
+                lanes.start(kit, ChannelId(index as u8), stream, None, None)?;
+            }
         }
-        let launch = Launch { start: place.start, ..Launch::new(&*options.spawn, Arc::new(controller.clone())) };
-        let made = crate::sys::thread::with_signals_blocked(|| {
-            Crew::muster(0..count, &launch, |_| Ok::<_, std::convert::Infallible>(roles))
+        Ok(lanes)
+    }
+
+    /// Starts a channel's worker. It counts as having sent everything up to these marks, and tells the target so first.
+    pub fn start(
+        &mut self,
+        kit: &Kit<'_>,
+        id: ChannelId,
+        stream: Stream,
+        round: Option<Round>,
+        epoch: Option<Epoch>,
+    ) -> Result<(), Failure> {
+        let index = usize::from(id.0);
+        let by_reference = ByReference::new(kit.settings.zero_copy, &stream)
+            .map_err(|why| Failure::Config(format!("no zero copy on data channel {id}: {why}; use auto or off")))?;
+        let (mut ring_in, ring_out) = ring(RING_SLOTS);
+        let (journal_in, journal) = ring(JOURNAL_SLOTS);
+        let marks = [round.map(Item::RoundEnd), epoch.map(Item::Flush)];
+        let pushed = ring_in.push_batch(&marks.into_iter().flatten().collect::<Vec<_>>());
+        debug_assert!(pushed <= 2, "the ring is new");
+        let role = SendRole::new(SendGear {
+            channel: id,
+            stream,
+            by_reference,
+            ring: ring_out,
+            journal: journal_in,
+            ram: kit.ram.clone(),
+            look: Look::new(kit.digests.is_some(), kit.settings.zero_test),
+            digests: kit.digests.cloned(),
+            sent: self.sent.clone(),
+            controller: kit.controller.clone(),
+            batch_bytes: kit.settings.batch_bytes,
+            low_water_bytes: kit.settings.queue_bytes / 2,
+            takes_turns: self.place.takes_turns,
+            progress: kit.progress.clone(),
+            // It is in the round and the epoch that these marks end.
+            round: round.unwrap_or(Round(0)),
+            epoch: epoch.unwrap_or(Epoch(0)),
         });
-        let crew = made.map_err(|e| Failure::Worker(e.to_string()))?;
-        let bells = crew.ringers().cloned().collect();
-        Ok(Lanes { rings, bells, journals, sent, crew, queue_bytes: settings.queue_bytes, last: count - 1 })
+        let launch = Launch {
+            start: self.place.start.clone(),
+            ..Launch::new(&*kit.options.spawn, Arc::new(kit.controller.clone()))
+        };
+        // Before the worker can say how far it is.
+        self.sent.join(index, round.map_or(0, |r| u64::from(r.0) + 1), 0);
+        let made = crate::sys::thread::with_signals_blocked(|| {
+            Crew::muster(index..index + 1, &launch, |_| Ok::<_, Infallible>(vec![role]))
+        });
+        let crew = made.map_err(|e| {
+            self.sent.retire(index);
+            Failure::Worker(e.to_string())
+        })?;
+        let channel = &mut self.channels[index];
+        channel.cpu = crew.workers().first().and_then(|worker| worker.cpu);
+        channel.wire_bytes_before = kit.progress.channel(index).map_or(0, |counts| counts.wire_bytes);
+        let Some(bell) = crew.ringers().next().cloned() else {
+            return Err(Failure::Worker("internal error: a crew without a worker".to_owned()));
+        };
+        channel.line = Line::Up(Box::new(Up { crew, ring: ring_in, journal, bell }));
+        Ok(())
+    }
+
+    fn up(&mut self) -> impl Iterator<Item = &mut Up> {
+        self.channels.iter_mut().filter_map(|channel| match &mut channel.line {
+            Line::Up(up) => Some(&mut **up),
+            Line::Down | Line::Closed { .. } => None,
+        })
     }
 
     /// Puts runs into the ring with the fewest queued bytes, if that has room. They go together, so that a worker finds
     /// a batch.
     pub fn push(&mut self, items: &[Item], bytes: u64) -> bool {
-        let count = self.rings.len();
-        let from_next = (1..=count).map(|step| (self.last + step) % count);
-        let Some(index) = from_next.min_by_key(|index| self.rings[*index].queued_bytes()) else { return false };
-        let ring = &mut self.rings[index];
-        let queued = ring.queued_bytes();
-        if (queued > 0 && queued + bytes > self.queue_bytes) || ring.free_slots() < items.len() + MARK_SLOTS {
+        let count = self.channels.len();
+        let mut emptiest: Option<(usize, u64)> = None;
+        for index in (1..=count).map(|step| (self.last + step) % count) {
+            if let Line::Up(up) = &self.channels[index].line {
+                let queued = up.ring.queued_bytes();
+                if emptiest.is_none_or(|(_, least)| queued < least) {
+                    emptiest = Some((index, queued));
+                }
+            }
+        }
+        let Some((index, queued)) = emptiest else { return false };
+        let Line::Up(up) = &mut self.channels[index].line else { return false };
+        if (queued > 0 && queued + bytes > self.queue_bytes) || up.ring.free_slots() < items.len() + MARK_SLOTS {
             return false;
         }
-        ring.add_bytes(bytes);
-        let pushed = ring.push_batch(items);
+        up.ring.add_bytes(bytes);
+        let pushed = up.ring.push_batch(items);
         debug_assert_eq!(pushed, items.len(), "there was room");
-        self.bells[index].ring();
+        up.bell.ring();
         self.last = index;
         true
     }
@@ -120,26 +214,83 @@ impl Lanes {
 
     /// Whether every ring has room for a mark.
     pub fn has_room_for_mark(&mut self) -> bool {
-        self.rings.iter_mut().all(|ring| ring.free_slots() > 0)
+        self.up().all(|up| up.ring.free_slots() > 0)
     }
 
-    /// Puts a mark into every ring.
+    /// Puts a mark into every ring. A channel that is not there now is told of the last one when it comes back.
     pub fn push_mark(&mut self, mark: Item) -> bool {
-        let pushed = self.rings.iter_mut().all(|ring| ring.push(mark).is_ok());
-        for bell in &self.bells {
-            bell.ring();
+        let mut pushed = true;
+        for up in self.up() {
+            pushed &= up.ring.push(mark).is_ok();
+            up.bell.ring();
         }
         pushed
     }
 
     /// Frees a journal through an epoch. False if that epoch is not in it.
     pub fn free_journal(&mut self, channel: ChannelId, through: Epoch) -> bool {
-        self.journals.get_mut(usize::from(channel.0)).is_some_and(|j| journal::free_through(j, through))
+        match self.channels.get_mut(usize::from(channel.0)).map(|channel| &mut channel.line) {
+            Some(Line::Up(up)) => journal::free_through(&mut up.journal, through),
+            _ => false,
+        }
+    }
+
+    /// Ends a channel's worker and joins it. The runs that it leaves behind are kept. Harmless where there is none.
+    pub fn close(&mut self, id: ChannelId) -> Result<(), Failure> {
+        let Some(channel) = self.channels.get_mut(usize::from(id.0)) else { return Ok(()) };
+        let Line::Up(up) = std::mem::take(&mut channel.line) else { return Ok(()) };
+        let Up { mut crew, ring, journal, .. } = *up;
+        crew.close(Close::Abort);
+        let exit = crew.take_exit(usize::from(id.0));
+        // After the join, and before its ring's other end is gone: nobody waits for what it did not send.
+        self.sent.retire(usize::from(id.0));
+        drop(ring);
+        match exit {
+            Some(Exit::Done(SendEnd { ring, why_copied, .. })) => {
+                channel.why_copied = why_copied;
+                channel.line = Line::Closed { journal, ring };
+                Ok(())
+            }
+            // The ring went with its worker, and nobody knows what was in it.
+            Some(Exit::Panicked { message }) => {
+                Err(Failure::Worker(format!("the worker of data channel {id} panicked: {message}")))
+            }
+            Some(Exit::NeverRan) | None => Err(Failure::Worker(format!("the worker of data channel {id} never ran"))),
+        }
+    }
+
+    /// What a channel that was closed had taken in, and the target is not known to have applied.
+    pub fn give_back(&mut self, id: ChannelId) -> GivenBack {
+        let mut given = GivenBack::default();
+        let Some(channel) = self.channels.get_mut(usize::from(id.0)) else { return given };
+        if let Line::Closed { mut journal, mut ring } = std::mem::take(&mut channel.line) {
+            journal::drain_runs(&mut journal, |run| given.popped.push(run));
+            journal::drain_runs(&mut ring, |run| given.queued.push(run));
+        }
+        given
     }
 
     /// Bytes in rings and hands.
     pub fn queued_bytes(&self) -> u64 {
-        self.rings.iter().map(Producer::queued_bytes).sum()
+        (0..self.channels.len()).map(|index| self.queued_bytes_of(index)).sum()
+    }
+
+    /// Bytes in one channel's ring and its worker's hand.
+    pub fn queued_bytes_of(&self, index: usize) -> u64 {
+        match self.channels.get(index).map(|channel| &channel.line) {
+            Some(Line::Up(up)) => up.ring.queued_bytes(),
+            _ => 0,
+        }
+    }
+
+    /// Bytes that a channel has sent over its present connection; 0 while it has none.
+    pub fn sent_bytes(&self, index: usize, progress: &Progress) -> u64 {
+        match self.channels.get(index) {
+            Some(Channel { line: Line::Up(_), wire_bytes_before, .. }) => {
+                progress.channel(index).map_or(0, |counts| counts.wire_bytes) - wire_bytes_before
+            }
+            _ => 0,
+        }
     }
 
     /// Whether every worker has sent the end of this round: then all rings and hands are empty of it.
@@ -147,31 +298,43 @@ impl Lanes {
         self.sent.may_go(round)
     }
 
-    /// The first worker that has ended since this was last asked, and why.
-    pub fn poll_end(&mut self) -> Option<(ChannelId, String)> {
-        while let Some(id) = self.crew.poll_exit() {
-            let why = match &self.crew.workers()[id].exit {
+    /// Whether this worker has sent the end of all rounds before this one.
+    pub fn has_sent_before(&self, index: usize, round: Round) -> bool {
+        self.sent.passed(index).count() >= u64::from(round.0)
+    }
+
+    /// A worker that has ended since this was last asked, why, and whether another connection would not help.
+    pub fn poll_end(&mut self) -> Option<(ChannelId, String, bool)> {
+        for (index, channel) in self.channels.iter_mut().enumerate() {
+            let Line::Up(up) = &mut channel.line else { continue };
+            if up.crew.poll_exit().is_none() {
+                continue;
+            }
+            let (why, is_ours) = match up.crew.workers().first().and_then(|worker| worker.exit.as_ref()) {
                 Some(Exit::Done(end)) => match &end.result {
                     Ok(()) | Err(ChannelError::Aborted) => continue,
-                    Err(why) => why.to_string(),
+                    Err(why) => (why.to_string(), why.is_ours()),
                 },
-                Some(Exit::Panicked { message }) => format!("its worker panicked: {message}"),
-                Some(Exit::NeverRan) | None => "its worker never ran".to_owned(),
+                Some(Exit::Panicked { message }) => (format!("its worker panicked: {message}"), true),
+                Some(Exit::NeverRan) | None => ("its worker never ran".to_owned(), true),
             };
-            return Some((ChannelId(id as u8), why));
+            return Some((ChannelId(index as u8), why, is_ours));
         }
         None
     }
 
     /// Aborts every worker and joins it; the CPU each was pinned to, and why it copied, where it says that it did.
     ///
-    /// Its ring's other end and its journal go with it: they say what was not applied, but nobody goes on from there.
-    pub fn end(self) -> (Vec<Option<usize>>, Vec<Option<WhyCopied>>) {
-        self.crew.close(Close::Abort);
-        let why_copied = |exit: &Option<Exit<SendEnd>>| match exit {
-            Some(Exit::Done(end)) => end.why_copied,
-            Some(Exit::Panicked { .. } | Exit::NeverRan) | None => None,
-        };
-        self.crew.into_report().workers.iter().map(|worker| (worker.cpu, why_copied(&worker.exit))).unzip()
+    /// What was not applied goes with it: a failed migration starts over at round 0.
+    pub fn end(mut self) -> (Vec<Option<usize>>, Vec<Option<WhyCopied>>) {
+        // All of them first: each may take a moment to come out of its call.
+        self.up().for_each(|up| {
+            up.crew.close(Close::Abort);
+        });
+        for index in 0..self.channels.len() {
+            // How it ended no longer matters.
+            let _ = self.close(ChannelId(index as u8));
+        }
+        self.channels.iter().map(|channel| (channel.cpu, channel.why_copied)).unzip()
     }
 }

@@ -1,6 +1,7 @@
 #![forbid(unsafe_code)]
 //! The source of a migration: what a VMM calls to send its guest away.
 
+mod dial;
 mod driver;
 mod ends;
 mod estimate;
@@ -8,9 +9,12 @@ mod gauge;
 mod hand_over;
 mod hooks;
 mod lanes;
+mod losses;
 mod pace;
 mod rounds;
+mod setup;
 mod state;
+mod talk;
 mod watch;
 
 use std::fmt;
@@ -30,7 +34,7 @@ use crate::net::{Address, Connector, Endpoint, Stream, Tls};
 use crate::poll::PollSleeper;
 use crate::precopy::{AtLimit, Limits, Overrun, Throttled};
 use crate::progress::{ChannelCounts, Progress};
-use crate::units::{Round, Verify};
+use crate::units::{Round, SessionId, Verify};
 
 pub use state::StateWriter;
 
@@ -126,6 +130,21 @@ pub struct SourceReport {
     pub tls: Option<TlsReport>,
     /// The CPU each worker was pinned to.
     pub cpus: Vec<Option<usize>>,
+    /// The session: by it a target is asked who owns the guest, where that is uncertain.
+    pub session: SessionId,
+    /// Connections of data channels that were lost on the way.
+    pub channels_lost: u32,
+    /// How often a lost data channel was connected again, and used.
+    pub reconnects: u32,
+    /// How often all connections were lost, and the session was taken up again.
+    pub resumes: u32,
+    /// How often the digests disagreed, and chunks travelled again.
+    pub repairs: u32,
+    /// Bytes of guest pages that a lost channel had taken, and that travelled again as nobody knew whether they had landed:
+    /// never more than its epochs that were not applied.
+    pub reshipped_bytes: u64,
+    /// Bytes of guest pages that travelled again because digests disagreed.
+    pub repaired_bytes: u64,
     /// A failure that did not decide the outcome: a hook that failed while cleaning up, a harvest that counted as all
     /// dirty.
     pub remarks: Vec<String>,
@@ -201,6 +220,8 @@ pub(crate) struct Settings {
     pub tls: Option<Tls>,
     pub limits: Limits,
     pub timeouts: Timeouts,
+    /// For how long the session is kept when all connections are lost; zero is not at all.
+    pub resume_window: Duration,
     /// Bytes a second before the pause; 0 is no limit.
     pub bandwidth_max: u64,
     pub batch_bytes: usize,
@@ -332,13 +353,36 @@ impl SourceBuilder {
         self
     }
 
+    /// How long the session is kept when all connections are lost, the control connection among them: the guest runs on
+    /// here meanwhile, and when the target is reached again, rounds go on where they were. Zero, not at all, unless told
+    /// otherwise. The target must have a [window](crate::target::TargetBuilder::resume_window), too.
+    ///
+    /// A connection that is lost after the guest was handed over is used to learn who owns it: see [`Outcome::Uncertain`].
+    pub fn resume_window(mut self, window: Duration) -> Self {
+        self.settings.resume_window = window.min(YEAR);
+        self
+    }
+
     /// A source that will connect to this address: `host:port` or `unix:PATH`. Nothing is connected yet.
     ///
     /// # Errors
     /// [`Failure::Config`] for an address or a setting that makes no sense.
     pub fn connect(self, address: &str) -> Result<Source, Failure> {
-        let address: Address = address.parse()?;
-        self.build(Endpoint::Address(address))
+        self.connect_any([address])
+    }
+
+    /// As [`SourceBuilder::connect`], to a target that is reached over several networks: data channels are spread over
+    /// these addresses in turn, and one that is lost tries the next. The control connection is made over the first that
+    /// answers. A network that is down costs the channels on it, not the migration.
+    ///
+    /// # Errors
+    /// [`Failure::Config`] for an address or a setting that makes no sense, or for no address at all.
+    pub fn connect_any<'a>(self, addresses: impl IntoIterator<Item = &'a str>) -> Result<Source, Failure> {
+        let addresses = addresses.into_iter().map(str::parse).collect::<Result<Vec<Address>, Failure>>()?;
+        if addresses.is_empty() {
+            return Err(Failure::Config("there is no address to connect to".to_owned()));
+        }
+        self.build(Endpoint::Addresses(addresses))
     }
 
     /// As [`SourceBuilder::connect`], to a Unix socket.
@@ -346,7 +390,7 @@ impl SourceBuilder {
     /// # Errors
     /// [`Failure::Config`] for a setting that makes no sense.
     pub fn connect_unix(self, path: impl Into<PathBuf>) -> Result<Source, Failure> {
-        self.build(Endpoint::Address(Address::Unix(path.into())))
+        self.build(Endpoint::Addresses(vec![Address::Unix(path.into())]))
     }
 
     /// A source that asks for its connections: [`crate::net::Fds`] hands out ready-made ones.
@@ -357,7 +401,7 @@ impl SourceBuilder {
         self.build(Endpoint::Connector(Box::new(connector)))
     }
 
-    fn build(mut self, endpoint: Endpoint) -> Result<Source, Failure> {
+    fn build(self, endpoint: Endpoint) -> Result<Source, Failure> {
         let channels = usize::from(self.settings.channels);
         if channels == 0 || channels > CHANNELS_MAX {
             return Err(Failure::Config(format!("{channels} channels are not possible; 1 to {CHANNELS_MAX} are")));
@@ -366,10 +410,12 @@ impl SourceBuilder {
             if self.settings.zero_copy == ZeroCopy::On {
                 return Err(Failure::Config(format!("no zero copy: {}; use auto or off", WhyCopied::Encrypted)));
             }
-            self.settings.tls = Some(tls.for_endpoint(&endpoint)?);
+            tls.check(&endpoint)?;
         }
         // Said before anybody is disturbed; of a connector's sockets it is known only when they are there.
-        if let (ZeroCopy::On, Endpoint::Address(Address::Unix(_))) = (self.settings.zero_copy, &endpoint) {
+        let is_unix = |address: &Address| matches!(address, Address::Unix(_));
+        let unix = matches!(&endpoint, Endpoint::Addresses(addresses) if addresses.iter().any(is_unix));
+        if self.settings.zero_copy == ZeroCopy::On && unix {
             return Err(Failure::Config(format!("no zero copy to {endpoint:?}: {}; use auto or off", WhyCopied::NotTcp)));
         }
         let bell = PollSleeper::bell()
@@ -432,6 +478,7 @@ impl Source {
             tls: None,
             limits: Limits::default(),
             timeouts: Timeouts::default(),
+            resume_window: Duration::ZERO,
             bandwidth_max: 0,
             batch_bytes: BATCH_BYTES,
             queue_bytes: QUEUE_BYTES,

@@ -13,23 +13,22 @@ use crate::source::driver::{Driver, run_pages_max};
 use crate::source::ends::Over;
 use crate::source::lanes::EPOCH_ITEMS_MAX;
 use crate::source::pace::Pace;
-use crate::units::{Item, PageSize, Run};
+use crate::units::{Item, PageSize, Round, Run};
 
 /// Runs that are handed to a ring at once: a batch of single 4 KiB pages.
 const PUSH_RUNS_MAX: usize = 256;
 
 impl Driver<'_> {
     /// Rounds while the guest runs, until it is time to switch over. What is dirty has been counted.
-    pub fn precopy(&mut self, guest: &mut dyn Guest, mut which: Which) -> Result<(), Over> {
+    pub fn precopy(&mut self, guest: &mut dyn Guest) -> Result<(), Over> {
         let cap = self.settings.bandwidth_max;
         self.pace = (cap > 0).then(|| Pace::new(cap, Instant::now()));
         loop {
             let begun = Instant::now();
             let defer_bytes = self.policy.defer_budget_bytes(&self.estimate(0));
             self.in_round = true;
-            self.ship_round(which, defer_bytes, self.settings.batch_bytes as u64)?;
+            self.ship_round(self.which, defer_bytes, self.settings.batch_bytes as u64)?;
             self.in_round = false;
-            which = Which::Dirty;
             self.sample_rate();
             let dirty_bytes = self.dirty_bytes()?;
             self.dirty_rate = (dirty_bytes as f64 / begun.elapsed().as_secs_f64().max(1e-3)) as u64;
@@ -174,19 +173,36 @@ impl Driver<'_> {
     }
 
     /// One round: harvests RAM chunk by chunk and pushes what is dirty in batches of so many bytes, then the end mark.
-    /// Workers send one chunk while the next is harvested.
+    /// Workers send one chunk while the next is harvested. A round that was interrupted by the loss of all connections
+    /// goes on with the chunk behind the last one.
     pub fn ship_round(&mut self, which: Which, defer_bytes: u64, batch_bytes: u64) -> Result<(), Over> {
-        let ram = self.ram.clone();
-        let mut batch = Vec::with_capacity(PUSH_RUNS_MAX);
-        let (mut harvest_time, pushed_before) = (Duration::ZERO, self.pushed_bytes);
+        self.take_back();
+        self.losses.returned_bytes = 0;
         if let Some(scanner) = &mut self.scanner {
             scanner.begin_round(defer_bytes);
         }
-        for chunk in chunks(&ram) {
+        self.filling = true;
+        let pushed = self.push_round(which, batch_bytes);
+        self.filling = false;
+        if pushed.is_ok() {
+            self.chunks_done = 0;
+            self.which = Which::Dirty;
+        }
+        self.take_back();
+        pushed
+    }
+
+    fn push_round(&mut self, which: Which, batch_bytes: u64) -> Result<(), Over> {
+        let ram = self.ram.clone();
+        let mut batch = Vec::with_capacity(PUSH_RUNS_MAX);
+        let (mut harvest_time, pushed_before) = (Duration::ZERO, self.pushed_bytes);
+        for chunk in chunks(&ram).skip(self.chunks_done) {
             // What has not been harvested stays dirty where it is.
             if self.breaks_off() {
                 break;
             }
+            // Whatever comes of it: what of it is not pushed is kept back.
+            self.chunks_done += 1;
             harvest_time += self.ship_chunk(chunk, which, batch_bytes, &mut batch)?;
             // Frames and ended workers are looked after between chunks even if no ring is ever full.
             self.service(false)?;
@@ -200,6 +216,9 @@ impl Driver<'_> {
             self.close_epoch()?;
         }
         self.room_for_marks()?;
+        if self.session.round() >= Round::MAX {
+            return self.fail(Failure::Worker("more rounds than a migration can have".to_owned()));
+        }
         self.event(SourceEvent::RoundPushed)
     }
 
@@ -239,7 +258,7 @@ impl Driver<'_> {
             result = self.push(batch, &mut bytes);
         }
         // Harvested and not pushed: kept back for the next round. Allocates, where nothing is in a hurry any more.
-        let broken_off = matches!(result, Ok(false));
+        let broken_off = !matches!(result, Ok(true));
         let rest: Vec<Run> = batch.drain(..).filter_map(Item::run).chain(runs).take_while(|_| broken_off).collect();
         scanner.keep_back(&rest);
         self.scanner = Some(scanner);

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 use crate::error::Failure;
 use crate::source::driver::Driver;
 use crate::source::ends::Over;
-use crate::units::{ChannelId, Round};
+use crate::session::source::SourceEvent;
+use crate::units::ChannelId;
 
 impl Driver<'_> {
     /// Ends the migration if the target has kept us waiting for too long.
@@ -16,7 +17,9 @@ impl Driver<'_> {
         if let Some(control) = &self.control {
             let owed = match self.session.waits_for_hook() {
                 _ if !self.greeted => Some(("the target's Hello", timeouts.hello)),
-                _ if self.session.awaits_lanes() => Some(("ChannelJoined for every data channel", timeouts.hello)),
+                // Each channel has its own time for that.
+                _ if self.session.awaits_lanes() => Some(("ChannelJoined for every data channel", timeouts.hello * 2)),
+                _ if self.session.awaits_resumed() => Some(("Ready (to go on with the session)", timeouts.hook)),
                 Some(hook) => Some((hook, timeouts.hook)),
                 None => None,
             };
@@ -36,7 +39,9 @@ impl Driver<'_> {
             };
             let waited = now.saturating_duration_since(since);
             if waited > limit {
-                return self.fail(Failure::Silent { waiting_for, ms: waited.as_millis() as u64 });
+                let why = Failure::Silent { waiting_for, ms: waited.as_millis() as u64 };
+                // Silence may be the network's; a target that talks and does not do its part is at fault itself.
+                return if owed.is_none() { self.control_lost(why) } else { self.fail(why) };
             }
         }
         self.check_stall(now, timeouts.stall)
@@ -46,29 +51,65 @@ impl Driver<'_> {
     /// the barrier makes no progress by design.
     fn check_stall(&mut self, now: Instant, limit: Duration) -> Result<(), Over> {
         let Some(lanes) = &self.lanes else { return Ok(()) };
-        // What the target says counts no further than what was sent: numbers that it makes up are no progress.
-        let sent = |channel: ChannelId| self.progress.channel(channel.0.into()).map_or(0, |c| c.wire_bytes);
-        let landed: u64 = self.pongs.iter().map(|p| p.bytes.min(sent(p.channel))).sum();
-        let moved = self.progress.channels().wire_bytes + landed;
-        // No byte may be queued, and rounds be blocked all the same: by epochs that the target does not acknowledge, or
-        // by the end mark of a round, for which the socket has no room.
+        let round = self.session.round();
+        // No byte may be queued, and rounds be blocked all the same: by epochs that the target does not acknowledge.
         let epochs_wait = !self.session.may_close_epoch() && self.session.waits_for_hook().is_none();
-        let marks_wait = self.session.round().0.checked_sub(1).is_some_and(|last| !lanes.all_sent(Round(last)));
-        // And what has left the worker's hand may lie in socket buffers: lanes that have not passed a round owe it.
-        let rounds_wait = self.pongs.iter().any(|p| p.rounds_passed < self.session.round().0);
-        // The policy waits for every byte that was sent.
-        let drain_waits = self.draining && self.in_flight_bytes() > 0;
-        let all_quiet = lanes.queued_bytes() == 0 && !epochs_wait && !marks_wait && !rounds_wait && !drain_waits;
-        if moved > self.moved_bytes || all_quiet {
-            self.moved_bytes = moved;
-            self.moved_at = now;
+        let (mut all_quiet, mut sum, mut live) = (!epochs_wait, 0u64, 0);
+        let mut stalled = Vec::new();
+        for (index, motion) in self.motion.channels.iter_mut().enumerate() {
+            let channel = ChannelId(index as u8);
+            if !self.session.is_live(channel) {
+                *motion = (0, now);
+                continue;
+            }
+            live += 1;
+            let sent = lanes.sent_bytes(index, &self.progress);
+            let generation = self.session.generation(channel);
+            let pong = self.pongs.iter().find(|pong| (pong.channel, pong.generation) == (channel, generation));
+            let landed = pong.map_or(0, |pong| pong.bytes).min(sent);
+            // Bytes may be queued here, or the end mark of a round, for which the socket has no room; and what has left the
+            // worker's hand may lie in socket buffers: a lane that has not passed a round owes it, and the policy, or an
+            // epoch, may wait for every byte that was sent.
+            let owes = lanes.queued_bytes_of(index) > 0
+                || !lanes.has_sent_before(index, round)
+                || pong.is_some_and(|pong| pong.rounds_passed < round.0)
+                || ((self.draining || epochs_wait) && sent > landed);
+            all_quiet &= !owes;
+            sum = sum.wrapping_add(sent).wrapping_add(landed);
+            let at_barrier = pong.is_some_and(|pong| pong.at_barrier);
+            if sent + landed != motion.0 || !owes || at_barrier {
+                *motion = (sent + landed, now);
+            }
+            if now.saturating_duration_since(motion.1) > limit {
+                stalled.push(channel);
+            }
         }
-        let still = now.saturating_duration_since(self.moved_at);
-        if still > limit {
+        if sum != self.motion.all.0 || all_quiet || live == 0 {
+            self.motion.all = (sum, now);
+        }
+        let still = now.saturating_duration_since(self.motion.all.1);
+        if still > limit || (live > 0 && stalled.len() == live) {
             let behind = self.pongs.iter().filter(|p| !p.at_barrier).min_by_key(|p| (p.rounds_passed, p.bytes));
             let channel = behind.map_or(ChannelId(0), |p| p.channel);
-            return self.fail(Failure::Stalled { channel, ms: still.as_millis() as u64 });
+            return self.fail(Failure::Stalled { channel, ms: still.max(limit).as_millis() as u64 });
+        }
+        for channel in stalled {
+            let generation = self.session.generation(channel);
+            let reason = format!("nothing moved on it for {} ms, and the others wait for it", limit.as_millis());
+            self.event(SourceEvent::ChannelFailed { channel, generation, reason })?;
         }
         Ok(())
+    }
+}
+
+/// What has moved, on each channel and on all of them, and when that was seen to change last.
+pub(super) struct Motion {
+    channels: Vec<(u64, Instant)>,
+    all: (u64, Instant),
+}
+
+impl Motion {
+    pub fn new(channels: u8, now: Instant) -> Motion {
+        Motion { channels: vec![(0, now); channels.into()], all: (0, now) }
     }
 }

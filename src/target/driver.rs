@@ -7,59 +7,67 @@ use std::time::{Duration, Instant};
 
 use crate::bell::Bell;
 use crate::config::CrewOptions;
-use crate::crew::Alarm;
 use crate::digest::{BlockShape, DigestTable};
 use crate::error::{Failure, Outcome};
 use crate::gate::Gate;
-use crate::memory::{Ram, full};
-use crate::net::{Control, Greeting, Listener, Lobby, Stream, passes};
+use crate::memory::Ram;
+use crate::net::{Control, Listener, Lobby, Stream};
 use crate::poll::PollSleeper;
 use crate::progress::{Progress, Stage};
 use crate::session::source::FIRST_GENERATION;
-use crate::session::target::{Check, TargetAction, TargetEvent, TargetSession};
+use crate::session::target::{TargetAction, TargetEvent, TargetSession};
 use crate::sys::random::random_16;
 use crate::target::lanes::{LaneGear, Lanes};
 use crate::target::{Incoming, Settings, Target, TargetReport};
-use crate::units::{BlockId, Generation, InstanceId, SessionId, Verify};
-use crate::wire::control::{Final, STATE_CHUNK_BYTES_MAX, Setup, SourceFrame, TargetFrame};
-use crate::wire::crc::Crc32c;
-use crate::wire::hello::{Hello, HelloRole, Side};
+use crate::target::door::Visitor;
+use crate::units::{ChannelId, Generation, InstanceId, SessionId, Verify};
+use crate::wire::control::{STATE_CHUNK_BYTES_MAX, Setup, SourceFrame, TargetFrame};
 
 /// The session has ended: whoever sees it goes back to [`receive`], and does nothing else.
-struct Over;
+pub(super) struct Over;
 
-struct Driver<'a> {
+pub(super) struct Driver<'a> {
     incoming: &'a mut dyn Incoming,
-    settings: Settings,
+    pub settings: Settings,
     options: CrewOptions,
-    listener: Listener,
-    bell: Bell<PollSleeper>,
+    pub listener: Listener,
+    pub bell: Bell<PollSleeper>,
     gate: Gate,
     progress: Progress,
-    session: TargetSession,
-    lobby: Lobby,
-    accept_again: Option<Instant>,
-    turned_away: u64,
-    control: Option<Control<TargetFrame, SourceFrame>>,
-    id: SessionId,
-    verify: Verify,
-    channels: u8,
-    ram: Option<Ram>,
-    streams: Vec<Option<Stream>>,
+    pub session: TargetSession,
+    pub lobby: Lobby,
+    pub accept_again: Option<Instant>,
+    pub turned_away: u64,
+    pub control: Option<Control<TargetFrame, SourceFrame>>,
+    /// The generation of that connection.
+    pub control_generation: Generation,
+    /// A second control connection, of which the first frame says what it wants.
+    pub visitor: Option<Visitor>,
+    dormant_since: Option<Instant>,
+    /// How the control connection was lost last.
+    lost: String,
+    channels_lost: u32,
+    resumes: u32,
+    pub id: SessionId,
+    pub verify: Verify,
+    pub channels: u8,
+    pub ram: Option<Ram>,
+    /// Data connections whose lanes have not begun, and their generations.
+    pub streams: Vec<Option<(Stream, Generation)>>,
     lanes: Option<Lanes>,
-    digests: Option<Arc<DigestTable>>,
-    state: Vec<Vec<u8>>,
-    outcome: Option<Outcome>,
-    begun: Option<Instant>,
+    pub digests: Option<Arc<DigestTable>>,
+    pub state: Vec<Vec<u8>>,
+    pub outcome: Option<Outcome>,
+    pub begun: Option<Instant>,
     final_at: Option<Instant>,
     loaded_at: Option<Instant>,
-    rounds: u32,
-    remarks: Vec<String>,
+    pub rounds: u32,
+    pub remarks: Vec<String>,
 }
 
 pub(super) fn receive(target: Target, incoming: &mut dyn Incoming) -> TargetReport {
     let Target { settings, crew, listener, bell, gate, progress } = target;
-    let session = TargetSession::new(settings.state_bytes_max);
+    let session = TargetSession::new(settings.state_bytes_max, !settings.resume_window.is_zero());
     let mut driver = Driver {
         incoming,
         settings,
@@ -73,6 +81,12 @@ pub(super) fn receive(target: Target, incoming: &mut dyn Incoming) -> TargetRepo
         accept_again: None,
         turned_away: 0,
         control: None,
+        control_generation: FIRST_GENERATION,
+        visitor: None,
+        dormant_since: None,
+        lost: String::new(),
+        channels_lost: 0,
+        resumes: 0,
         id: SessionId([0; 16]),
         verify: Verify::Off,
         channels: 0,
@@ -95,13 +109,14 @@ pub(super) fn receive(target: Target, incoming: &mut dyn Incoming) -> TargetRepo
 impl Driver<'_> {
     /// Deals with what has happened, and waits for more. Ready-made connections are there before the first wait, which
     /// nothing would end.
-    fn service(&mut self) -> Result<(), Over> {
+    pub fn service(&mut self) -> Result<(), Over> {
         if self.gate.is_cancelled() {
             self.event(TargetEvent::CancelAsked)?;
         }
         self.accept()?;
         self.greet()?;
         self.receive_frames()?;
+        self.hear_visitor()?;
         self.look_at_lanes()?;
         self.check_time()?;
         self.sleep();
@@ -123,6 +138,10 @@ impl Driver<'_> {
         if let Some(control) = &self.control {
             set.watch(control.fd(), true, control.unsent_bytes() > 0);
         }
+        if let Some(visitor) = &self.visitor {
+            set.watch(visitor.control.fd(), true, visitor.control.unsent_bytes() > 0);
+            set.until(visitor.until);
+        }
         if let Some((_, deadline)) = deadline {
             set.until(deadline);
         }
@@ -131,6 +150,9 @@ impl Driver<'_> {
 
     /// Since when the target waits for the source, and until when. Setup is due at once, whatever else is said.
     fn deadline(&self) -> Option<(Instant, Instant)> {
+        if let Some(since) = self.dormant_since {
+            return Some((since, since + self.settings.resume_window));
+        }
         let timeouts = &self.settings.timeouts;
         let heard = self.control.as_ref()?.heard();
         let (since, limit) = match (self.begun, self.loaded_at) {
@@ -147,105 +169,14 @@ impl Driver<'_> {
         match self.deadline() {
             Some((since, deadline)) if Instant::now() >= deadline => {
                 let ms = since.elapsed().as_millis() as u64;
-                self.event(TargetEvent::Failed(Failure::Silent { waiting_for: self.session.waits_for(), ms }))
+                if self.session.is_dormant() {
+                    let lost = self.lost.clone();
+                    return self.event(TargetEvent::Failed(Failure::NotResumed { ms, lost }));
+                }
+                let why = Failure::Silent { waiting_for: self.session.waits_for(), ms };
+                self.control_lost(why)
             }
             _ => Ok(()),
-        }
-    }
-
-    fn accept(&mut self) -> Result<(), Over> {
-        if self.accept_again.is_some_and(|when| Instant::now() < when) {
-            return Ok(());
-        }
-        self.accept_again = None;
-        // Ready-made connections wait for a source that may be slow to speak; strangers do not get that time.
-        let ready = matches!(self.listener, Listener::Ready(_));
-        let patience = if ready { Duration::from_secs(24 * 3600) } else { self.settings.timeouts.hello };
-        for _ in 0..ACCEPTS_MAX {
-            let accepted = self.listener.accept().and_then(|socket| {
-                let Some(socket) = socket else { return Ok(None) };
-                let stream = match &self.settings.tls {
-                    None => Stream::from(socket),
-                    Some(tls) => tls.accept(socket, self.control.is_none())?,
-                };
-                self.lobby.enter(stream, patience).map(Some)
-            });
-            match accepted {
-                Ok(Some(())) => {}
-                Ok(None) => return Ok(()),
-                // Out of descriptors, say: those who are here already are served all the same, and the listener, which
-                // stays ready, is left alone for a while.
-                Err(e) if self.control.is_some() || passes(&e) => {
-                    self.lobby.make_room();
-                    self.accept_again = Some(Instant::now() + ACCEPT_PAUSE);
-                    if self.remarks.len() < REMARKS_MAX {
-                        self.remarks.push(format!("a connection could not be accepted: {e}"));
-                    }
-                    return Ok(());
-                }
-                Err(e) => {
-                    let address = self.listener.address().map_or_else(String::new, |a| a.to_string());
-                    return self.event(TargetEvent::Failed(Failure::Listen { address, reason: e.into() }));
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn greet(&mut self) -> Result<(), Over> {
-        for greeting in self.lobby.listen() {
-            match greeting {
-                Greeting::Hello(stream, hello) => self.greet_one(stream, &hello)?,
-                Greeting::Stranger(why) => {
-                    if self.remarks.len() < REMARKS_MAX {
-                        self.remarks.push(format!("a connection was turned away: {why}"));
-                    }
-                }
-                Greeting::Silent => {}
-            }
-        }
-        Ok(())
-    }
-
-    /// Takes a connection for what it says it is; anything that does not belong to this migration is dropped, and
-    /// disturbs nobody.
-    fn greet_one(&mut self, stream: Stream, hello: &Hello) -> Result<(), Over> {
-        match hello.role {
-            HelloRole::Control if self.control.is_none() && hello.side == Side::Source => {
-                let mut control = match Control::new(stream) {
-                    Ok(control) => control,
-                    Err(e) => {
-                        let why = Failure::Control { doing: "setting it up", reason: e.into() };
-                        return self.event(TargetEvent::Failed(why));
-                    }
-                };
-                self.begun = Some(Instant::now());
-                self.id = hello.session;
-                let own = Hello {
-                    role: HelloRole::Control,
-                    side: Side::Target,
-                    generation: FIRST_GENERATION,
-                    session: self.id,
-                    features: 0,
-                };
-                control.send_raw(&own.encode());
-                self.control = Some(control);
-                Ok(())
-            }
-            HelloRole::Data(channel)
-                if self.control.is_some()
-                    && hello.side == Side::Source
-                    && hello.session == self.id
-                    && self.session.expects(channel, hello.generation) =>
-            {
-                self.streams[usize::from(channel.0)] = Some(stream);
-                let generation: Generation = hello.generation;
-                self.event(TargetEvent::ChannelConnected { channel, generation })
-            }
-            HelloRole::Control | HelloRole::Data(_) => {
-                self.turned_away += 1;
-                Ok(())
-            }
         }
     }
 
@@ -262,32 +193,40 @@ impl Driver<'_> {
             self.event(TargetEvent::Frame(frame))?;
         }
         if let Err(e) = received {
-            return self.event(TargetEvent::Failed(e.into_failure("waiting for the source")));
+            return self.control_lost(e.into_failure("waiting for the source"));
         }
         match flushed {
             Ok(()) => Ok(()),
-            Err(e) => {
-                self.event(TargetEvent::Failed(Failure::Control { doing: "sending on it", reason: e.into() }))
-            }
+            Err(e) => self.control_lost(Failure::Control { doing: "sending on it", reason: e.into() }),
         }
+    }
+
+    /// The control connection is of no use any more.
+    fn control_lost(&mut self, why: Failure) -> Result<(), Over> {
+        self.lost = why.to_string();
+        self.event(TargetEvent::ControlLost(why))
     }
 
     fn look_at_lanes(&mut self) -> Result<(), Over> {
         let Some(lanes) = &mut self.lanes else { return Ok(()) };
-        let (moved, failed) = (lanes.poll_moved(), lanes.poll_failed());
-        for event in moved {
+        for event in lanes.poll_moved() {
             self.event(event)?;
         }
-        if let Some((channel, reason)) = failed {
+        while let Some((channel, reason, is_ours)) = self.lanes.as_mut().and_then(Lanes::poll_failed) {
             // If the source has said why it closed its channels, that is the reason to report.
             self.receive_frames()?;
+            self.remark(format!("data channel {channel} failed: {reason}"));
+            if is_ours {
+                let generation = self.session.generation(channel);
+                return self.event(TargetEvent::Failed(Failure::Channel { channel, generation, reason }));
+            }
             self.event(TargetEvent::LaneFailed { channel, reason })?;
         }
         Ok(())
     }
 
     /// Tells the session what happened, and does what it says. `Err` when it has ended.
-    fn event(&mut self, event: TargetEvent) -> Result<(), Over> {
+    pub fn event(&mut self, event: TargetEvent) -> Result<(), Over> {
         for action in self.session.on(event) {
             self.act(action)?;
         }
@@ -317,6 +256,43 @@ impl Driver<'_> {
                 Ok(()) => Ok(()),
                 Err(why) => self.event(TargetEvent::Failed(why)),
             },
+            TargetAction::StartLane { channel } => match self.start_lane(channel) {
+                Ok(()) => Ok(()),
+                // It is in the set all the same, until the source says that it is lost.
+                Err(why) => self.event(TargetEvent::LaneFailed { channel, reason: why.to_string() }),
+            },
+            TargetAction::RetireLane { channel } => {
+                self.channels_lost += 1;
+                self.streams[usize::from(channel.0)] = None;
+                if let Some(lanes) = &mut self.lanes {
+                    lanes.retire(channel);
+                }
+                Ok(())
+            }
+            TargetAction::DropControl => {
+                self.control = None;
+                self.dormant_since = self.session.is_dormant().then(Instant::now);
+                Ok(())
+            }
+            TargetAction::TakeVisitor => {
+                if let Some(visitor) = self.visitor.take() {
+                    self.control = Some(visitor.control);
+                    self.control_generation = visitor.generation;
+                }
+                self.dormant_since = None;
+                self.resumes += 1;
+                self.streams.iter_mut().for_each(|stream| *stream = None);
+                self.excuse_silence();
+                Ok(())
+            }
+            TargetAction::AnswerVisitor(frame) => {
+                if let Some(mut visitor) = self.visitor.take() {
+                    // Courtesy where it is a refusal; where it is an answer, whoever asked can ask again.
+                    let _ = visitor.control.send(&frame);
+                    visitor.control.farewell(self.bell.sleeper().set(), LAST_WORDS);
+                }
+                Ok(())
+            }
             TargetAction::KeepState(bytes) => {
                 // Pieces are as small as the source likes: kept one by one they could cost many times their bytes.
                 match self.state.last_mut() {
@@ -333,7 +309,7 @@ impl Driver<'_> {
                 Ok(())
             }
             TargetAction::Pong { nonce } => {
-                let lanes = self.lanes.as_ref().map_or_else(Vec::new, |lanes| lanes.pongs(&self.progress));
+                let lanes = self.lanes.as_ref().map_or_else(Vec::new, Lanes::pongs);
                 self.act(TargetAction::Send(TargetFrame::Pong { nonce, lanes }))
             }
             TargetAction::Check(last) => {
@@ -418,9 +394,8 @@ impl Driver<'_> {
     fn start_lanes(&mut self) -> Result<(), Failure> {
         let Some(ram) = &self.ram else { return Ok(()) };
         let mut streams = Vec::new();
-        for mut stream in std::mem::take(&mut self.streams).into_iter().flatten() {
-            stream.set_nonblocking(false).map_err(|e| Failure::Worker(format!("a data socket: {e}")))?;
-            streams.push(stream);
+        for stream in &mut self.streams {
+            streams.push(stream.take().map(|(stream, _)| ready(stream)).transpose()?);
         }
         let gear = LaneGear {
             ram: ram.clone(),
@@ -428,65 +403,17 @@ impl Driver<'_> {
             controller: self.bell.ringer(),
             progress: self.progress.clone(),
         };
-        self.lanes = Some(Lanes::muster(streams, &gear, &self.options)?);
+        self.lanes = Some(Lanes::muster(streams, gear, &self.options)?);
         Ok(())
     }
 
-    /// Compares with what the source says it sent. Everything has landed, and no lane is writing.
-    fn check(&mut self, last: &Final) -> Result<Check, Over> {
-        let check = self.check_sent(last);
-        if check != Check::Agrees || self.verify != Verify::Full {
-            return Ok(check);
+    /// Starts the lane of a channel that is connected again.
+    fn start_lane(&mut self, channel: ChannelId) -> Result<(), Failure> {
+        let waiting = self.streams.get_mut(usize::from(channel.0)).and_then(Option::take);
+        match (&mut self.lanes, waiting) {
+            (Some(lanes), Some((stream, generation))) => lanes.start(channel, generation, ready(stream)?),
+            _ => Err(Failure::Worker("internal error: a channel without a socket has joined".to_owned())),
         }
-        let own = self.full_digests()?;
-        if own.len() != last.full_digests.len() {
-            return Ok(Check::StateDiffers("Final has not one full digest a block".to_owned()));
-        }
-        Ok(match own.iter().zip(&last.full_digests).position(|(own, sent)| own != sent) {
-            Some(block) => Check::Differs { block: BlockId(block as u16), chunk_digests: Vec::new() },
-            None => Check::Agrees,
-        })
-    }
-
-    /// Hashes all of RAM on other threads, and looks after the rest meanwhile.
-    fn full_digests(&mut self) -> Result<Vec<u64>, Over> {
-        let Some(ram) = self.ram.clone() else { return Ok(Vec::new()) };
-        let (hashing, ringer) = (full::Hashing::default(), self.bell.ringer());
-        std::thread::scope(|scope| {
-            hashing.start(scope, &ram, self.id, self.channels.into(), move || Alarm::ring(&ringer));
-            loop {
-                if let Some(digests) = hashing.take() {
-                    return Ok(digests);
-                }
-                if let Err(over) = self.service() {
-                    hashing.stop();
-                    return Err(over);
-                }
-            }
-        })
-    }
-
-    /// What was sent, against what has landed; and the device state.
-    fn check_sent(&mut self, last: &Final) -> Check {
-        self.rounds = last.round.0 + 1;
-        let mut crc = Crc32c::new();
-        self.state.iter().for_each(|piece| crc.update(piece));
-        if crc.finish() != last.state_crc {
-            return Check::StateDiffers("the device state is not what the source sent: its CRC differs".to_owned());
-        }
-        let Some(ram) = &self.ram else { return Check::StateDiffers("there is no memory".to_owned()) };
-        if let Some(table) = &self.digests {
-            if last.block_digests.len() != ram.blocks().len() {
-                return Check::StateDiffers("Final has not one digest a block".to_owned());
-            }
-            for ((id, _), sent) in ram.iter().zip(&last.block_digests) {
-                if table.block_digest(id) != *sent {
-                    let digests = (0..table.chunks(id).min(CHUNKS_NAMED_MAX)).map(|c| table.chunk_digest(id, c));
-                    return Check::Differs { block: id, chunk_digests: digests.collect() };
-                }
-            }
-        }
-        Check::Agrees
     }
 
     /// Counts time that this thread spent in a hook of the VMM as if the source had been heard.
@@ -534,23 +461,24 @@ impl Driver<'_> {
             recv_syscalls: counts.syscalls,
             cpus: self.lanes.as_ref().map_or_else(Vec::new, |lanes| lanes.cpus().collect()),
             turned_away: self.turned_away + self.lobby.turned_away(),
+            session: self.id,
+            channels_lost: self.channels_lost,
+            resumes: self.resumes,
+            repairs: self.session.mismatches(),
             outcome,
             remarks: self.remarks,
         }
     }
 }
 
+/// A data connection as a lane uses it.
+fn ready(mut stream: Stream) -> Result<Stream, Failure> {
+    let ready = stream.set_nonblocking(false).map(|()| stream);
+    ready.map_err(|e| Failure::Worker(format!("a data socket: {e}")))
+}
+
 /// How long the target tries to get its last frames out.
 const LAST_WORDS: Duration = Duration::from_millis(50);
-/// Connections accepted before those in the lobby are heard, at the most. Far fewer than the lobby holds: a crowd of
-/// strangers does not push out a channel that has said its Hello already, or keep the target from its work.
-const ACCEPTS_MAX: usize = 64;
-/// How long the listener is left alone when a connection cannot be accepted.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// Remarks about strangers, at the most: they come from anybody.
-const REMARKS_MAX: usize = 16;
-/// Chunk digests in one frame: as many as its body holds.
-const CHUNKS_NAMED_MAX: usize = 65_536;
 
 /// The pieces of device state, read as one.
 struct Pieces<'a> {

@@ -1,25 +1,26 @@
 #![forbid(unsafe_code)]
-//! The target's end of all channels: the barrier where the lanes meet, and the crew that runs them.
+//! The target's end of all channels: the barrier where the lanes meet, and the workers that run them.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 
 use crate::barrier::{Barrier, LaneWord};
-use crate::bell::{Close, Ringer};
+use crate::bell::{Close, Park, Ringer};
 use crate::channel::ChannelError;
-use crate::channel::recv::{RecvGear, RecvRole};
-use crate::config::{CrewOptions, Peer};
+use crate::channel::recv::{RecvEnd, RecvGear, RecvRole};
+use crate::config::{CrewOptions, Peer, Placement};
 use crate::crew::{Crew, Exit, Launch};
 use crate::digest::DigestTable;
 use crate::dirty::bitmap::DirtyBitmap;
 use crate::error::Failure;
 use crate::memory::Ram;
 use crate::memory::look::Look;
+use crate::net::Stream;
 use crate::poll::PollSleeper;
 use crate::progress::Progress;
 use crate::session::source::FIRST_GENERATION;
 use crate::session::target::TargetEvent;
-use crate::net::Stream;
-use crate::units::{BlockId, ChannelId};
+use crate::units::{BlockId, ChannelId, Generation};
 use crate::wire::control::LanePong;
 
 /// What all lanes share.
@@ -32,46 +33,140 @@ pub(super) struct LaneGear {
 
 /// All lanes of the target.
 pub(super) struct Lanes {
-    crew: Crew<RecvRole>,
+    gear: LaneGear,
+    options: CrewOptions,
+    place: Placement,
+    look: Look,
     barrier: Arc<Barrier>,
+    landed: DirtyBitmap,
     named: DirtyBitmap,
-    page_bytes: Vec<u64>,
-    seen: Vec<(LaneWord, LaneWord)>,
+    lanes: Vec<Lane>,
+    /// The lanes that were there from the start. They know each other's bells, and wake each other.
+    first: Crew<RecvRole>,
+}
+
+struct Lane {
+    at: Place,
+    seen: (LaneWord, LaneWord),
+    generation: Generation,
+    /// What the counters stood at when it began.
+    wire_bytes_before: u64,
+    cpu: Option<usize>,
+}
+
+/// Where a lane's worker is.
+#[derive(Default)]
+enum Place {
+    /// There is none, or it has been joined.
+    #[default]
+    Nowhere,
+    /// In the first crew.
+    First,
+    /// It came later, in a crew of its own. Nobody but the controller knows its bell, and wakes it.
+    Late(Box<Crew<RecvRole>>, Ringer<Park>),
 }
 
 impl Lanes {
-    pub fn muster(streams: Vec<Stream>, gear: &LaneGear, options: &CrewOptions) -> Result<Lanes, Failure> {
+    /// Starts the lanes whose channels are connected; others may follow.
+    pub fn muster(streams: Vec<Option<Stream>>, gear: LaneGear, options: &CrewOptions) -> Result<Lanes, Failure> {
         let count = streams.len();
         let barrier = Arc::new(Barrier::new(count));
+        let place = options.place(count, Peer::of(streams.iter().flatten().map(|stream| &**stream.socket())))?;
         let (landed, named) = (DirtyBitmap::for_ram(&gear.ram), DirtyBitmap::for_ram(&gear.ram));
         let look = Look::new(gear.digests.is_some(), false);
-        let launch = Launch {
-            start: options.place(count, Peer::of(streams.iter().map(|stream| &**stream.socket())))?.start,
-            ..Launch::new(&*options.spawn, Arc::new(gear.controller.clone()))
+        let ids: Vec<_> = streams.iter().enumerate().filter(|(_, stream)| stream.is_some()).map(|(id, _)| id).collect();
+        (0..count).filter(|id| !ids.contains(id)).for_each(|id| barrier.retire(id));
+        let kit = LaneKit { gear: &gear, look, barrier: &barrier, landed: &landed, named: &named };
+        let first = launch(&place, options, &gear, ids, |bells| {
+            let connected = streams.into_iter().enumerate().filter_map(|(id, stream)| stream.map(|stream| (id, stream)));
+            let role = |(own, (id, stream)): (usize, (usize, Stream))| {
+                let others = bells.iter().enumerate().filter(|(other, _)| *other != own).map(|(_, bell)| bell.clone());
+                RecvRole::new(kit.of(id, stream, false), others.collect())
+            };
+            connected.enumerate().map(role).collect()
+        })?;
+        let lane = |_| Lane {
+            at: Place::Nowhere,
+            seen: Default::default(),
+            generation: FIRST_GENERATION,
+            wire_bytes_before: 0,
+            cpu: None,
         };
-        let made = crate::sys::thread::with_signals_blocked(|| {
-            Crew::muster(0..count, &launch, |bells| {
-                let roles = streams.into_iter().enumerate().map(|(index, stream)| {
-                    let own = RecvGear {
-                        channel: ChannelId(index as u8),
-                        stream,
-                        ram: gear.ram.clone(),
-                        landed: landed.clone(),
-                        named: named.clone(),
-                        look,
-                        digests: gear.digests.clone(),
-                        barrier: barrier.clone(),
-                        controller: gear.controller.clone(),
-                        progress: gear.progress.clone(),
-                    };
-                    RecvRole::new(own, bells)
-                });
-                Ok::<_, std::convert::Infallible>(roles.collect())
-            })
+        let mut lanes: Vec<_> = (0..count).map(lane).collect();
+        for worker in first.workers() {
+            (lanes[worker.id].at, lanes[worker.id].cpu) = (Place::First, worker.cpu);
+        }
+        Ok(Lanes { gear, options: options.clone(), place, look, barrier, landed, named, lanes, first })
+    }
+
+    /// Puts a lane into the set that counts as having passed nothing, and then starts it: by its first marks the source
+    /// says how far it counts as having come.
+    pub fn start(&mut self, channel: ChannelId, generation: Generation, stream: Stream) -> Result<(), Failure> {
+        let id = usize::from(channel.0);
+        self.barrier.join(id, 0, 0);
+        let kit = LaneKit {
+            gear: &self.gear,
+            look: self.look,
+            barrier: &self.barrier,
+            landed: &self.landed,
+            named: &self.named,
+        };
+        // Those that came later than this one are woken by the controller.
+        let mut others: Vec<_> = self.first.ringers().cloned().collect();
+        others.extend(self.lanes.iter().filter_map(|lane| match &lane.at {
+            Place::Late(_, bell) => Some(bell.clone()),
+            Place::First | Place::Nowhere => None,
+        }));
+        let started = launch(&self.place, &self.options, &self.gear, vec![id], |_| {
+            vec![RecvRole::new(kit.of(id, stream, true), others)]
         });
-        let crew = made.map_err(|e| Failure::Worker(e.to_string()))?;
-        let page_bytes = gear.ram.blocks().iter().map(|b| b.page_size().bytes()).collect();
-        Ok(Lanes { crew, barrier, named, page_bytes, seen: vec![Default::default(); count] })
+        let crew = match started {
+            Ok(crew) => crew,
+            Err(why) => {
+                self.barrier.retire(id);
+                return Err(why);
+            }
+        };
+        let lane = &mut self.lanes[id];
+        lane.cpu = crew.workers().first().and_then(|worker| worker.cpu);
+        lane.generation = generation;
+        lane.wire_bytes_before = self.gear.progress.channel(id).map_or(0, |counts| counts.wire_bytes);
+        lane.seen = (LaneWord::default(), LaneWord::default());
+        let bell = crew.ringers().next().cloned();
+        lane.at = bell.map_or(Place::Nowhere, |bell| Place::Late(Box::new(crew), bell));
+        Ok(())
+    }
+
+    /// Ends a lane and joins it, then takes it out of the set: nothing of it lands any more, and what has landed is seen by
+    /// all that go on without it. Harmless if it is out already.
+    pub fn retire(&mut self, channel: ChannelId) {
+        let id = usize::from(channel.0);
+        let Some(lane) = self.lanes.get_mut(id) else { return };
+        match std::mem::take(&mut lane.at) {
+            Place::Nowhere => return,
+            Place::First => {
+                self.first.handle().close_worker(id, Close::Abort);
+                self.first.take_exit(id);
+            }
+            Place::Late(mut crew, _) => {
+                crew.close(Close::Abort);
+                crew.join();
+            }
+        }
+        self.barrier.retire(id);
+        self.first.ringers().for_each(|bell| {
+            bell.ring();
+        });
+        self.wake_late();
+    }
+
+    /// Wakes the lanes that came later: the others do not know them all.
+    fn wake_late(&self) {
+        for lane in &self.lanes {
+            if let Place::Late(_, bell) = &lane.at {
+                bell.ring();
+            }
+        }
     }
 
     /// What has changed in the barrier since the last look.
@@ -79,68 +174,142 @@ impl Lanes {
         // Ordered reads first: what the lanes landed and recorded before their marks is seen from here on.
         let (_, _) = (self.barrier.all_passed(), self.barrier.all_flushed());
         let mut events = Vec::new();
-        for (index, seen) in self.seen.iter_mut().enumerate() {
+        for (index, lane) in self.lanes.iter_mut().enumerate() {
             let now = (self.barrier.passed(index), self.barrier.flushed(index));
-            if now != *seen {
-                *seen = now;
+            if now != lane.seen {
+                lane.seen = now;
                 events.push(TargetEvent::LaneMoved { channel: ChannelId(index as u8), rounds: now.0, epochs: now.1 });
             }
+        }
+        if !events.is_empty() {
+            self.wake_late();
         }
         events
     }
 
-    /// A lane that has ended by itself since this was last asked, and why. No lane may: the target ends them all before
-    /// it runs the guest.
-    pub fn poll_failed(&mut self) -> Option<(ChannelId, String)> {
-        while let Some(id) = self.crew.poll_exit() {
-            let why = match &self.crew.workers()[id].exit {
-                Some(Exit::Done(end)) => match &end.result {
-                    Ok(()) => "the source ended it before the hand-over".to_owned(),
-                    Err(ChannelError::Aborted) => continue,
-                    Err(why) => why.to_string(),
-                },
-                Some(Exit::Panicked { message }) => format!("its lane panicked: {message}"),
-                Some(Exit::NeverRan) | None => "its lane never ran".to_owned(),
-            };
-            return Some((ChannelId(id as u8), why));
+    /// A lane that has ended by itself since this was last asked, why, and whether another connection would not help. No
+    /// lane may: the target ends them all before it runs the guest.
+    pub fn poll_failed(&mut self) -> Option<(ChannelId, String, bool)> {
+        while let Some(id) = self.first.poll_exit() {
+            // One that was retired is not told of.
+            let exit = self.first.workers().iter().find(|worker| worker.id == id).and_then(|worker| worker.exit.as_ref());
+            if let (Some((why, is_ours)), Place::First) = (why_ended(exit), &self.lanes[id].at) {
+                return Some((ChannelId(id as u8), why, is_ours));
+            }
+        }
+        for (index, lane) in self.lanes.iter_mut().enumerate() {
+            let Place::Late(crew, _) = &mut lane.at else { continue };
+            if crew.poll_exit().is_some() {
+                if let Some((why, is_ours)) = why_ended(crew.workers().first().and_then(|worker| worker.exit.as_ref())) {
+                    return Some((ChannelId(index as u8), why, is_ours));
+                }
+            }
         }
         None
     }
 
     /// How far each lane is, for the source to see who lags.
-    pub fn pongs(&self, progress: &Progress) -> Vec<LanePong> {
+    pub fn pongs(&self) -> Vec<LanePong> {
         let slowest = self.barrier.all_passed();
-        let pong = |index: usize| {
+        let pong = |(index, lane): (usize, &Lane)| {
             let rounds_passed = self.barrier.passed(index).count() as u32;
+            let wire_bytes = self.gear.progress.channel(index).map_or(0, |counts| counts.wire_bytes);
             LanePong {
                 channel: ChannelId(index as u8),
-                generation: FIRST_GENERATION,
+                generation: lane.generation,
                 rounds_passed,
                 at_barrier: u64::from(rounds_passed) > slowest,
-                bytes: progress.channel(index).map_or(0, |c| c.wire_bytes),
+                bytes: wire_bytes - lane.wire_bytes_before,
             }
         };
-        (0..self.barrier.lanes()).map(pong).collect()
+        self.lanes.iter().enumerate().map(pong).collect()
     }
 
     /// Ends every lane and joins it. Harmless when done before.
     pub fn end(&mut self) {
-        self.crew.close(Close::Abort);
-        self.crew.join();
+        self.first.close(Close::Abort);
+        for lane in &self.lanes {
+            if let Place::Late(crew, _) = &lane.at {
+                crew.close(Close::Abort);
+            }
+        }
+        self.first.join();
+        for lane in &mut self.lanes {
+            if let Place::Late(crew, _) = &mut lane.at {
+                crew.join();
+            }
+        }
     }
 
     /// Bytes that the source has spoken of, as data or as zeros.
     pub fn named_bytes(&self) -> u64 {
-        let of = |(block, page_bytes): (usize, &u64)| {
-            let id = BlockId(block as u16);
+        let of = |(index, block): (usize, &crate::memory::RamBlock)| {
+            let id = BlockId(index as u16);
             let pages = self.named.shape(id).map_or(0, |(pages, _)| pages);
-            self.named.count_range(id, 0, pages) * page_bytes
+            self.named.count_range(id, 0, pages) * block.page_size().bytes()
         };
-        self.page_bytes.iter().enumerate().map(of).sum()
+        self.gear.ram.blocks().iter().enumerate().map(of).sum()
     }
 
     /// The CPU each lane was pinned to.
     pub fn cpus(&self) -> impl Iterator<Item = Option<usize>> + '_ {
-        self.crew.workers().iter().map(|worker| worker.cpu)
+        self.lanes.iter().map(|lane| lane.cpu)
+    }
+}
+
+/// What a lane is made from.
+struct LaneKit<'a> {
+    gear: &'a LaneGear,
+    look: Look,
+    barrier: &'a Arc<Barrier>,
+    landed: &'a DirtyBitmap,
+    named: &'a DirtyBitmap,
+}
+
+impl LaneKit<'_> {
+    fn of(&self, id: usize, stream: Stream, joins_late: bool) -> RecvGear {
+        RecvGear {
+            channel: ChannelId(id as u8),
+            stream,
+            ram: self.gear.ram.clone(),
+            landed: self.landed.clone(),
+            named: self.named.clone(),
+            look: self.look,
+            digests: self.gear.digests.clone(),
+            barrier: self.barrier.clone(),
+            controller: self.gear.controller.clone(),
+            progress: self.gear.progress.clone(),
+            joins_late,
+        }
+    }
+}
+
+fn launch(
+    place: &Placement,
+    options: &CrewOptions,
+    gear: &LaneGear,
+    ids: Vec<usize>,
+    make: impl FnOnce(&[Ringer<Park>]) -> Vec<RecvRole>,
+) -> Result<Crew<RecvRole>, Failure> {
+    let launch = Launch {
+        start: place.start.clone(),
+        ..Launch::new(&*options.spawn, Arc::new(gear.controller.clone()))
+    };
+    let made = crate::sys::thread::with_signals_blocked(|| {
+        Crew::muster(ids, &launch, |bells| Ok::<_, Infallible>(make(bells)))
+    });
+    made.map_err(|e| Failure::Worker(e.to_string()))
+}
+
+/// Why a lane ended that was not told to, and whether another connection would not help.
+fn why_ended(exit: Option<&Exit<RecvEnd>>) -> Option<(String, bool)> {
+    match exit {
+        Some(Exit::Done(end)) => match &end.result {
+            Ok(()) => Some(("the source ended it before the hand-over".to_owned(), false)),
+            Err(ChannelError::Aborted) => None,
+            Err(why) => Some((why.to_string(), why.is_ours())),
+        },
+        Some(Exit::Panicked { message }) => Some((format!("its lane panicked: {message}"), true)),
+        Some(Exit::NeverRan) | None => Some(("its lane never ran".to_owned(), true)),
     }
 }

@@ -1,6 +1,8 @@
 #![forbid(unsafe_code)]
 //! The target of a migration: what a VMM calls to take a guest in.
 
+mod check;
+mod door;
 mod driver;
 mod lanes;
 
@@ -12,7 +14,7 @@ use std::time::Duration;
 
 use crate::bell::Bell;
 use crate::cancel::CancelHandle;
-use crate::config::{CrewOptions, Pin, Timeouts};
+use crate::config::{CrewOptions, Pin, Timeouts, YEAR};
 use crate::crew::{Spawn, StartHook};
 use crate::error::{Failure, HookError, Outcome};
 use crate::gate::Gate;
@@ -20,7 +22,7 @@ use crate::memory::Ram;
 use crate::net::{Address, Listener, Tls};
 use crate::poll::PollSleeper;
 use crate::progress::Progress;
-use crate::units::Verify;
+use crate::units::{SessionId, Verify};
 use crate::wire::control::Setup;
 
 /// The VMM that takes the guest in. All hooks run on the thread that called [`Target::receive`].
@@ -92,6 +94,14 @@ pub struct TargetReport {
     pub cpus: Vec<Option<usize>>,
     /// Connections that were turned away: strangers, doubles, and silent ones.
     pub turned_away: u64,
+    /// The session, as the source calls it.
+    pub session: SessionId,
+    /// Connections of data channels that were lost on the way.
+    pub channels_lost: u32,
+    /// How often all connections were lost, and the source took the session up again.
+    pub resumes: u32,
+    /// How often what had landed was not what was sent, and chunks travelled again.
+    pub repairs: u32,
     /// What went wrong without deciding the outcome.
     pub remarks: Vec<String>,
 }
@@ -108,6 +118,8 @@ pub(crate) struct Settings {
     pub timeouts: Timeouts,
     pub state_bytes_max: u64,
     pub tls: Option<Tls>,
+    /// For how long the session is kept when the control connection is lost; zero is not at all.
+    pub resume_window: Duration,
 }
 
 /// Device state that a target takes unless told otherwise.
@@ -155,6 +167,14 @@ impl TargetBuilder {
     #[cfg(feature = "tls")]
     pub fn tls(mut self, tls: Tls) -> Self {
         self.settings.tls = Some(tls);
+        self
+    }
+
+    /// How long the session is kept when all connections are lost, for a source that has a
+    /// [window](crate::source::SourceBuilder::resume_window), too, to come back: what has landed is kept meanwhile, and the
+    /// guest is not run. Zero, not at all, unless told otherwise.
+    pub fn resume_window(mut self, window: Duration) -> Self {
+        self.settings.resume_window = window.min(YEAR);
         self
     }
 
@@ -218,7 +238,12 @@ impl fmt::Debug for Target {
 impl Target {
     /// Begins to describe a target.
     pub fn builder() -> TargetBuilder {
-        let settings = Settings { timeouts: Timeouts::default(), state_bytes_max: STATE_BYTES_MAX, tls: None };
+        let settings = Settings {
+            timeouts: Timeouts::default(),
+            state_bytes_max: STATE_BYTES_MAX,
+            tls: None,
+            resume_window: Duration::ZERO,
+        };
         TargetBuilder { settings, crew: CrewOptions::default() }
     }
 

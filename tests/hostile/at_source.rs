@@ -117,7 +117,7 @@ fn a_target_that_falls_silent_is_given_up_at_every_step() {
     fails("after Hello", "Ready (the target's prepare)", |listener| {
         silence(&mut FakeTarget::greet(listener));
     });
-    fails("after Ready", "in vain for ChannelJoined", |listener| {
+    fails("after Ready", "did not take it in within", |listener| {
         silence(&mut FakeTarget::connected(listener));
     });
     fails_with("in round 0", "nothing moved for|a sign of life", MANY_PAGES, |listener| {
@@ -136,7 +136,7 @@ fn a_target_that_answers_pings_and_nothing_else_is_given_up_at_every_step() {
     fails("after Hello", "Ready (the target's prepare)", |listener| {
         FakeTarget::greet(listener).until_closed();
     });
-    fails("after Ready", "in vain for ChannelJoined", |listener| {
+    fails("after Ready", "did not take it in within", |listener| {
         FakeTarget::connected(listener).until_closed();
     });
     fails_with("without reading a byte of data", "nothing moved for", MANY_PAGES, |listener| {
@@ -239,16 +239,6 @@ fn what_the_target_says_before_it_leaves_is_the_reason() {
     fails_with("Discarded in round 0", "changed my mind", MANY_PAGES, |listener| {
         FakeTarget::live(listener).control.send(&discarded);
     });
-    let reason = "the disk ate it".to_owned();
-    let failed = TargetFrame::ChannelFailed { channel: ChannelId(1), generation: FIRST, reason };
-    fails_with(
-        "ChannelFailed in round 0",
-        "data channel 1 (generation 1) failed: the disk ate it",
-        MANY_PAGES,
-        |listener| {
-            FakeTarget::live(listener).control.send(&failed);
-        },
-    );
     fails("RunFailed", "could not start the guest, which did not run there: no vCPU", |listener| {
         let mut target = FakeTarget::until_commit(listener);
         target.control.send(&TargetFrame::RunFailed { reason: "no vCPU".to_owned() });
@@ -303,11 +293,8 @@ fn frames_out_of_turn_end_the_migration_and_are_named() {
 
 #[test]
 fn a_mismatch_in_a_block_that_is_not_there_is_no_panic() {
-    let cases = [
-        (0, 3, "disagree on the contents of RAM block 0"),
-        (999, 1, "names block 999, which does not exist"),
-        (1023, 0, "names block 1023, which does not exist"),
-    ];
+    let cases =
+        [(999, 1, "names block 999, which does not exist"), (1023, 0, "names block 1023, which does not exist")];
     for (block, digests, says) in cases {
         fails("DigestMismatch", says, |listener| {
             let (mut target, last) = FakeTarget::until_final(listener);
@@ -316,6 +303,26 @@ fn a_mismatch_in_a_block_that_is_not_there_is_no_panic() {
             target.until_closed();
         });
     }
+}
+
+#[test]
+fn a_target_that_never_agrees_is_given_up_after_a_bounded_number_of_repairs() {
+    let (report, _) = against(64, |listener| {
+        let (mut target, mut last) = FakeTarget::until_final(listener);
+        loop {
+            let (round, block, chunk_digests) = (last.round, BlockId(0), vec![1; 3]);
+            target.control.send(&TargetFrame::DigestMismatch { round, block, chunk_digests });
+            last = loop {
+                match target.next() {
+                    Some(SourceFrame::Final(next)) => break next,
+                    Some(_) => {}
+                    None => return,
+                }
+            };
+        }
+    });
+    assert!(report.outcome.to_string().contains("disagree on the contents of RAM block 0"), "{}", report.outcome);
+    assert_eq!(report.repairs, pageferry::session::REPAIRS_MAX);
 }
 
 #[test]

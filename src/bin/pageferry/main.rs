@@ -9,6 +9,7 @@ mod guest;
 mod image;
 mod interrupt;
 mod limits;
+mod mended;
 mod output;
 mod progress;
 mod receive;

@@ -3,6 +3,7 @@
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use pageferry::memory::Initial;
 use pageferry::net::Address;
@@ -16,7 +17,7 @@ use crate::interrupt::Interrupt;
 use crate::output::{Output, on_bus_error_fail};
 use crate::progress::{Side, Watch};
 use crate::report::{End, Report};
-use crate::sizes::{Cpus, human};
+use crate::sizes::{Cpus, human, parse_seconds};
 use crate::tls::{TlsArgs, warn_if_open};
 
 /// Wait for one RAM image from `pageferry send`, and write it to a file.
@@ -41,6 +42,9 @@ pub struct Args {
     /// Replace a file of another length, too
     #[arg(long)]
     force: bool,
+    /// Keep what has come for so long when all connections are lost, for a sender with this option to go on
+    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds, default_value = "0")]
+    resume_window: Duration,
     /// CPUs for the receiving threads, such as 0,2 or 0-3; as far as they can be had [default: the scheduler chooses,
     /// but where both sides share a host with few CPUs, both ends of a channel share one]
     #[arg(long, value_name = "LIST")]
@@ -83,7 +87,8 @@ fn take_in(args: &Args, out: Output) -> Result<Report, String> {
         Some(tls) => Target::builder().tls(tls),
         None => Target::builder(),
     };
-    let target = builder.cpus(cpus).listen(&args.listen.to_string()).map_err(|e| listen_advice(&e))?;
+    let target = builder.cpus(cpus).resume_window(args.resume_window);
+    let target = target.listen(&args.listen.to_string()).map_err(|e| listen_advice(&e))?;
     interrupt.attach(target.cancel_handle());
     // A full disk shows itself as a bus error where a hole is read that needs memory: full verification on tmpfs.
     let full = format!("cannot have a page of {}: bus error; its disk may be full, make room", args.ram.display());

@@ -9,6 +9,7 @@ use pageferry::{Outcome, SourceReport, TargetReport, Verify};
 use serde::{Deserialize, Serialize};
 
 use crate::limits::Convergence;
+use crate::mended::Mended;
 use crate::sizes::{Cpus, human, ms};
 use crate::tls::Encrypted;
 use crate::zero_copy::ByReference;
@@ -83,6 +84,8 @@ pub struct Report {
     pub recv_syscalls: Option<u64>,
     pub cpus: Vec<Option<usize>>,
     pub remarks: Vec<String>,
+    #[serde(flatten)]
+    pub mended: Option<Mended>,
     /// What became of sending by reference, at a source.
     #[serde(flatten)]
     pub by_reference: Option<ByReference>,
@@ -192,6 +195,7 @@ impl Report {
             recv_syscalls: None,
             cpus: Vec::new(),
             remarks: Vec::new(),
+            mended: None,
             by_reference: None,
             encrypted: None,
             convergence: None,
@@ -207,6 +211,7 @@ impl Report {
         Report {
             downtime_expected_ms: report.downtime_expected.map(ms),
             downtime_parts: Some(PartsMs::from(report.downtime_parts)),
+            mended: Some(Mended::from(&report)),
             by_reference: Some(ByReference::from(&report.zero_copy)),
             encrypted: Some(Encrypted::from(report.tls)),
             convergence,
@@ -235,6 +240,7 @@ impl Report {
     pub fn of_target(command: &'static str, report: TargetReport, cpu: Duration) -> Report {
         let error = error_of(&report.outcome);
         Report {
+            mended: Some(Mended::from(&report)),
             verify: verify_word(report.verify),
             verified: report.verified,
             ram_bytes: report.ram_bytes,
@@ -324,6 +330,9 @@ impl fmt::Display for Report {
         }
         if let Some(encrypted) = &self.encrypted {
             encrypted.fmt(f)?;
+        }
+        if let Some(mended) = &self.mended {
+            mended.fmt(f)?;
         }
         let calls = match (self.send_syscalls, self.recv_syscalls) {
             (Some(sends), Some(receives)) => format!("; {sends} system calls to send, {receives} to receive"),

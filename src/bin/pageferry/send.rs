@@ -16,7 +16,7 @@ use crate::interrupt::Interrupt;
 use crate::output::{Output, on_bus_error_fail};
 use crate::progress::{Side, Watch};
 use crate::report::{End, Report};
-use crate::sizes::{Cpus, parse_size};
+use crate::sizes::{Cpus, parse_seconds, parse_size};
 use crate::tls::{TlsToArgs, warn_if_open};
 use crate::zero_copy::ZeroCopyArg;
 
@@ -30,12 +30,14 @@ Examples:
   pageferry send --to 10.0.0.2:4444 --ram vm.img
   pageferry send --to target.example:4444 --ram vm.img --tls-dir /etc/pageferry
   pageferry send --to unix:/run/ferry --ram vm.img --channels 4 --verify full --json
+  pageferry send --to 10.0.0.2:4444 --to 10.1.0.2:4444 --ram vm.img --channels 4 --resume-window 60
 
 Across machines, use --tls-dir, or a network that you trust.")]
 pub struct Args {
-    /// Where `pageferry receive` listens: HOST:PORT or unix:PATH
-    #[arg(long, value_name = "ADDR")]
-    to: Address,
+    /// Where `pageferry receive` listens: HOST:PORT or unix:PATH. Several times for a receiver with several networks: the
+    /// channels are spread over them, and one that fails costs only its own
+    #[arg(long, value_name = "ADDR", required = true)]
+    to: Vec<Address>,
     /// The image, a regular file; a length that is no multiple of the page is kept to the byte
     #[arg(long, value_name = "FILE")]
     ram: PathBuf,
@@ -46,6 +48,10 @@ pub struct Args {
     /// but where both sides share a host with few CPUs, both ends of a channel share one]
     #[arg(long, value_name = "LIST")]
     cpus: Option<Cpus>,
+    /// Keep the session for so long when all connections are lost, and go on when the receiver is reached again; it needs
+    /// the option, too
+    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds, default_value = "0")]
+    resume_window: Duration,
     /// Bytes a second, such as 500M, that are sent at the most [default: no limit]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     bandwidth_max: Option<u64>,
@@ -101,7 +107,8 @@ fn ship(args: &Args, out: Output) -> Result<Report, String> {
     let block = block(&image.file, image.bytes, None, false).map_err(|e| e.to_string())?;
     let ram = Ram::new([block]).map_err(|e| e.to_string())?;
     let tls = args.tls.load()?;
-    warn_if_open(&args.to, tls.as_ref());
+    args.to.iter().for_each(|to| warn_if_open(to, tls.as_ref()));
+    let to: Vec<_> = args.to.iter().map(Address::to_string).collect();
     // A file that is cut short while it is mapped shows itself as a bus error.
     let cut = format!("{} was cut short while it was sent, or its disk failed; let it lie still", args.ram.display());
     on_bus_error_fail(out, COMMAND, cut.clone(), None);
@@ -111,12 +118,13 @@ fn ship(args: &Args, out: Output) -> Result<Report, String> {
         .verify(args.verify.into())
         .zero_copy(args.zero_copy.into())
         .bandwidth_max(args.bandwidth_max.unwrap_or(0))
-        .timeouts(Timeouts { hook: SYNC_TIME, ..Timeouts::default() });
+        .timeouts(Timeouts { hook: SYNC_TIME, ..Timeouts::default() })
+        .resume_window(args.resume_window);
     let builder = match tls {
         Some(tls) => builder.tls(tls),
         None => builder,
     };
-    let source = builder.connect(&args.to.to_string()).map_err(|e| e.to_string())?;
+    let source = builder.connect_any(to.iter().map(String::as_str)).map_err(|e| e.to_string())?;
     interrupt.attach(source.cancel_handle());
     let watch = Watch::start(source.progress(), Side::Source, out);
     let report = source.migrate(&mut Still::new(), &mut image);

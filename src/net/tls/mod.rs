@@ -86,8 +86,7 @@ impl Tls {
     /// # Errors
     /// [`Failure::Config`] for what is neither a DNS name nor an IP address.
     pub fn name(mut self, name: &str) -> Result<Tls, Failure> {
-        let bad = |_| Failure::Config(format!("{name:?} cannot stand in a certificate: it is no DNS name, nor an IP address"));
-        self.name = Some(ServerName::try_from(name.to_owned()).map_err(bad)?);
+        self.name = Some(name_of(name)?);
         Ok(self)
     }
 
@@ -136,20 +135,31 @@ impl Tls {
         Ok(Tls { client: Arc::new(client), first: Arc::new(first), later: Arc::new(later), name: None })
     }
 
-    /// The same, with the name that the target at this endpoint must show.
-    pub(crate) fn for_endpoint(&self, endpoint: &Endpoint) -> Result<Tls, Failure> {
-        match (endpoint, &self.name) {
-            (_, Some(_)) => Ok(self.clone()),
-            (Endpoint::Address(Address::Tcp { host, .. }), None) => self.clone().name(host),
-            (Endpoint::Address(Address::Unix(_)) | Endpoint::Connector(_), None) => Err(Failure::Config(format!(
-                "TLS to {endpoint:?} needs a name to look for in the target's certificate: give one (--tls-name, Tls::name)"
-            ))),
+    /// Whether there is a name to look for wherever this endpoint leads.
+    pub(crate) fn check(&self, endpoint: &Endpoint) -> Result<(), Failure> {
+        match endpoint {
+            Endpoint::Addresses(addresses) => addresses.iter().try_for_each(|a| self.name_at(Some(a)).map(drop)),
+            Endpoint::Connector(_) => self.name_at(None).map(drop),
         }
     }
 
-    /// The source's end of a connection.
-    pub(crate) fn connect(&self, socket: Socket) -> io::Result<Stream> {
-        let name = self.name.clone().ok_or_else(|| io::Error::other("TLS without a name to check"))?;
+    /// The name that a target must show there.
+    fn name_at(&self, address: Option<&Address>) -> Result<ServerName<'static>, Failure> {
+        match (&self.name, address) {
+            (Some(name), _) => Ok(name.clone()),
+            (None, Some(Address::Tcp { host, .. })) => name_of(host),
+            (None, Some(Address::Unix(_)) | None) => {
+                let to = address.map_or("a connector's sockets".to_owned(), Address::to_string);
+                Err(Failure::Config(format!(
+                    "TLS to {to} needs a name to look for in the target's certificate: give one (--tls-name, Tls::name)"
+                )))
+            }
+        }
+    }
+
+    /// The source's end of a connection to this address.
+    pub(crate) fn connect(&self, socket: Socket, address: Option<&Address>) -> io::Result<Stream> {
+        let name = self.name_at(address).map_err(io::Error::other)?;
         let made = UnbufferedClientConnection::new(self.client.clone(), name).map_err(io::Error::other)?;
         Ok(Stream::new(socket, Some(Session::new(Side::Source(made)))))
     }
@@ -167,6 +177,11 @@ impl fmt::Debug for Tls {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Tls").field("name", &self.name).finish_non_exhaustive()
     }
+}
+
+fn name_of(host: &str) -> Result<ServerName<'static>, Failure> {
+    let bad = |_| Failure::Config(format!("{host:?} cannot stand in a certificate: it is no DNS name, nor an IP address"));
+    ServerName::try_from(host.to_owned()).map_err(bad)
 }
 
 /// The certificates of a PEM file: one at least.

@@ -65,7 +65,7 @@ fn lane_failed() -> TargetEvent {
 
 /// A session over two channels that has come this far.
 fn session(at: At) -> TargetSession {
-    let mut session = TargetSession::new(STATE_BYTES_MAX);
+    let mut session = TargetSession::new(STATE_BYTES_MAX, false);
     let way = [
         (Preparing, vec![frame(SourceFrame::Setup(setup(2)))]),
         (AwaitChannels, vec![TargetEvent::Prepared(InstanceId([3; 16]))]),
@@ -114,7 +114,7 @@ fn is_breach(actions: &[TargetAction]) -> bool {
 
 #[test]
 fn the_happy_path_from_setup_to_running() {
-    let mut session = TargetSession::new(STATE_BYTES_MAX);
+    let mut session = TargetSession::new(STATE_BYTES_MAX, false);
     assert_eq!(session.waits_for(), "Setup");
     assert_eq!(session.on(frame(SourceFrame::Setup(setup(2)))), [TargetAction::Prepare(setup(2))]);
     let (instance, features) = (InstanceId([3; 16]), 0);
