@@ -50,7 +50,8 @@ impl Driver<'_> {
                 let Some(socket) = socket else { return Ok(None) };
                 let stream = match &self.settings.tls {
                     None => Stream::from(socket),
-                    Some(tls) => tls.accept(socket, self.begun.is_none())?,
+                    // Ready-made ones come all at once: a data channel among them must not be given tickets.
+                    Some(tls) => tls.accept(socket, self.begun.is_none() && !ready)?,
                 };
                 self.lobby.enter(stream, patience).map(Some)
             });
