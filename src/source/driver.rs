@@ -26,7 +26,7 @@ use crate::source::lanes::Lanes;
 use crate::source::losses::Losses;
 use crate::source::pace::Pace;
 use crate::source::watch::Motion;
-use crate::source::{DowntimeParts, Guest, Settings, Source, SourceReport, ZeroCopyReport};
+use crate::source::{DowntimeParts, Guest, Settings, Source, SourceReport, TlsReport, ZeroCopyReport};
 use crate::units::{BlockId, ChannelId, SessionId, Verify};
 use crate::wire::control::{HEARD_THE_END, LanePong, SourceFrame, TargetFrame};
 use crate::wire::crc::Crc32c;
@@ -54,6 +54,7 @@ pub(super) struct Driver<'a> {
     /// Whether a round is being pushed.
     pub filling: bool,
     pub losses: Losses,
+    pub tls: Option<TlsReport>,
     pub scanner: Option<Scanner>,
     outcome: Option<Outcome>,
     ended_at: Instant,
@@ -129,6 +130,7 @@ pub(super) fn migrate(source: Source, dirty: &mut dyn DirtySource, guest: &mut d
         chunks_done: 0,
         filling: false,
         losses: Losses::new(channels, FIRST_GENERATION),
+        tls: None,
         scanner: None,
         outcome: None,
         ended_at: begun,
@@ -407,6 +409,7 @@ impl Driver<'_> {
             throttling: self.policy.summary(),
             send_syscalls: counts.syscalls,
             zero_copy: ZeroCopyReport::new(&counts, self.sum.why_copied),
+            tls: self.tls,
             cpus: self.sum.cpus,
             session: self.id,
             channels_lost: self.losses.channels_lost,

@@ -18,6 +18,7 @@ mod send;
 mod settle;
 mod sizes;
 mod state;
+mod tls;
 mod writers;
 mod zero_copy;
 
