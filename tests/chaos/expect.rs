@@ -44,13 +44,13 @@ pub fn must(plan: &Plan) -> Must {
     let excused = match plan.class {
         // A target that cannot be reached is no target; and with one channel, that one has to be made.
         DropAtAccept => plan.drops.contains(&0) || plan.channels == 1,
-        // Where all wait for a lane that lags at the same barrier, or for the word of a target that is not heard, what
-        // stalls is the migration.
-        StallData | StallControl => true,
+        // Where the only channel stalls, what stalls is the migration; and before the two sides have met there is nothing
+        // to resume.
+        StallData => plan.channels == 1,
+        StallControl => is_early(plan),
         // Before the two sides have met there is nothing to resume.
         HalfClose | CutControl | FlipFrame => is_early(plan),
-        // Nor is one who is turned away on the way back let in later.
-        KillAll => is_early(plan) || plan.faults.iter().any(|fault| matches!(fault.act, Act::ResetAll { refuse: 1.. })),
+        KillAll => is_early(plan),
         _ => false,
     };
     if excused { EndTruthfully } else { listed }
