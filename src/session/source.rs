@@ -375,8 +375,9 @@ impl SourceSession {
             }
             (Phase::Pausing, SourceEvent::GuestPaused) => {
                 self.phase = Phase::Paused;
-                // Whoever has not joined by now only keeps the guest waiting.
-                let late: Vec<_> = self.channels.joining_now().collect();
+                // Whoever has not joined by now only keeps the guest waiting, unless there is nobody else.
+                let others = self.channels.live() > 0;
+                let late: Vec<_> = self.channels.joining_now().filter(|_| others).collect();
                 for (channel, generation) in late {
                     self.lose(channel, generation, "the guest was paused before it had joined".to_owned(), out);
                 }
@@ -489,6 +490,14 @@ impl SourceSession {
             }
             (Phase::AwaitReady | Phase::AwaitResumed, TargetFrame::Refused { reason }) => {
                 self.end(Outcome::Failed(Failure::Refused(reason)), out);
+            }
+            // Whoever is there now knows nothing of the session: that settles nothing.
+            (Phase::AwaitAnswer, TargetFrame::Refused { reason }) => {
+                self.end(Outcome::Uncertain(Failure::Refused(reason)), out);
+            }
+            // No channel was opened yet.
+            (Phase::AwaitReady, frame @ (TargetFrame::ChannelJoined { .. } | TargetFrame::ChannelFailed { .. })) => {
+                self.breach(format!("{} came before Ready", frame.name()), out);
             }
             (_, TargetFrame::ChannelJoined { channel, generation }) => {
                 match self.channels.joined(channel, generation) {
@@ -642,7 +651,6 @@ impl SourceSession {
             self.lose(channel, generation, reason, out);
         }
     }
-
 
     fn breach(&mut self, what: String, out: &mut Vec<SourceAction>) {
         if self.is_committed() {

@@ -264,8 +264,11 @@ impl TargetSession {
                 let generation = self.lanes.generation(channel);
                 out.push(TargetAction::Send(TargetFrame::ChannelFailed { channel, generation, reason }));
             }
-            // A Final that came to nothing while it was checked.
-            (Phase::Live | Phase::Dormant, TargetEvent::Checked(_)) => {}
+            // A Final that came to nothing while it was checked; another one may have come, and been answered, meanwhile.
+            (
+                Phase::Live | Phase::AwaitLanes(_) | Phase::AwaitCommit | Phase::Dormant,
+                TargetEvent::Checked(_),
+            ) => {}
             (Phase::Checking, TargetEvent::Checked(Check::Agrees)) => {
                 self.phase = Phase::Loading;
                 out.push(TargetAction::LoadState);
