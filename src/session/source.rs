@@ -240,8 +240,9 @@ impl SourceSession {
             }
             (Phase::Pausing, SourceEvent::GuestPaused) => {
                 self.phase = Phase::Paused;
-                // Whoever has not joined by now only keeps the guest waiting.
-                let late: Vec<_> = self.channels.joining_now().collect();
+                // Whoever has not joined by now only keeps the guest waiting, unless there is nobody else.
+                let others = self.channels.live() > 0;
+                let late: Vec<_> = self.channels.joining_now().filter(|_| others).collect();
                 for (channel, generation) in late {
                     self.lose(channel, generation, "the guest was paused before it had joined".to_owned(), out);
                 }
@@ -318,9 +319,6 @@ impl SourceSession {
                 self.channels.all_gone();
                 self.epochs.forget_outstanding();
                 self.lost_late.clear();
-                // Pages of the round that is being filled may have landed, and travel again: in a round of their own, as
-                // a digest table keeps one entry a page and round. All others have nothing left to wait for.
-                self.rounds += 1;
                 out.push(SourceAction::Reconnect);
             }
             (Phase::AwaitResumed, SourceEvent::ControlLost(why)) => {
