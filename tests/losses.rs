@@ -1,7 +1,9 @@
 //! Losses that come at the worst moment: on top of each other, behind Final, while nobody looks.
 #![cfg(not(loom))]
-#![allow(dead_code)]
+// UNSAFETY: clock_gettime(2) of another thread is a C call.
 #![expect(unsafe_code)]
+#![expect(clippy::unnecessary_safety_comment, reason = "takes the UNSAFETY line of a crate root for one")]
+#![allow(dead_code)]
 
 #[path = "support/peer.rs"]
 mod peer;
