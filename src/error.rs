@@ -78,6 +78,13 @@ pub enum Failure {
         /// What the system said.
         reason: OsReason,
     },
+    /// Connected, and no hands were shaken: one side does not trust the other, or speaks no TLS.
+    Tls {
+        /// The address as given.
+        peer: String,
+        /// What is wrong, and where.
+        reason: String,
+    },
     /// The control connection failed.
     Control {
         /// What was being done on it.
@@ -165,6 +172,11 @@ pub enum Failure {
     RunFailed(String),
     /// The target gave the guest up before it was told to run it.
     Discarded(String),
+    /// The target was asked whether the guest runs there before it was told to run it, and has given it up for good.
+    Fenced,
+    /// Whoever listens there knows nothing of the session that was asked about: it is another process than the target,
+    /// or has begun anew.
+    UnknownSession,
 }
 
 impl fmt::Display for Failure {
@@ -175,6 +187,7 @@ impl fmt::Display for Failure {
                 write!(f, "cannot connect to {address}: {reason}; is the target listening there?")
             }
             Failure::Listen { address, reason } => write!(f, "cannot listen on {address}: {reason}"),
+            Failure::Tls { peer, reason } => write!(f, "no TLS with {peer}: {reason}"),
             Failure::Control { doing, reason } => write!(f, "the control connection failed while {doing}: {reason}"),
             Failure::Channel { channel, generation, reason } => {
                 write!(f, "data channel {channel} (generation {generation}) failed: {reason}")
@@ -227,6 +240,10 @@ impl fmt::Display for Failure {
             }
             Failure::RunFailed(reason) => write!(f, "the target could not start the guest, which did not run there: {reason}"),
             Failure::Discarded(reason) => write!(f, "the target discarded the guest: {reason}"),
+            Failure::Fenced => f.write_str("asked whether the guest runs here, the target gave it up for good"),
+            Failure::UnknownSession => {
+                f.write_str("who listens there knows nothing of this session: it is not the target, or not any more")
+            }
         }
     }
 }

@@ -116,6 +116,7 @@ with_a_kernel! {
     pub mod progress;
     pub mod scanner;
     pub mod session;
+    pub mod settle;
     pub mod source;
     pub mod sys;
     pub mod target;

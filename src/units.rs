@@ -164,6 +164,25 @@ macro_rules! display_hex {
 }
 display_hex!(SessionId, InstanceId);
 
+impl SessionId {
+    /// Reads what `Display` writes: 32 hexadecimal digits.
+    ///
+    /// ```
+    /// use pageferry::units::SessionId;
+    ///
+    /// let id = SessionId([0xA7; 16]);
+    /// assert_eq!(SessionId::from_hex(&id.to_string()), Some(id));
+    /// assert_eq!(SessionId::from_hex("a7a7"), None);
+    /// ```
+    pub fn from_hex(text: &str) -> Option<SessionId> {
+        // `from_str_radix` would take a sign, too.
+        if text.len() != 32 || !text.bytes().all(|b| b.is_ascii_hexdigit()) {
+            return None;
+        }
+        u128::from_str_radix(text, 16).ok().map(|number| SessionId(number.to_be_bytes()))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -14,7 +14,7 @@ use pageferry::units::{BlockId, PageSize};
 use pageferry::wire::control::{FrameEncoder, SourceFrame, TargetFrame};
 use pageferry::wire::hello::HELLO_BYTES;
 use pageferry::wire::packet::{PACKET_HEADER_BYTES, PacketHeader, RunKind, entries};
-use pageferry::{DirtyBitmap, Failure, Outcome, Ram, Source, Target, Timeouts, Verify};
+use pageferry::{DirtyBitmap, Outcome, Ram, Source, Target, Timeouts, Verify};
 use proxy::{FRAME_HEADER_BYTES, Flip, Proxy, Way};
 use vmm::{TestGuest, TestIncoming, Trip};
 
@@ -46,11 +46,17 @@ fn ram() -> Ram {
 
 /// One migration with at most one damaged byte, and all the bytes that the damaged stream should have had.
 fn travel(ram: &Ram, verify: Verify, flip: Option<Flip>) -> (TestGuest, Trip, proxy::Seen) {
+    travel_within(ram, verify, flip, Duration::ZERO)
+}
+
+/// The same, with a resume window on both sides.
+fn travel_within(ram: &Ram, verify: Verify, flip: Option<Flip>, window: Duration) -> (TestGuest, Trip, proxy::Seen) {
     let mut guest = TestGuest::new(ram, &DirtyBitmap::for_ram(ram));
     guest.state = (0..3000u32).map(|i| i as u8).collect();
-    let target = Target::builder().timeouts(timeouts()).listen("127.0.0.1:0").unwrap();
+    let target = Target::builder().timeouts(timeouts()).resume_window(window).listen("127.0.0.1:0").unwrap();
     let proxy = Proxy::before(&target.address().unwrap().to_string(), flip);
-    let source = Source::builder(ram.clone()).channels(CHANNELS).verify(verify).timeouts(timeouts());
+    let source =
+        Source::builder(ram.clone()).channels(CHANNELS).verify(verify).timeouts(timeouts()).resume_window(window);
     let source = source.connect(proxy.address()).unwrap();
     let cancel = target.cancel_handle();
     let receiving = std::thread::spawn(move || {
@@ -144,6 +150,40 @@ fn damage_on_the_control_connection_to_the_target_ends_truthfully() {
     sweep_control(Way::ToTarget, 37);
 }
 
+/// With a resume window, damage on the control connection costs that connection. What is said before the session is
+/// agreed on, and Commit and its answer, which nobody may say twice, are what it can still cost the migration.
+#[test]
+fn with_a_resume_window_a_damaged_control_frame_costs_the_connection_and_not_the_migration() {
+    const WINDOW: Duration = Duration::from_secs(2);
+    let ram = ram();
+    for (way, step) in [(Way::ToTarget, 61), (Way::ToSource, 13)] {
+        let outcomes = Mutex::new(BTreeMap::new());
+        let length = length(&ram, 0, way);
+        let flips = (0..length).step_by(step as usize);
+        let flips =
+            flips.map(|offset| Flip { connection: 0, way, offset, in_frame: None, mask: 1 << (offset / step % 8) });
+        sweep(flips.collect(), |flip| {
+            let (guest, trip, seen) = travel_within(&ram, Verify::Wire, Some(flip), WINDOW);
+            println!("{flip:?}: {} and {}", trip.sent.outcome, trip.received.outcome);
+            let resumed = trip.sent.resumes > 0;
+            match &trip.sent.outcome {
+                Outcome::Completed => {
+                    assert_eq!(vmm::first_difference(&guest.ram, trip.incoming.ram.as_ref().unwrap()), None);
+                    assert_eq!((trip.incoming.runs, resumed), (1, seen.flipped), "{flip:?}");
+                }
+                _ => assert_truthful(&guest, &trip),
+            }
+            let set_out = trip.sent.rounds > 0;
+            assert!(resumed || !set_out || !seen.flipped || trip.sent.outcome.word() == "uncertain", "{flip:?}");
+            let word = if resumed { "resumed" } else { trip.sent.outcome.word() };
+            *outcomes.lock().unwrap().entry(word).or_insert(0) += 1;
+        });
+        let outcomes = outcomes.into_inner().unwrap();
+        println!("{way:?}: {outcomes:?}");
+        assert!(outcomes.get("resumed").is_some_and(|n| *n >= 10), "{outcomes:?}");
+    }
+}
+
 #[test]
 fn damage_on_the_control_connection_to_the_source_ends_truthfully() {
     sweep_control(Way::ToSource, 5);
@@ -177,7 +217,7 @@ fn a_damaged_commit_or_its_answer_never_gives_the_guest_two_owners() {
 enum Place {
     Hello,
     Head,
-    Payload { block: BlockId, page: u64 },
+    Payload,
 }
 
 fn place(bytes: &[u8], offset: u64) -> Place {
@@ -197,8 +237,7 @@ fn place(bytes: &[u8], offset: u64) -> Place {
         for run in entries(table).map(Result::unwrap).filter(|run| run.kind == RunKind::Data) {
             let end = at + ((run.pages as usize) << 12);
             if offset < end {
-                let page = run.first + ((offset - at) >> 12) as u64;
-                return Place::Payload { block: header.block, page };
+                return Place::Payload;
             }
             at = end;
         }
@@ -225,13 +264,23 @@ fn sweep_data(verify: Verify, channel: usize, offsets: impl Fn(u64) -> Vec<u64>)
         let place = place(&seen.bytes, flip.offset);
         println!("{flip:?}, {place:?}: {} and {}", trip.sent.outcome, trip.received.outcome);
         match place {
-            Place::Payload { block, page } => {
-                let chunks = vec![(page / 512) as u32];
-                assert_eq!(trip.sent.outcome, Outcome::Failed(Failure::Digest { block, chunks }), "{flip:?}");
+            Place::Payload => {
+                assert_eq!(trip.sent.outcome, Outcome::Completed, "{flip:?}");
+                vmm::assert_arrived(&guest, &trip);
+                // A chunk of 2 MiB at the most, of which this page is one.
+                assert_eq!((trip.sent.repairs, trip.received.repairs), (1, 1), "{flip:?}");
+                assert!((1..=2 << 20).contains(&trip.sent.repaired_bytes), "{flip:?}: {}", trip.sent.repaired_bytes);
                 found.lock().unwrap().0 += 1;
             }
-            Place::Hello | Place::Head => {
-                assert!(matches!(trip.sent.outcome, Outcome::Failed(_)), "{flip:?}: {}", trip.sent.outcome);
+            Place::Head => {
+                assert_eq!(trip.sent.outcome, Outcome::Completed, "{flip:?}: {:?}", trip.sent.remarks);
+                vmm::assert_arrived(&guest, &trip);
+                assert!(trip.sent.channels_lost >= 1, "{flip:?}");
+                found.lock().unwrap().1 += 1;
+            }
+            // The target turns such a connection away: it never joins, and is made anew.
+            Place::Hello => {
+                assert_eq!(trip.sent.outcome, Outcome::Completed, "{flip:?}: {:?}", trip.sent.remarks);
                 found.lock().unwrap().1 += 1;
             }
         }
@@ -240,7 +289,7 @@ fn sweep_data(verify: Verify, channel: usize, offsets: impl Fn(u64) -> Vec<u64>)
 }
 
 #[test]
-fn every_damaged_payload_is_caught_before_commit_and_its_chunk_named() {
+fn every_damaged_payload_is_caught_before_commit_and_its_chunk_travels_again() {
     for verify in [Verify::Wire, Verify::Full] {
         let (payload, _) = sweep_data(verify, 0, |length| (0..length).step_by(1913).collect());
         let (more, _) = sweep_data(verify, 1, |length| (0..length).step_by(1913).collect());
@@ -249,7 +298,7 @@ fn every_damaged_payload_is_caught_before_commit_and_its_chunk_named() {
 }
 
 #[test]
-fn every_damaged_byte_of_hello_header_and_table_ends_the_migration() {
+fn every_damaged_byte_of_hello_header_and_table_costs_the_channel_and_not_the_migration() {
     let (_, heads) = sweep_data(Verify::Wire, 0, |_| (0..HELLO_BYTES as u64 + 200).step_by(3).collect());
     assert!(heads >= 40, "{heads} bytes were damaged");
 }

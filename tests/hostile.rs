@@ -5,6 +5,14 @@
 mod at_source;
 #[path = "hostile/at_target.rs"]
 mod at_target;
+#[path = "hostile/crowds.rs"]
+mod crowds;
+#[path = "lifecycle/leaks.rs"]
+mod leaks;
+#[path = "hostile/memory.rs"]
+mod memory;
+#[path = "hostile/numbers.rs"]
+mod numbers;
 #[path = "support/peer.rs"]
 mod peer;
 #[path = "support/vmm.rs"]

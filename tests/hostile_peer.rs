@@ -211,7 +211,7 @@ fn lanes_that_have_much_to_do_for_few_bytes_end_at_once_when_aborted() {
 }
 
 #[test]
-fn a_bye_before_the_hand_over_ends_the_migration_instead_of_leaving_the_others_at_the_barrier() {
+fn a_bye_before_the_hand_over_counts_as_a_loss_instead_of_leaving_the_others_at_the_barrier() {
     let target = Target::builder().listen("127.0.0.1:0").unwrap();
     let to = target.address().unwrap().to_string();
     let receiving = std::thread::spawn(move || target.receive(&mut TestIncoming::new()).outcome);
@@ -221,5 +221,5 @@ fn a_bye_before_the_hand_over_ends_the_migration_instead_of_leaving_the_others_a
     data.write_all(&packet).unwrap();
     assert!(matches!(peer.hear(), Some(TargetFrame::ChannelFailed { .. })));
     drop(peer);
-    assert!(matches!(receiving.join().unwrap(), Outcome::Failed(Failure::Channel { .. })));
+    assert!(matches!(receiving.join().unwrap(), Outcome::Failed(Failure::Control { .. })));
 }

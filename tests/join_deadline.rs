@@ -66,8 +66,8 @@ fn a_data_channel_that_is_dropped_before_it_joins_fails_the_migration_in_time() 
     let source = Source::builder(ram).channels(1).timeouts(timeouts).connect(&to).unwrap();
     let report = source.migrate(&mut dirty, &mut guest);
     match report.outcome {
-        Outcome::Failed(Failure::Silent { waiting_for, .. }) => {
-            assert_eq!(waiting_for, "ChannelJoined for every data channel")
+        Outcome::Failed(Failure::Channel { reason, .. }) => {
+            assert!(reason.contains("before it had joined"), "{reason}")
         }
         other => panic!("{other:?}"),
     }

@@ -9,6 +9,8 @@ mod failing;
 mod leaks;
 #[path = "support/peer.rs"]
 mod peer;
+#[path = "lifecycle/stages.rs"]
+mod stages;
 mod support;
 #[path = "lifecycle/threads.rs"]
 mod threads;

@@ -6,6 +6,8 @@ mod support;
 mod vmm;
 
 use std::fs::File;
+use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use pageferry::dirty::combined::{Combined, Still};
@@ -396,4 +398,20 @@ fn a_connector_that_runs_out_of_descriptors_is_named_with_the_channel() {
     let trip = vmm::travel(source, &mut dirty, &mut guest, target, TestIncoming::new());
     assert_stayed(&guest, &trip);
     assert!(trip.sent.outcome.to_string().contains("channel 1, generation 1"), "{}", trip.sent.outcome);
+}
+
+#[test]
+fn a_target_whose_ready_made_connections_lead_to_no_source_says_so_and_does_not_wait_for_more() {
+    let strangers: [&[u8]; 3] = [b"", b"GET / HTTP/1.1", &[b'x'; 64]];
+    for words in strangers {
+        let (near, far) = vmm::pairs(2);
+        let target = Target::builder().connections(far).unwrap();
+        for near in near {
+            UnixStream::from(near).write_all(words).unwrap();
+        }
+        let report = target.receive(&mut TestIncoming::new());
+        let why = report.outcome.to_string();
+        assert!(why.contains("none of the connections that were handed over"), "after {words:?}: {why}");
+        assert_eq!(report.turned_away, 2);
+    }
 }

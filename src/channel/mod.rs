@@ -57,6 +57,18 @@ impl fmt::Display for ChannelError {
 
 impl std::error::Error for ChannelError {}
 
+impl ChannelError {
+    /// Whether it is not the connection that failed, so that another one would not help: guest RAM has no page where the
+    /// kernel wants to read or write one (a full disk, a file that was cut short), or the mistake is our own.
+    pub fn is_ours(&self) -> bool {
+        match self {
+            ChannelError::Io { source, .. } => source.raw_os_error() == Some(libc::EFAULT),
+            ChannelError::Internal(_) => true,
+            ChannelError::Aborted | ChannelError::Closed { .. } | ChannelError::Wire(_) | ChannelError::Order(_) => false,
+        }
+    }
+}
+
 impl From<WireError> for ChannelError {
     fn from(e: WireError) -> ChannelError {
         ChannelError::Wire(e)

@@ -67,7 +67,7 @@
 //!     Outcome::Cancelled => { /* it runs here */ }
 //!     Outcome::Failed(Failure::Hook { hook: "resume", .. }) => { /* it is ours, and stands still */ }
 //!     Outcome::Failed(why) => eprintln!("it runs on here: {why}"), // a second attempt may be made
-//!     Outcome::Uncertain(why) => eprintln!("fence the target before anything else: {why}"),
+//!     Outcome::Uncertain(why) => eprintln!("ask the target about session {}: {why}", report.session),
 //! }
 //! # Ok(())
 //! # }
@@ -112,11 +112,14 @@
 //! | `Completed` | runs at the target | no | disarmed | destroy it; never resume it |
 //! | `Cancelled`, `Failed` | runs here | if it was paused | disarmed, and has back all that was harvested since it was armed | go on; a second attempt may be made |
 //! | `Failed` by the `resume` hook | stands still here | it failed | the same | resume it by other means, or end it |
-//! | `Uncertain` | stands still here, and may run at the target | no | disarmed | make sure that the target does not run it (ask it, fence it, kill it), and only then resume; or destroy it |
+//! | `Uncertain` | stands still here, and may run at the target | no | disarmed | ask the target ([`settle`](crate::settle::settle)): destroy it, or resume it; without an answer fence the target by other means, and only then resume |
 //!
 //! `Uncertain` is rare: the connection broke in the moment between Commit and the target's answer. No time-out turns it
 //! into anything else, because no time-out can: whoever resumes a guest without proof runs it twice, and its disks pay
-//! for it. An orchestrator that can fence a host has that proof.
+//! for it. An orchestrator that can fence a host has that proof, and so has whoever asked the target: it gives up a guest
+//! that it does not run yet before it answers. For that it has to be there still: a VMM that calls
+//! [`receive_and_witness`](crate::Target::receive_and_witness) gets a [`Witness`](crate::target::Witness), and lets it answer
+//! for a while where it [is needed](crate::target::Witness::is_needed), on a thread of its own beside the guest.
 //!
 //! **A second attempt** is a new [`Source`](crate::Source) over the same `Ram` (a clone is a handle) and a new
 //! [`Target`](crate::Target); the same dirty source may be used again. It begins at round 0: tracking was off in between,

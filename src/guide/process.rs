@@ -31,14 +31,17 @@
 //! | all, at the start | `rseq` `set_robust_list` `prctl` `rt_sigprocmask` `gettid` `sched_getaffinity` `sched_setaffinity` `sigaltstack` |
 //! | all, at the end | `rt_sigprocmask` `sigaltstack` `madvise` `munmap` `exit` |
 //! | all, where the vDSO does not serve | `clock_gettime` `getcpu` |
-//! | `pf-send-i` | `sendmsg` `futex` `write`; where the other side is on this host, `sched_yield`; where pages go by reference ([`ZeroCopy`](crate::ZeroCopy)), `recvmsg` `poll` `getsockopt` |
-//! | `pf-recv-i` | `recvmsg` `recvfrom` `futex` `write` `getrusage` `mincore` `fallocate` |
+//! | `pf-send-i` | `sendmsg` `futex` `write`; where the other side is on this host, `sched_yield`; where pages go by reference ([`ZeroCopy`](crate::ZeroCopy)), `recvmsg` `poll` `getsockopt`; under TLS `sendto` |
+//! | `pf-recv-i` | `recvmsg` `recvfrom` `futex` `write` `getrusage` `mincore` `fallocate`; under TLS `sendto` |
 //! | `pf-pause` | `poll` `read` `write` `sendto` `recvfrom` `futex` |
 //! | `pf-scan` | `poll` `read` `write` `sendto` `recvfrom` `futex` `ioctl` `sched_yield` |
 //! | `pf-hash`, `pf-hash-i` | `clone3` `futex` `write` |
 //! | `pf-resolve` | what the system's resolver likes |
 //! | the caller's, source | `socket` `connect` `getsockname` `getpeername` `getsockopt` `setsockopt` `fcntl` `eventfd2` `getrandom` `clone3` `poll` `read` `write` `sendto` `recvfrom` `futex` `shutdown` `close` `openat` `ioctl` `lseek` `sched_yield` `userfaultfd` |
 //! | the caller's, target | `socket` `bind` `listen` `getsockname` `getpeername` `accept4` `unlink` `getsockopt` `setsockopt` `fcntl` `eventfd2` `getrandom` `clone3` `poll` `read` `write` `sendto` `recvfrom` `futex` `shutdown` `close` `openat` `ioctl` `lseek` `madvise` `fallocate` `fstatfs` |
+//!
+//! [`settle`](crate::settle::settle) and a [`Witness`](crate::target::Witness) run on the thread that calls them, start none
+//! but `pf-resolve`, and make no other calls than the caller's thread at a source and at a target.
 //!
 //! `write` and `read` go to eventfds only, but for those of the allocator. The requests of `ioctl`, by what is used:
 //!
@@ -62,7 +65,8 @@
 //! - **SIGPIPE** does not come: every send has MSG_NOSIGNAL.
 //! - **SIGBUS** comes in `pf-send-i`, `pf-hash` or the caller's thread when guest RAM cannot be read: a file that was cut
 //!   short, hugetlb or disk that has run out, poisoned memory. The VMM's handler decides, on that thread, as it would for
-//!   a vCPU. Where the kernel itself meets such a page it is an error of the channel, and the migration fails.
+//!   a vCPU. Where the kernel itself meets such a page it is an error of the channel, and the migration fails. Under TLS the
+//!   kernel meets none: `pf-send-i` and `pf-recv-i` copy pages themselves.
 //! - **SIGSYS** is blocked: under SECCOMP_RET_TRAP a call that the list lacks ends the process at once, and no handler
 //!   is asked. A start hook may unblock it.
 //!
@@ -92,6 +96,9 @@
 //! A guest of 64 GiB in pages of 4 KiB, 4 channels, [`Verify::Wire`](crate::Verify): by the formula 152.0 MB at the source
 //! and 138.9 MB at the target; measured, as the most that was allocated at one time, 151.97 and 138.96 MB.
 //! Threads have std's stacks on top, 2 MiB of address space each, unless `Spawn` makes them otherwise.
+//!
+//! TLS adds some 0.3 MB a channel at either side. A target holds up to 512 connections that have not said who they are; each
+//! takes 100 bytes and its socket, and under TLS up to 36 KiB and what rustls keeps of a handshake, some 20 KiB.
 //!
 //! Nothing is locked, and no memory is pinned but pages that go by reference and are on their way, to which the limit on
 //! locked memory applies ([`ZeroCopy`](crate::ZeroCopy); none over loopback, Unix sockets, or with `Off`). A VMM that calls

@@ -6,16 +6,16 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use crate::error::{Failure, OsReason};
+use crate::net::stream::{Stream, is_tls};
 use crate::sys::event::PollSet;
-use crate::sys::socket::Socket;
 use crate::wire::WireError;
 use crate::wire::control::{Frame, FrameDecoder, FrameEncoder};
-use crate::wire::hello::{HELLO_BYTES, Hello};
+use crate::wire::hello::{HELLO_BYTES, Hello, Side};
 
 /// A control connection that sends frames of type `Out` and receives frames of type `In`.
 #[derive(Debug)]
 pub struct Control<Out, In> {
-    socket: Socket,
+    stream: Stream,
     encoder: FrameEncoder<Out>,
     decoder: FrameDecoder<In>,
     hello: [u8; HELLO_BYTES],
@@ -32,26 +32,33 @@ pub struct Control<Out, In> {
 /// everything else, a cancel and the time limits above all; and tiny frames take several times their bytes in memory
 /// until they are dealt with.
 const RECEIVE_BYTES_MAX: usize = 64 << 10;
-/// Bytes that may wait for a peer to read them: a few times the device state that a source lets wait.
-const OUTBOX_BYTES_MAX: usize = 16 << 20;
+/// Bytes that may wait for a peer to read them. At a source, a few times the device state that it lets wait; at a target,
+/// whose peer may be anybody, answers that no honest source leaves unread.
+const fn outbox_bytes_max(sender: Side) -> usize {
+    match sender {
+        Side::Source => 16 << 20,
+        Side::Target => 2 << 20,
+    }
+}
 
 impl<Out: Frame, In: Frame> Control<Out, In> {
     /// Takes a connection whose Hellos have been exchanged.
     ///
     /// # Errors
     /// What fcntl(2) says.
-    pub fn new(socket: Socket) -> io::Result<Self> {
-        socket.set_nonblocking(true)?;
+    pub fn new(stream: impl Into<Stream>) -> io::Result<Self> {
+        let mut stream = stream.into();
+        stream.set_nonblocking(true)?;
         let (encoder, decoder) = (FrameEncoder::new(), FrameDecoder::new());
         let (outbox, sent, heard, wire_bytes) = (Vec::new(), 0, Instant::now(), 0);
         let (hello, hello_got) = ([0; HELLO_BYTES], 0);
         let inbox = vec![0; RECEIVE_BYTES_MAX].into_boxed_slice();
-        Ok(Control { socket, encoder, decoder, hello, hello_got, outbox, sent, inbox, heard, wire_bytes })
+        Ok(Control { stream, encoder, decoder, hello, hello_got, outbox, sent, inbox, heard, wire_bytes })
     }
 
     /// The socket, to wait for.
     pub fn fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
+        self.stream.as_fd()
     }
 
     /// When the peer was last heard of.
@@ -71,7 +78,7 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
 
     /// Bytes that wait to be sent.
     pub fn unsent_bytes(&self) -> usize {
-        self.outbox.len() - self.sent
+        self.outbox.len() - self.sent + self.stream.unsent_bytes()
     }
 
     /// Queues bytes that go before every frame: the Hello.
@@ -93,8 +100,9 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
     /// # Errors
     /// What send(2) says; `QuotaExceeded` for a peer that has left so much unread that no more may wait for it.
     pub fn flush(&mut self) -> io::Result<()> {
+        self.stream.flush()?;
         while self.sent < self.outbox.len() {
-            match self.socket.send(&self.outbox[self.sent..]) {
+            match self.stream.send(&self.outbox[self.sent..]) {
                 Ok(n) => {
                     self.sent += n;
                     self.wire_bytes += n as u64;
@@ -105,7 +113,7 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
                         self.outbox.drain(..self.sent);
                         self.sent = 0;
                     }
-                    if self.unsent_bytes() > OUTBOX_BYTES_MAX {
+                    if self.unsent_bytes() > outbox_bytes_max(Out::SENDER) {
                         let what = format!("the peer does not read it: {} bytes wait", self.unsent_bytes());
                         return Err(io::Error::new(io::ErrorKind::QuotaExceeded, what));
                     }
@@ -125,7 +133,8 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
     /// As [`Control::receive`].
     pub fn receive_hello(&mut self) -> Result<Option<Hello>, ControlError> {
         while self.hello_got < HELLO_BYTES {
-            match self.socket.recv(&mut self.hello[self.hello_got..]) {
+            match self.stream.recv(&mut self.hello[self.hello_got..]) {
+                Ok(0) if self.speaks_tls() => return Err(ControlError::SpeaksTls),
                 Ok(0) => return Err(ControlError::Closed),
                 Ok(n) => {
                     self.hello_got += n;
@@ -133,10 +142,16 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
                     self.heard = Instant::now();
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+                Err(_) if self.speaks_tls() => return Err(ControlError::SpeaksTls),
                 Err(e) => return Err(ControlError::Io(e)),
             }
         }
         Ok(Some(Hello::decode(&self.hello)?))
+    }
+
+    /// Whether the peer has begun to speak TLS on a connection that has none.
+    fn speaks_tls(&self) -> bool {
+        !self.stream.is_encrypted() && is_tls(&self.hello[..self.hello_got])
     }
 
     /// Receives what is there, up to a bound, and gives the frames that are complete.
@@ -145,21 +160,27 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
     /// The end of the stream, what recv(2) says, or what the peer's bytes are not. Frames that were complete before it
     /// are given first, through `frames`.
     pub fn receive(&mut self, frames: &mut Vec<In>) -> Result<(), ControlError> {
-        match self.socket.recv(&mut self.inbox) {
-            Ok(0) => {
-                self.decoder.finish()?;
-                return Err(ControlError::Closed);
-            }
-            Ok(n) => {
-                self.heard = Instant::now();
-                self.wire_bytes += n as u64;
-                let mut input = &self.inbox[..n];
-                while let Some(frame) = self.decoder.pull(&mut input)? {
-                    frames.push(frame);
+        loop {
+            match self.stream.recv(&mut self.inbox) {
+                Ok(0) => {
+                    self.decoder.finish()?;
+                    return Err(ControlError::Closed);
                 }
+                Ok(n) => {
+                    self.heard = Instant::now();
+                    self.wire_bytes += n as u64;
+                    let mut input = &self.inbox[..n];
+                    while let Some(frame) = self.decoder.pull(&mut input)? {
+                        frames.push(frame);
+                    }
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+                Err(e) => return Err(ControlError::Io(e)),
             }
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-            Err(e) => return Err(ControlError::Io(e)),
+            // What is here and not in the socket would be waited for in vain. It is no more than was received at once.
+            if !self.stream.has_received() {
+                break;
+            }
         }
         // What is left makes the next wait return at once.
         Ok(())
@@ -171,18 +192,29 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
     /// the other, as closing with unread bytes would reset the connection and could take our last frames with it. Gives
     /// up after `limit`. Returns the bytes sent and received in all.
     pub fn farewell(mut self, set: &mut PollSet, limit: Duration) -> u64 {
+        self.part(set, limit);
+        self.wire_bytes
+    }
+
+    /// As [`Control::farewell`], for a side that stays to listen. Gives the last frame that the peer said meanwhile.
+    pub fn part(&mut self, set: &mut PollSet, limit: Duration) -> Option<In> {
         let until = Instant::now() + limit;
+        let mut last = None;
         let mut closed = false;
         // The time is looked at after each read, too: a peer that never stops talking must not keep us.
         while self.flush().is_ok() && Instant::now() < until {
             if self.unsent_bytes() == 0 && !closed {
-                self.socket.shutdown_write();
-                closed = true;
+                closed = self.stream.end_sending();
             }
-            match self.socket.recv(&mut self.inbox) {
+            match self.stream.recv(&mut self.inbox) {
                 Ok(0) => break,
                 Ok(n) => {
                     self.wire_bytes += n as u64;
+                    // What makes no sense is no last word, and nobody is left to complain to.
+                    let mut input = &self.inbox[..n];
+                    while let Ok(Some(frame)) = self.decoder.pull(&mut input) {
+                        last = Some(frame);
+                    }
                     continue;
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
@@ -190,10 +222,10 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
             }
             set.clear();
             set.until(until);
-            set.watch(self.socket.as_fd(), true, !closed);
+            set.watch(self.stream.as_fd(), true, !closed);
             set.wait();
         }
-        self.wire_bytes
+        last
     }
 }
 
@@ -202,6 +234,8 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
 pub enum ControlError {
     /// The peer closed it.
     Closed,
+    /// The peer began to speak TLS where nobody else does.
+    SpeaksTls,
     /// A system call failed.
     Io(io::Error),
     /// The bytes make no sense.
@@ -219,7 +253,7 @@ impl ControlError {
     pub fn own_mistake(&self) -> Option<Failure> {
         match self {
             ControlError::Wire(e) => Some(Failure::Config(format!("this cannot be sent: {e}"))),
-            ControlError::Closed | ControlError::Io(_) => None,
+            ControlError::Closed | ControlError::SpeaksTls | ControlError::Io(_) => None,
         }
     }
 
@@ -228,6 +262,10 @@ impl ControlError {
         match self {
             ControlError::Closed => {
                 Failure::Control { doing, reason: OsReason { errno: None, text: "the peer closed it".to_owned() } }
+            }
+            ControlError::SpeaksTls => {
+                let text = "the peer speaks TLS, and this side does not; give --tls-dir here, too".to_owned();
+                Failure::Control { doing, reason: OsReason { errno: None, text } }
             }
             ControlError::Io(e) => Failure::Control { doing, reason: e.into() },
             ControlError::Wire(e) => Failure::Protocol(e.to_string()),
@@ -239,6 +277,7 @@ impl ControlError {
 mod tests {
     use super::*;
     use crate::sys::event::EventFd;
+    use crate::sys::socket::Socket;
     use crate::wire::control::{SourceFrame, TargetFrame};
     use std::io::Write;
     use std::os::unix::net::UnixStream;
@@ -277,7 +316,7 @@ mod tests {
         let (here, _there) = UnixStream::pair().unwrap();
         let mut control = Control::<TargetFrame, SourceFrame>::new(Socket::from_fd(here.into()).unwrap()).unwrap();
         let answer = TargetFrame::Discarded { reason: "x".repeat(1000) };
-        let refused = (0..2 * OUTBOX_BYTES_MAX / 1000).any(|_| control.send(&answer).is_err());
+        let refused = (0..2 * outbox_bytes_max(Side::Target) / 1000).any(|_| control.send(&answer).is_err());
         assert!(refused && control.flush().is_err());
     }
 

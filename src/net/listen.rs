@@ -1,5 +1,5 @@
 #![forbid(unsafe_code)]
-//! How the target gets its connections: a listener, ready-made sockets, and a lobby where strangers say who they are.
+//! How the target gets its connections: a listener, or ready-made sockets.
 
 use std::fs;
 use std::io;
@@ -7,14 +7,10 @@ use std::net::{TcpListener, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
 
 use crate::error::Failure;
 use crate::net::Address;
-use crate::sys::event::PollSet;
 use crate::sys::socket::{Socket, set_backlog};
-use crate::wire::WireError;
-use crate::wire::hello::{HELLO_BYTES, Hello};
 
 /// Where connections come from.
 #[derive(Debug)]
@@ -100,6 +96,11 @@ impl Listener {
         }
     }
 
+    /// Whether no connection can come any more.
+    pub fn is_exhausted(&self) -> bool {
+        matches!(self, Listener::Ready(sockets) if sockets.is_empty())
+    }
+
     /// The next connection, if there is one.
     ///
     /// # Errors
@@ -140,119 +141,6 @@ pub fn passes(error: &io::Error) -> bool {
         libc::EPERM,
     ];
     error.raw_os_error().is_some_and(|errno| PASSING.contains(&errno))
-}
-
-/// Connections that have not yet said who they are. Nobody waits for any of them, and there is room for a few only.
-#[derive(Debug, Default)]
-pub struct Lobby {
-    guests: Vec<Guest>,
-    turned_away: u64,
-}
-
-#[derive(Debug)]
-struct Guest {
-    socket: Socket,
-    hello: [u8; HELLO_BYTES],
-    got: usize,
-    until: Instant,
-}
-
-/// What became of a connection in the lobby.
-#[derive(Debug)]
-pub enum Greeting {
-    /// It said a good Hello.
-    Hello(Socket, Hello),
-    /// It said something else.
-    Stranger(WireError),
-    /// It said nothing in time, or left.
-    Silent,
-}
-
-/// Connections in the lobby at once: one of each channel's, and some strangers.
-const GUESTS_MAX: usize = 512;
-
-impl Lobby {
-    /// Lets a connection in; the one that has waited longest leaves if there is no room.
-    ///
-    /// # Errors
-    /// What fcntl(2) says.
-    pub fn enter(&mut self, socket: Socket, hello_timeout: Duration) -> io::Result<()> {
-        socket.set_nonblocking(true)?;
-        if self.guests.len() >= GUESTS_MAX {
-            self.make_room();
-        }
-        let until = Instant::now() + hello_timeout;
-        self.guests.push(Guest { socket, hello: [0; HELLO_BYTES], got: 0, until });
-        Ok(())
-    }
-
-    /// Sends away the one that has waited longest: its descriptor is needed.
-    pub fn make_room(&mut self) {
-        if !self.guests.is_empty() {
-            self.guests.remove(0);
-            self.turned_away += 1;
-        }
-    }
-
-    /// Connections that were dropped without having said a good Hello.
-    pub fn turned_away(&self) -> u64 {
-        self.turned_away
-    }
-
-    /// Adds every guest to a poll set.
-    pub fn watch(&self, set: &mut PollSet) {
-        for guest in &self.guests {
-            set.watch(guest.socket.as_fd(), true, false);
-            set.until(guest.until);
-        }
-    }
-
-    /// Listens to everybody once, without waiting; gives those who are done.
-    pub fn listen(&mut self) -> Vec<Greeting> {
-        let mut done = Vec::new();
-        let now = Instant::now();
-        let mut index = 0;
-        while index < self.guests.len() {
-            match self.guests[index].hear(now) {
-                None => index += 1,
-                Some(heard) => {
-                    let guest = self.guests.remove(index);
-                    done.push(match heard {
-                        Heard::All(hello) => Greeting::Hello(guest.socket, hello),
-                        Heard::Nonsense(e) => Greeting::Stranger(e),
-                        Heard::Nothing => Greeting::Silent,
-                    });
-                }
-            }
-        }
-        self.turned_away += done.iter().filter(|g| !matches!(g, Greeting::Hello(..))).count() as u64;
-        done
-    }
-}
-
-enum Heard {
-    All(Hello),
-    Nonsense(WireError),
-    Nothing,
-}
-
-impl Guest {
-    fn hear(&mut self, now: Instant) -> Option<Heard> {
-        while self.got < HELLO_BYTES {
-            match self.socket.recv(&mut self.hello[self.got..]) {
-                Ok(0) => return Some(Heard::Nothing),
-                Ok(n) => self.got += n,
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    return (now >= self.until).then_some(Heard::Nothing);
-                }
-                Err(_) => return Some(Heard::Nothing),
-            }
-        }
-        Some(match Hello::decode(&self.hello) {
-            Ok(hello) => Heard::All(hello),
-            Err(e) => Heard::Nonsense(e),
-        })
-    }
 }
 
 #[cfg(test)]

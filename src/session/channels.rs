@@ -76,6 +76,11 @@ impl Channels {
         self.0.iter().all(|c| matches!(c.link, Link::Live | Link::Down))
     }
 
+    /// Whether the target has still to say of one that it is out of the set.
+    pub fn any_is_lost(&self) -> bool {
+        self.that_are(Link::Lost).next().is_some()
+    }
+
     /// Whether none is in the set, and none is about to join it.
     pub fn all_lost(&self) -> bool {
         self.0.iter().all(|c| matches!(c.link, Link::Lost | Link::Down))

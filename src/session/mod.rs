@@ -6,6 +6,7 @@
 
 mod channels;
 mod epochs;
+mod events;
 mod lanes;
 pub mod source;
 pub mod target;

@@ -3,150 +3,10 @@
 
 use crate::error::{Failure, Outcome};
 use crate::session::channels::{Channels, Fate};
+pub use crate::session::events::{Facts, SourceAction, SourceEvent};
 use crate::session::{EpochLedger, FEATURE_RESUME, REPAIRS_MAX, code_of};
-use crate::units::{BlockId, ChannelId, Epoch, Generation, InstanceId, Item, Round, SessionId};
-use crate::wire::control::{CHUNKS_PER_FRAME_MAX, Final, Frame, PeerError, Setup, SourceFrame, TargetFrame};
-
-/// What happens to the source.
-#[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub enum SourceEvent {
-    /// The control connection is up and its Hellos agree.
-    Connected(Setup),
-    /// The target sent a frame.
-    Frame(TargetFrame),
-    /// Everything harvested in this round is in the rings.
-    RoundPushed,
-    /// Enough has been pushed since the last Flush mark.
-    EpochDue,
-    /// The policy wants to hand over.
-    SwitchOver,
-    /// vCPUs and DMA are quiet.
-    GuestPaused,
-    /// The guest is paused, its state saved and sent, and every ring and every worker's hand is empty.
-    Drained(Facts),
-    /// The guest stands still for too long, and runs again: this attempt to hand it over is withdrawn.
-    Overran,
-    /// The gate says that no cancel came first: the point of no return is passed.
-    CommitGranted,
-    /// Someone asked to cancel, and the gate took it.
-    CancelAsked,
-    /// A channel's worker ended with an error, or its data does not move, or it could not be connected.
-    ChannelFailed {
-        /// The channel.
-        channel: ChannelId,
-        /// Its generation.
-        generation: Generation,
-        /// Why.
-        reason: String,
-    },
-    /// A channel that had been lost is connected again, and its Hello is said.
-    ChannelOpened {
-        /// The channel.
-        channel: ChannelId,
-        /// The generation that its Hello named.
-        generation: Generation,
-    },
-    /// The chunks in which source and target differ, as asked for by [`SourceAction::FindDamage`].
-    Damaged {
-        /// The block.
-        block: BlockId,
-        /// Its chunks that differ.
-        chunks: Vec<u32>,
-    },
-    /// The control connection is gone, damaged, or silent for too long. What is a failure without a resume window.
-    ControlLost(Failure),
-    /// After that: there is a new one, and its Hellos agree.
-    Reconnected(SessionId),
-    /// A deadline passed, a hook or the tracking failed.
-    Failed(Failure),
-}
-
-/// What the source knows of RAM and state when everything has been sent.
-#[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
-pub struct Facts {
-    /// A digest a block of what was sent; empty where verification is off.
-    pub block_digests: Vec<u64>,
-    /// A digest a block of all its bytes; empty unless verification is full.
-    pub full_digests: Vec<u64>,
-    /// Bytes of device state.
-    pub state_bytes: u64,
-    /// CRC-32C of the device state.
-    pub state_crc: u32,
-}
-
-/// What the driver is to do.
-#[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub enum SourceAction {
-    /// Send this on the control connection.
-    Send(SourceFrame),
-    /// Connect every data channel, and say Hello on each.
-    OpenChannels,
-    /// Every lane has joined: arm the tracking and start round 0.
-    StartRounds,
-    /// Push this mark into every ring.
-    PushMark(Item),
-    /// Free this channel's journal up to and with this epoch.
-    FreeJournal {
-        /// The channel.
-        channel: ChannelId,
-        /// The last epoch to free.
-        through: Epoch,
-    },
-    /// The channel is lost: shut it down and join its worker. What it had not yet been told to be applied is kept.
-    CloseChannel {
-        /// The channel.
-        channel: ChannelId,
-        /// Which of its connections.
-        generation: Generation,
-        /// Why.
-        reason: String,
-    },
-    /// The target has retired the channel: what is in its journal, its hand and its ring is dirty again, for the next round.
-    GiveBack {
-        /// The channel.
-        channel: ChannelId,
-    },
-    /// The target has taken the channel into its set: start its worker. The first things it says are how far it counts as
-    /// having come.
-    StartChannel {
-        /// The channel.
-        channel: ChannelId,
-        /// Which of its connections.
-        generation: Generation,
-        /// The end of the last round that was ended.
-        round: Option<Round>,
-        /// The mark of the last epoch that was closed.
-        epoch: Option<Epoch>,
-    },
-    /// This connection is of no use now: close it.
-    HangUp {
-        /// The channel.
-        channel: ChannelId,
-    },
-    /// Compare the target's digests with ours, and say which chunks differ.
-    FindDamage {
-        /// The block.
-        block: BlockId,
-        /// The target's digests of its chunks.
-        chunk_digests: Vec<u64>,
-    },
-    /// These chunks are to travel again, in the next round.
-    ShipAgain {
-        /// The block.
-        block: BlockId,
-        /// Its chunks.
-        chunks: Vec<u32>,
-    },
-    /// The control connection is lost, and all channels with it: close everything, keep what was not yet applied, and
-    /// connect anew.
-    Reconnect,
-    /// Pause the guest.
-    PauseGuest,
-    /// Ask the gate whether a cancel came first.
-    AskCommit,
-    /// It is over.
-    End(Outcome),
-}
+use crate::units::{BlockId, ChannelId, Epoch, Generation, InstanceId, Item, Round};
+use crate::wire::control::{CHUNKS_PER_FRAME_MAX, Final, Frame, PeerError, SourceFrame, TargetFrame};
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 enum Phase {
@@ -332,6 +192,11 @@ impl SourceSession {
         self.channels.are_settled()
     }
 
+    /// Whether the target has still to say that a lost channel is out of its set. The driver must set a time for that, too.
+    pub fn awaits_retired(&self) -> bool {
+        self.channels.any_is_lost()
+    }
+
     /// How often chunks had to travel again.
     pub fn repairs(&self) -> u32 {
         self.repairs
@@ -408,6 +273,8 @@ impl SourceSession {
                 Phase::AwaitRunning | Phase::Reasking | Phase::AwaitAnswer,
                 SourceEvent::CancelAsked | SourceEvent::ChannelFailed { .. } | SourceEvent::ChannelOpened { .. },
             ) => {}
+            // An attempt at a new one came to nothing: the next is the driver's to make.
+            (Phase::Reconnecting | Phase::Reasking, SourceEvent::ControlLost(_)) => {}
             (Phase::AwaitRunning | Phase::AwaitAnswer, SourceEvent::ControlLost(why)) if self.resumes => {
                 self.lost.get_or_insert(why);
                 self.phase = Phase::Reasking;
@@ -417,7 +284,7 @@ impl SourceSession {
                 self.end(Outcome::Uncertain(why), out);
             }
             // What took the connection says more than that no new one came.
-            (Phase::Reasking | Phase::AwaitAnswer, SourceEvent::Failed(why) | SourceEvent::ControlLost(why)) => {
+            (Phase::Reasking | Phase::AwaitAnswer, SourceEvent::Failed(why)) => {
                 let why = self.lost.take().unwrap_or(why);
                 self.end(Outcome::Uncertain(why), out);
             }
@@ -452,6 +319,9 @@ impl SourceSession {
                 self.channels.all_gone();
                 self.epochs.forget_outstanding();
                 self.lost_late.clear();
+                // Pages of the round that is being filled may have landed, and travel again: in a round of their own, as
+                // a digest table keeps one entry a page and round. All others have nothing left to wait for.
+                self.rounds += 1;
                 out.push(SourceAction::Reconnect);
             }
             (Phase::AwaitResumed, SourceEvent::ControlLost(why)) => {

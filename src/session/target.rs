@@ -1,129 +1,12 @@
 #![forbid(unsafe_code)]
 //! The target's side of a session: from Setup to Running, as (state, event) -> (state, actions).
 
-use crate::barrier::LaneWord;
 use crate::error::{Failure, Outcome};
+pub use crate::session::events::{Check, TargetAction, TargetEvent};
 use crate::session::lanes::{Arrival, Lanes};
 use crate::session::{FEATURE_RESUME, REPAIRS_MAX, code_of};
-use crate::units::{BlockId, ChannelId, Epoch, Generation, InstanceId, Round};
-use crate::wire::control::{Final, Frame, PeerError, Setup, SourceFrame, TargetFrame};
-
-/// What happens to the target.
-#[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub enum TargetEvent {
-    /// The source sent a frame.
-    Frame(SourceFrame),
-    /// The VMM took the machine, and every block reads as zeros.
-    Prepared(InstanceId),
-    /// The VMM does not take the machine.
-    Refused(String),
-    /// A data connection with a good Hello is there.
-    ChannelConnected {
-        /// The channel.
-        channel: ChannelId,
-        /// Its generation.
-        generation: Generation,
-    },
-    /// A lane's progress, as it stands in the barrier.
-    LaneMoved {
-        /// The channel.
-        channel: ChannelId,
-        /// Rounds passed.
-        rounds: LaneWord,
-        /// Epochs flushed.
-        epochs: LaneWord,
-    },
-    /// A lane ended with an error.
-    LaneFailed {
-        /// The channel.
-        channel: ChannelId,
-        /// Why.
-        reason: String,
-    },
-    /// On a second control connection the source asks to go on with the session.
-    ResumeAsked {
-        /// The target process that it knows.
-        instance: InstanceId,
-        /// The epoch that it is in: all before it is applied, or will come again.
-        epoch: Epoch,
-    },
-    /// On a second control connection somebody asks whether the guest runs here.
-    QueryAsked,
-    /// The digests were compared with those of Final.
-    Checked(Check),
-    /// `load_state` returned.
-    StateLoaded(Result<(), String>),
-    /// `run` returned.
-    RunReturned(Result<(), String>),
-    /// Someone asked to cancel here.
-    CancelAsked,
-    /// The control connection is gone, damaged, or silent for too long. What is a failure without a resume window.
-    ControlLost(Failure),
-    /// A deadline passed, or something of ours failed.
-    Failed(Failure),
-}
-
-/// The result of comparing with Final.
-#[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub enum Check {
-    /// Everything agrees.
-    Agrees,
-    /// A block differs.
-    Differs {
-        /// The block.
-        block: BlockId,
-        /// The target's digests of its chunks, from which the source learns which they are.
-        chunk_digests: Vec<u64>,
-    },
-    /// The device state is not what Final says.
-    StateDiffers(String),
-}
-
-/// What the driver is to do.
-#[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub enum TargetAction {
-    /// Send this on the control connection.
-    Send(TargetFrame),
-    /// Ask the VMM for its memory, and make it read as zeros.
-    Prepare(Setup),
-    /// All channels that will be are connected: start their lanes.
-    StartLanes,
-    /// Put this channel's lane into the set, then start it.
-    StartLane {
-        /// The channel.
-        channel: ChannelId,
-    },
-    /// End this channel's lane and join it, and then take it out of the set. Harmless if it never began.
-    RetireLane {
-        /// The channel.
-        channel: ChannelId,
-    },
-    /// Close the control connection, whatever may still be read from it.
-    DropControl,
-    /// The second control connection takes its place.
-    TakeVisitor,
-    /// Say this on the second control connection, and close it.
-    AnswerVisitor(TargetFrame),
-    /// Keep this piece of device state; pieces come in order, without a gap.
-    KeepState(Vec<u8>),
-    /// Forget the device state that is here: a new attempt at the hand-over sends it again.
-    ForgetState,
-    /// Answer a Ping with the lanes' progress.
-    Pong {
-        /// Its nonce.
-        nonce: u64,
-    },
-    /// Compare with Final: everything has landed.
-    Check(Final),
-    /// Give the VMM its device state.
-    LoadState,
-    /// Let the VMM run the guest.
-    Run,
-    /// Tell the VMM that the guest will not run here; undoes a load.
-    Discard,
-    /// It is over.
-    End(Outcome),
-}
+use crate::units::{ChannelId, Epoch, Generation, InstanceId, Round};
+use crate::wire::control::{Final, Frame, PeerError, SourceFrame, TargetFrame};
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 enum Phase {
@@ -179,6 +62,11 @@ impl TargetSession {
     /// Whether it is over.
     pub fn is_ended(&self) -> bool {
         self.phase == Phase::Ended
+    }
+
+    /// Whether what has landed is being compared with a Final that is still good.
+    pub fn is_checking(&self) -> bool {
+        self.phase == Phase::Checking
     }
 
     /// Whether the control connection is lost, and the source may come back.
@@ -306,10 +194,9 @@ impl TargetSession {
                 if self.has_prepared() {
                     out.push(TargetAction::Discard);
                 }
-                let why = "asked whether the guest runs here, it gave it up".to_owned();
                 self.phase = Phase::Ended;
                 out.push(TargetAction::AnswerVisitor(TargetFrame::QueryAnswer { running: false }));
-                out.push(TargetAction::End(Outcome::Failed(Failure::CancelledBySource(why))));
+                out.push(TargetAction::End(Outcome::Failed(Failure::Fenced)));
             }
             (_, TargetEvent::ControlLost(_)) if self.resumes && self.may_be_resumed() => {
                 self.phase = Phase::Dormant;

@@ -26,9 +26,9 @@ use crate::source::lanes::Lanes;
 use crate::source::losses::Losses;
 use crate::source::pace::Pace;
 use crate::source::watch::Motion;
-use crate::source::{DowntimeParts, Guest, Settings, Source, SourceReport, ZeroCopyReport};
+use crate::source::{DowntimeParts, Guest, Settings, Source, SourceReport, TlsReport, ZeroCopyReport};
 use crate::units::{BlockId, ChannelId, SessionId, Verify};
-use crate::wire::control::{LanePong, SourceFrame, TargetFrame};
+use crate::wire::control::{HEARD_THE_END, LanePong, SourceFrame, TargetFrame};
 use crate::wire::crc::Crc32c;
 
 pub(super) struct Driver<'a> {
@@ -54,6 +54,7 @@ pub(super) struct Driver<'a> {
     /// Whether a round is being pushed.
     pub filling: bool,
     pub losses: Losses,
+    pub tls: Option<TlsReport>,
     pub scanner: Option<Scanner>,
     outcome: Option<Outcome>,
     ended_at: Instant,
@@ -129,6 +130,7 @@ pub(super) fn migrate(source: Source, dirty: &mut dyn DirtySource, guest: &mut d
         chunks_done: 0,
         filling: false,
         losses: Losses::new(channels, FIRST_GENERATION),
+        tls: None,
         scanner: None,
         outcome: None,
         ended_at: begun,
@@ -279,6 +281,10 @@ impl Driver<'_> {
             SourceAction::StartChannel { channel, round, epoch, .. } => self.start_channel(channel, round, epoch)?,
             SourceAction::HangUp { channel } => self.losses.hang_up(channel),
             SourceAction::FindDamage { block, chunk_digests } => {
+                if self.ram.block(block).is_none() {
+                    let what = format!("DigestMismatch names block {block}, which does not exist");
+                    return self.fail(Failure::Protocol(what));
+                }
                 let chunks = self.find_damage(block, &chunk_digests);
                 self.event(SourceEvent::Damaged { block, chunks })?;
             }
@@ -322,10 +328,13 @@ impl Driver<'_> {
             self.event(SourceEvent::CancelAsked)?;
         }
         self.receive()?;
-        while let Some((channel, reason)) = self.lanes.as_mut().and_then(Lanes::poll_end) {
+        while let Some((channel, reason, is_ours)) = self.lanes.as_mut().and_then(Lanes::poll_end) {
             // If the target has said why it closed its channels, that is the reason to report.
             self.receive()?;
             let generation = self.session.generation(channel);
+            if is_ours && !self.session.is_committed() {
+                return self.fail(Failure::Channel { channel, generation, reason });
+            }
             self.event(SourceEvent::ChannelFailed { channel, generation, reason })?;
         }
         self.look_after_channels(&readable)?;
@@ -361,7 +370,11 @@ impl Driver<'_> {
             Outcome::Completed => downtime.saturating_sub(pause + ship + load),
             _ => Duration::ZERO,
         };
-        if let Some(control) = self.control.take() {
+        if let Some(mut control) = self.control.take() {
+            if matches!(outcome, Outcome::Completed | Outcome::Failed(Failure::RunFailed(_))) {
+                // A courtesy: the target need not wait for a Query. What cannot be sent, it does without.
+                let _ = control.send(&SourceFrame::Ping { nonce: HEARD_THE_END });
+            }
             self.sum.control_bytes = control.farewell(self.bell.sleeper().set(), LAST_WORDS);
         }
         if self.armed {
@@ -396,6 +409,7 @@ impl Driver<'_> {
             throttling: self.policy.summary(),
             send_syscalls: counts.syscalls,
             zero_copy: ZeroCopyReport::new(&counts, self.sum.why_copied),
+            tls: self.tls,
             cpus: self.sum.cpus,
             session: self.id,
             channels_lost: self.losses.channels_lost,
@@ -408,10 +422,10 @@ impl Driver<'_> {
         }
     }
 
-    /// The chunks of a block in which source and target differ. A target that names no such block has its reason to fail.
+    /// The chunks of a block in which source and target differ; none where that is not known.
     fn find_damage(&self, block: BlockId, peer: &[u64]) -> Vec<u32> {
         match &self.digests {
-            Some(table) if self.ram.block(block).is_some() && !peer.is_empty() => {
+            Some(table) if !peer.is_empty() => {
                 table.differing_chunks(block, peer).map(|chunk| chunk as u32).collect()
             }
             _ => Vec::new(),

@@ -15,15 +15,19 @@ impl Driver<'_> {
 
     /// What is known now, with so much dirty that has not been harvested.
     pub fn estimate(&self, dirty_bytes: u64) -> Estimate {
+        let deferred = self.scanner.as_ref().map_or(0, |scanner| scanner.deferred_bytes());
+        let returned = self.losses.returned_bytes.min(deferred);
         Estimate {
             rounds: self.session.round().0,
             elapsed: self.armed_at.elapsed(),
-            // What lost channels gave back is to be pushed once more.
-            queued_bytes: self.lanes.as_ref().map_or(0, |lanes| lanes.queued_bytes()) + self.losses.returned_bytes,
+            // What lost channels gave back is in no ring, and no waiting drains it: the scanner keeps it back for the next
+            // round, and counts it.
+            queued_bytes: self.lanes.as_ref().map_or(0, |lanes| lanes.queued_bytes()),
             in_flight_bytes: self.in_flight_bytes(),
             dirty_bytes,
-            // What was dirty in each round so far is taken to be dirty again, and is counted once.
-            deferred_bytes: self.scanner.as_ref().map_or(0, |s| s.deferred_bytes()).saturating_sub(dirty_bytes),
+            // What was dirty in each round so far is taken to be dirty again, and is counted once; what lost channels gave
+            // back is not.
+            deferred_bytes: (deferred - returned).saturating_sub(dirty_bytes) + returned,
             rate: self.gauge.rate(),
             dirty_rate: self.dirty_rate,
             fixed_cost: self.gauge.fixed_cost(),

@@ -16,11 +16,11 @@ use crate::error::Failure;
 use crate::journal;
 use crate::memory::Ram;
 use crate::memory::look::Look;
+use crate::net::Stream;
 use crate::poll::PollSleeper;
 use crate::progress::Progress;
 use crate::ring::{Consumer, Producer, ring};
 use crate::source::Settings;
-use crate::sys::socket::Socket;
 use crate::units::{ChannelId, Epoch, Item, Round, Run};
 
 /// Runs in one ring at the most: as many single pages as [`super::QUEUE_BYTES`] holds, and marks.
@@ -96,9 +96,9 @@ pub(super) struct GivenBack {
 
 impl Lanes {
     /// Starts a worker for every channel that is connected; the others may follow.
-    pub fn muster(kit: &Kit<'_>, sockets: &[Option<Arc<Socket>>]) -> Result<Lanes, Failure> {
-        let count = sockets.len();
-        let peer = Peer::of(sockets.iter().flatten().map(|socket| &**socket));
+    pub fn muster(kit: &Kit<'_>, streams: Vec<Option<Stream>>) -> Result<Lanes, Failure> {
+        let count = streams.len();
+        let peer = Peer::of(streams.iter().flatten().map(|stream| &**stream.socket()));
         let mut lanes = Lanes {
             channels: (0..count).map(|_| Channel::default()).collect(),
             sent: Arc::new(Barrier::new(count)),
@@ -106,10 +106,10 @@ impl Lanes {
             queue_bytes: kit.settings.queue_bytes,
             last: count - 1,
         };
-        for (index, socket) in sockets.iter().enumerate() {
+        for (index, stream) in streams.into_iter().enumerate() {
             lanes.sent.retire(index);
-            if let Some(socket) = socket {
-                lanes.start(kit, ChannelId(index as u8), socket.clone(), None, None)?;
+            if let Some(stream) = stream {
+                lanes.start(kit, ChannelId(index as u8), stream, None, None)?;
             }
         }
         Ok(lanes)
@@ -120,12 +120,12 @@ impl Lanes {
         &mut self,
         kit: &Kit<'_>,
         id: ChannelId,
-        socket: Arc<Socket>,
+        stream: Stream,
         round: Option<Round>,
         epoch: Option<Epoch>,
     ) -> Result<(), Failure> {
         let index = usize::from(id.0);
-        let by_reference = ByReference::new(kit.settings.zero_copy, &socket)
+        let by_reference = ByReference::new(kit.settings.zero_copy, &stream)
             .map_err(|why| Failure::Config(format!("no zero copy on data channel {id}: {why}; use auto or off")))?;
         let (mut ring_in, ring_out) = ring(RING_SLOTS);
         let (journal_in, journal) = ring(JOURNAL_SLOTS);
@@ -134,7 +134,7 @@ impl Lanes {
         debug_assert!(pushed <= 2, "the ring is new");
         let role = SendRole::new(SendGear {
             channel: id,
-            socket,
+            stream,
             by_reference,
             ring: ring_out,
             journal: journal_in,
@@ -303,22 +303,22 @@ impl Lanes {
         self.sent.passed(index).count() >= u64::from(round.0)
     }
 
-    /// A worker that has ended since this was last asked, and why.
-    pub fn poll_end(&mut self) -> Option<(ChannelId, String)> {
+    /// A worker that has ended since this was last asked, why, and whether another connection would not help.
+    pub fn poll_end(&mut self) -> Option<(ChannelId, String, bool)> {
         for (index, channel) in self.channels.iter_mut().enumerate() {
             let Line::Up(up) = &mut channel.line else { continue };
             if up.crew.poll_exit().is_none() {
                 continue;
             }
-            let why = match up.crew.workers().first().and_then(|worker| worker.exit.as_ref()) {
+            let (why, is_ours) = match up.crew.workers().first().and_then(|worker| worker.exit.as_ref()) {
                 Some(Exit::Done(end)) => match &end.result {
                     Ok(()) | Err(ChannelError::Aborted) => continue,
-                    Err(why) => why.to_string(),
+                    Err(why) => (why.to_string(), why.is_ours()),
                 },
-                Some(Exit::Panicked { message }) => format!("its worker panicked: {message}"),
-                Some(Exit::NeverRan) | None => "its worker never ran".to_owned(),
+                Some(Exit::Panicked { message }) => (format!("its worker panicked: {message}"), true),
+                Some(Exit::NeverRan) | None => ("its worker never ran".to_owned(), true),
             };
-            return Some((ChannelId(index as u8), why));
+            return Some((ChannelId(index as u8), why, is_ours));
         }
         None
     }

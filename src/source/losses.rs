@@ -6,11 +6,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::error::Failure;
-use crate::net::{Control, Endpoint, Opening, open};
+use crate::net::{Control, Endpoint, Opening, Stream, open};
 use crate::progress::Stage;
 use crate::session::source::SourceEvent;
 use crate::source::Guest;
-use crate::source::dial::{Dial, say_hello};
+use crate::source::dial::{Destination, Dial, say_hello};
 use crate::source::driver::Driver;
 use crate::source::ends::Over;
 use crate::source::lanes::Lanes;
@@ -44,7 +44,14 @@ pub(super) struct WayBack {
     at: Option<Instant>,
     dial: Option<Dial>,
     /// Connected, and not yet in the set; since when.
-    joining: Option<(Arc<Socket>, Instant)>,
+    joining: Option<(Joining, Instant)>,
+}
+
+/// A connection that the target has not yet taken in.
+struct Joining {
+    socket: Arc<Socket>,
+    /// Nothing where a worker has it already.
+    stream: Option<Stream>,
 }
 
 /// What was lost, and what is done about it.
@@ -56,6 +63,8 @@ pub(super) struct Losses {
     pub returned_bytes: u64,
     /// Since when no channel is left.
     none_since: Option<Instant>,
+    /// Since when the target has not answered that a lost channel is out of its set.
+    pub retired_since: Option<Instant>,
     last: Option<Failure>,
     /// Bytes that were sent, or taken up to be sent, and travelled again as nobody knew whether they had been applied.
     pub reshipped_bytes: u64,
@@ -74,6 +83,7 @@ impl Losses {
             returned: Vec::new(),
             returned_bytes: 0,
             none_since: None,
+            retired_since: None,
             last: None,
             reshipped_bytes: 0,
             repaired_bytes: 0,
@@ -84,23 +94,23 @@ impl Losses {
         }
     }
 
-    /// Connected, and to be joined.
+    /// Connected and with a worker, and to be joined.
     pub fn joins(&mut self, channel: ChannelId, socket: Arc<Socket>) {
         if let Some(way) = self.ways.get_mut(usize::from(channel.0)) {
-            way.joining = Some((socket, Instant::now()));
+            way.joining = Some((Joining { socket, stream: None }, Instant::now()));
         }
     }
 
     /// The connection that was to be joined, as it is now, or is of no use.
-    pub fn take_joining(&mut self, channel: ChannelId) -> Option<Arc<Socket>> {
+    pub fn take_joining(&mut self, channel: ChannelId) -> Option<Stream> {
         let way = self.ways.get_mut(usize::from(channel.0))?;
-        way.joining.take().map(|(socket, _)| socket)
+        way.joining.take().and_then(|(joining, _)| joining.stream)
     }
 
     /// The connections that are about to join.
     pub fn joining_sockets(&self) -> impl Iterator<Item = (ChannelId, &Socket)> {
         let all = (0u8..).map(ChannelId).zip(&self.ways);
-        all.filter_map(|(channel, way)| way.joining.as_ref().map(|(socket, _)| (channel, &**socket)))
+        all.filter_map(|(channel, way)| way.joining.as_ref().map(|(joining, _)| (channel, &*joining.socket)))
     }
 
     /// A connection that is of no use now: it is made again when there is one.
@@ -109,6 +119,11 @@ impl Losses {
             way.joining = None;
             way.at = Some(Instant::now() + FIRST_WAIT);
         }
+    }
+
+    /// Whether another connection is under way, or will be.
+    pub fn has_hope(&self) -> bool {
+        self.ways.iter().any(|way| way.at.is_some() || way.dial.is_some() || way.joining.is_some())
     }
 
     /// A channel has got an epoch through: what happened before is forgotten.
@@ -139,6 +154,7 @@ impl Driver<'_> {
 
     /// The target has retired a channel: its runs travel again.
     pub fn give_back(&mut self, channel: ChannelId) {
+        self.losses.retired_since = None;
         let Some(given) = self.lanes.as_mut().map(|lanes| lanes.give_back(channel)) else { return };
         let bytes = |runs: &[Run]| runs.iter().map(|run| self.bytes_of(run)).sum::<u64>();
         let popped = bytes(&given.popped);
@@ -196,10 +212,12 @@ impl Driver<'_> {
             } else if let Some(result) = way.dial.as_mut().and_then(Dial::poll) {
                 way.dial = None;
                 self.dialled(channel, result)?;
-            } else if way.dial.is_none() && self.session.is_down(channel) && self.session.wants_channels() {
-                if way.at.is_some_and(|at| now >= at) {
-                    self.dial(channel)?;
-                }
+            } else if way.at.is_some_and(|at| now >= at)
+                && way.dial.is_none()
+                && self.session.is_down(channel)
+                && self.session.wants_channels()
+            {
+                self.dial(channel)?;
             }
         }
         self.check_that_one_is_left(now)
@@ -217,9 +235,10 @@ impl Driver<'_> {
         let limit = self.settings.timeouts.connect;
         match &mut self.endpoint {
             Endpoint::Addresses(addresses) => {
-                let (addresses, ringer) = (addresses.clone(), self.bell.ringer());
+                let ringer = self.bell.ringer();
+                let to = Destination { addresses: addresses.clone(), tls: self.settings.tls.clone() };
                 let number = channel.0.into();
-                match Dial::start(number, addresses, opening, &hello, limit, &self.options, &ringer) {
+                match Dial::start(number, to, opening, &hello, limit, &self.options, &ringer) {
                     Ok(dial) => {
                         self.losses.ways[usize::from(channel.0)].dial = Some(dial);
                         Ok(())
@@ -228,10 +247,10 @@ impl Driver<'_> {
                 }
             }
             endpoint => {
-                let opened = open(endpoint, opening, &mut self.bell, Instant::now() + limit, &|| false);
-                let said = opened.and_then(|socket| {
-                    let socket = socket.ok_or_else(|| Failure::Config("no connection".to_owned()))?;
-                    let said = say_hello(&socket, &hello.encode()).map(|()| socket);
+                let opened = open(endpoint, opening, self.settings.tls.as_ref(), &mut self.bell, Instant::now() + limit, &|| false);
+                let said = opened.and_then(|stream| {
+                    let mut stream = stream.ok_or_else(|| Failure::Config("no connection".to_owned()))?;
+                    let said = say_hello(&mut stream, &hello.encode()).map(|()| stream);
                     said.map_err(|e| Failure::Connect { address: opening.to_string(), reason: e.into() })
                 });
                 if said.is_err() {
@@ -243,16 +262,18 @@ impl Driver<'_> {
         }
     }
 
-    fn dialled(&mut self, channel: ChannelId, result: Result<Socket, Failure>) -> Result<(), Over> {
+    fn dialled(&mut self, channel: ChannelId, result: Result<Stream, Failure>) -> Result<(), Over> {
         let way = &mut self.losses.ways[usize::from(channel.0)];
         let generation = way.generation.unwrap_or(Generation(1));
-        let opened = result.and_then(|socket| {
-            let ready = socket.set_nonblocking(false).map(|()| Arc::new(socket));
+        let opened = result.and_then(|mut stream| {
+            let ready = stream.set_nonblocking(false).map(|()| stream);
             ready.map_err(|e| Failure::Connect { address: format!("channel {channel}"), reason: e.into() })
         });
         match opened {
-            Ok(socket) => {
-                way.joining = Some((socket, Instant::now()));
+            Ok(stream) => {
+                self.tls = self.tls.map(|tls| tls.and(&stream));
+                let joining = Joining { socket: stream.socket().clone(), stream: Some(stream) };
+                way.joining = Some((joining, Instant::now()));
                 self.event(SourceEvent::ChannelOpened { channel, generation })
             }
             Err(why) => {
@@ -274,8 +295,7 @@ impl Driver<'_> {
             return Ok(());
         }
         let since = *self.losses.none_since.get_or_insert(now);
-        let hope = self.losses.ways.iter().any(|way| way.at.is_some() || way.dial.is_some() || way.joining.is_some());
-        if (hope || !self.session.channels_are_settled()) && now < since + self.settings.timeouts.stall {
+        if (self.losses.has_hope() || !self.session.channels_are_settled()) && now < since + self.settings.timeouts.stall {
             return Ok(());
         }
         let none = || Failure::Worker("internal error: no channel is left, and none was lost".to_owned());
@@ -345,11 +365,12 @@ impl Driver<'_> {
         self.losses.control_generation = generation;
         let hello = crate::wire::hello::Hello { generation, ..self.hello(HelloRole::Control) };
         let limit = self.settings.timeouts.connect.min(until.saturating_duration_since(Instant::now()));
-        let socket = match &mut self.endpoint {
+        let stream = match &mut self.endpoint {
             Endpoint::Addresses(addresses) => {
-                let (addresses, ringer) = (addresses.clone(), self.bell.ringer());
+                let ringer = self.bell.ringer();
+                let to = Destination { addresses: addresses.clone(), tls: self.settings.tls.clone() };
                 let number = usize::from(u8::MAX);
-                let started = Dial::start(number, addresses, Opening::Control, &hello, limit, &self.options, &ringer);
+                let started = Dial::start(number, to, Opening::Control, &hello, limit, &self.options, &ringer);
                 match started {
                     Ok(mut dial) => loop {
                         if let Some(result) = dial.poll() {
@@ -361,20 +382,20 @@ impl Driver<'_> {
                 }
             }
             endpoint => {
-                let opened = open(endpoint, Opening::Control, &mut self.bell, Instant::now() + limit, &|| false);
-                let socket = match opened {
-                    Ok(Some(socket)) => socket,
+                let opened = open(endpoint, Opening::Control, self.settings.tls.as_ref(), &mut self.bell, Instant::now() + limit, &|| false);
+                let mut stream = match opened {
+                    Ok(Some(stream)) => stream,
                     Ok(None) => return Ok(()),
                     // What the VMM has not got now it will not have later.
                     Err(why) => return self.fail(why),
                 };
-                say_hello(&socket, &hello.encode())
-                    .map(|()| socket)
+                say_hello(&mut stream, &hello.encode())
+                    .map(|()| stream)
                     .map_err(|e| Failure::Connect { address: "the VMM's connector".to_owned(), reason: e.into() })
             }
         };
-        let control = socket.and_then(|socket| {
-            Control::new(socket).map_err(|e| Failure::Control { doing: "setting it up", reason: e.into() })
+        let control = stream.and_then(|stream| {
+            Control::new(stream).map_err(|e| Failure::Control { doing: "setting it up", reason: e.into() })
         });
         match control {
             Ok(control) => self.control = Some(control),
@@ -455,14 +476,14 @@ impl Driver<'_> {
 
     /// Starts the worker of a channel that the target has taken in again.
     pub fn start_channel(&mut self, channel: ChannelId, round: Option<Round>, epoch: Option<Epoch>) -> Result<(), Over> {
-        let Some(socket) = self.losses.take_joining(channel) else {
+        let Some(stream) = self.losses.take_joining(channel) else {
             return self.fail(Failure::Worker("internal error: a channel without a socket has joined".to_owned()));
         };
         self.losses.reconnects += 1;
         let mut lanes = self.lanes.take();
         let started = lanes.as_mut().map_or(Ok(()), |lanes: &mut Lanes| {
             let ringer = self.bell.ringer();
-            lanes.start(&self.kit(&ringer), channel, socket, round, epoch)
+            lanes.start(&self.kit(&ringer), channel, stream, round, epoch)
         });
         self.lanes = lanes;
         match started {

@@ -57,13 +57,10 @@ impl Driver<'_> {
         let mut frames = Vec::new();
         let result = control.receive(&mut frames);
         for frame in frames {
-            match &frame {
-                TargetFrame::Pong { nonce, lanes } => {
-                    self.gauge.pong_came(*nonce);
-                    self.pongs.clone_from(lanes);
-                    continue;
-                }
-                _ => {}
+            if let TargetFrame::Pong { nonce, lanes } = frame {
+                self.gauge.pong_came(nonce);
+                self.pongs = lanes;
+                continue;
             }
             self.event(SourceEvent::Frame(frame))?;
         }

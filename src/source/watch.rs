@@ -8,6 +8,7 @@ use crate::source::driver::Driver;
 use crate::source::ends::Over;
 use crate::session::source::SourceEvent;
 use crate::units::ChannelId;
+use crate::wire::packet::HEADER_AND_TABLE_BYTES_MAX;
 
 impl Driver<'_> {
     /// Ends the migration if the target has kept us waiting for too long.
@@ -44,7 +45,23 @@ impl Driver<'_> {
                 return if owed.is_none() { self.control_lost(why) } else { self.fail(why) };
             }
         }
+        self.check_retired(now)?;
         self.check_stall(now, timeouts.stall)
+    }
+
+    /// A target that does not take a lost channel out of its set holds everything up.
+    fn check_retired(&mut self, now: Instant) -> Result<(), Over> {
+        // While it is in a hook of its VMM it answers nobody; that has a limit of its own.
+        if !self.session.awaits_retired() || self.session.waits_for_hook().is_some() || self.session.is_committed() {
+            self.losses.retired_since = None;
+            return Ok(());
+        }
+        let waited = now.saturating_duration_since(*self.losses.retired_since.get_or_insert(now));
+        if waited <= self.settings.timeouts.hello {
+            return Ok(());
+        }
+        let waiting_for = "ChannelRetired for a lost data channel";
+        self.fail(Failure::Silent { waiting_for, ms: waited.as_millis() as u64 })
     }
 
     /// Only while data waits to move can it stall, and only the lane that others wait for is to blame: one that is at
@@ -52,6 +69,7 @@ impl Driver<'_> {
     fn check_stall(&mut self, now: Instant, limit: Duration) -> Result<(), Over> {
         let Some(lanes) = &self.lanes else { return Ok(()) };
         let round = self.session.round();
+        let in_hand = self.settings.batch_bytes as u64 + HEADER_AND_TABLE_BYTES_MAX as u64;
         // No byte may be queued, and rounds be blocked all the same: by epochs that the target does not acknowledge.
         let epochs_wait = !self.session.may_close_epoch() && self.session.waits_for_hook().is_none();
         let (mut all_quiet, mut sum, mut live) = (!epochs_wait, 0u64, 0);
@@ -66,7 +84,9 @@ impl Driver<'_> {
             let sent = lanes.sent_bytes(index, &self.progress);
             let generation = self.session.generation(channel);
             let pong = self.pongs.iter().find(|pong| (pong.channel, pong.generation) == (channel, generation));
-            let landed = pong.map_or(0, |pong| pong.bytes).min(sent);
+            // The batch in the worker's hand counts as sent when all of it is: over a slow link it lands long before. What
+            // the target makes up beyond that is no progress.
+            let landed = pong.map_or(0, |pong| pong.bytes).min(sent + in_hand);
             // Bytes may be queued here, or the end mark of a round, for which the socket has no room; and what has left the
             // worker's hand may lie in socket buffers: a lane that has not passed a round owes it, and the policy, or an
             // epoch, may wait for every byte that was sent.
@@ -77,7 +97,8 @@ impl Driver<'_> {
             all_quiet &= !owes;
             sum = sum.wrapping_add(sent).wrapping_add(landed);
             let at_barrier = pong.is_some_and(|pong| pong.at_barrier);
-            if sent + landed != motion.0 || !owes || at_barrier {
+            let moved = (sent + landed).abs_diff(motion.0);
+            if moved >= PROGRESS_BYTES_MIN || !owes || at_barrier {
                 *motion = (sent + landed, now);
             }
             if now.saturating_duration_since(motion.1) > limit {
@@ -88,19 +109,35 @@ impl Driver<'_> {
             self.motion.all = (sum, now);
         }
         let still = now.saturating_duration_since(self.motion.all.1);
-        if still > limit || (live > 0 && stalled.len() == live) {
+        if still > limit {
+            // Nothing moves anywhere. Where another connection is under way it may be better.
+            if !stalled.is_empty() && self.losses.has_hope() {
+                self.motion.all = (sum, now);
+                return self.lose_stalled(stalled, limit);
+            }
             let behind = self.pongs.iter().filter(|p| !p.at_barrier).min_by_key(|p| (p.rounds_passed, p.bytes));
             let channel = behind.map_or(ChannelId(0), |p| p.channel);
             return self.fail(Failure::Stalled { channel, ms: still.max(limit).as_millis() as u64 });
         }
+        // Where all are slow, that is the link they share.
+        if stalled.len() == live {
+            return Ok(());
+        }
+        self.lose_stalled(stalled, limit)
+    }
+
+    fn lose_stalled(&mut self, stalled: Vec<ChannelId>, limit: Duration) -> Result<(), Over> {
         for channel in stalled {
             let generation = self.session.generation(channel);
-            let reason = format!("nothing moved on it for {} ms, and the others wait for it", limit.as_millis());
+            let reason = format!("next to nothing moved on it for {} ms, and the others wait for it", limit.as_millis());
             self.event(SourceEvent::ChannelFailed { channel, generation, reason })?;
         }
         Ok(())
     }
 }
+
+/// What a lane has to move within the stall limit. Less is as good as nothing to those that wait for it.
+const PROGRESS_BYTES_MIN: u64 = 64 << 10;
 
 /// What has moved, on each channel and on all of them, and when that was seen to change last.
 pub(super) struct Motion {

@@ -163,6 +163,14 @@ impl Socket {
         }
     }
 
+    /// The address of the machine at the other end; `None` for a Unix socket, and for one that has no peer any more.
+    pub fn peer_ip(&self) -> Option<IpAddr> {
+        match self.address(libc::getpeername) {
+            Ok(Address::Ip(ip)) => Some(ip),
+            _ => None,
+        }
+    }
+
     /// One end's address.
     fn address(&self, ask: AskAddress) -> io::Result<Address> {
         // SAFETY: sockaddr_storage is plain integers, for which all zeros is a valid value.

@@ -7,25 +7,22 @@ use std::time::{Duration, Instant};
 
 use crate::bell::Bell;
 use crate::config::CrewOptions;
-use crate::crew::Alarm;
 use crate::digest::{BlockShape, DigestTable};
 use crate::error::{Failure, Outcome};
 use crate::gate::Gate;
-use crate::memory::{Ram, full};
-use crate::net::{Control, Greeting, Listener, Lobby, passes};
+use crate::memory::Ram;
+use crate::net::{Control, Listener, Lobby, Stream};
 use crate::poll::PollSleeper;
 use crate::progress::{Progress, Stage};
 use crate::session::source::FIRST_GENERATION;
-use crate::session::target::{Check, TargetAction, TargetEvent, TargetSession};
+use crate::session::target::{TargetAction, TargetEvent, TargetSession};
 use crate::sys::random::random_16;
-use crate::sys::socket::Socket;
 use crate::target::lanes::{LaneGear, Lanes};
+use crate::target::witness::{Testimony, Witness, may_be_in_doubt};
 use crate::target::{Incoming, Settings, Target, TargetReport};
-use crate::target::visitor::Visitor;
-use crate::units::{BlockId, ChannelId, Generation, InstanceId, SessionId, Verify};
+use crate::target::door::Visitor;
+use crate::units::{ChannelId, Generation, InstanceId, SessionId, Verify};
 use crate::wire::control::{Final, STATE_CHUNK_BYTES_MAX, Setup, SourceFrame, TargetFrame};
-use crate::wire::crc::Crc32c;
-use crate::wire::hello::{Hello, HelloRole, Side};
 
 /// The session has ended: whoever sees it goes back to [`receive`], and does nothing else.
 pub(super) struct Over;
@@ -34,15 +31,15 @@ pub(super) struct Driver<'a> {
     incoming: &'a mut dyn Incoming,
     pub settings: Settings,
     options: CrewOptions,
-    listener: Listener,
-    bell: Bell<PollSleeper>,
+    pub listener: Listener,
+    pub bell: Bell<PollSleeper>,
     gate: Gate,
     progress: Progress,
-    session: TargetSession,
-    lobby: Lobby,
-    accept_again: Option<Instant>,
+    pub session: TargetSession,
+    pub lobby: Lobby,
+    pub accept_again: Option<Instant>,
     pub turned_away: u64,
-    control: Option<Control<TargetFrame, SourceFrame>>,
+    pub control: Option<Control<TargetFrame, SourceFrame>>,
     /// The generation of that connection.
     pub control_generation: Generation,
     /// A second control connection, of which the first frame says what it wants.
@@ -53,23 +50,26 @@ pub(super) struct Driver<'a> {
     channels_lost: u32,
     resumes: u32,
     pub id: SessionId,
-    verify: Verify,
-    channels: u8,
-    ram: Option<Ram>,
+    pub verify: Verify,
+    pub channels: u8,
+    pub ram: Option<Ram>,
     /// Data connections whose lanes have not begun, and their generations.
-    sockets: Vec<Option<(Socket, Generation)>>,
+    pub streams: Vec<Option<(Stream, Generation)>>,
     lanes: Option<Lanes>,
-    digests: Option<Arc<DigestTable>>,
-    state: Vec<Vec<u8>>,
-    outcome: Option<Outcome>,
+    pub digests: Option<Arc<DigestTable>>,
+    pub state: Vec<Vec<u8>>,
+    pub outcome: Option<Outcome>,
+    /// Whether what landed is being compared with a Final, and a Final that came meanwhile.
+    pub checking: bool,
+    pub next_check: Option<Final>,
     pub begun: Option<Instant>,
     final_at: Option<Instant>,
     loaded_at: Option<Instant>,
-    rounds: u32,
-    remarks: Vec<String>,
+    pub rounds: u32,
+    pub remarks: Vec<String>,
 }
 
-pub(super) fn receive(target: Target, incoming: &mut dyn Incoming) -> TargetReport {
+pub(super) fn receive(target: Target, incoming: &mut dyn Incoming) -> (TargetReport, Witness) {
     let Target { settings, crew, listener, bell, gate, progress } = target;
     let session = TargetSession::new(settings.state_bytes_max, !settings.resume_window.is_zero());
     let mut driver = Driver {
@@ -95,11 +95,13 @@ pub(super) fn receive(target: Target, incoming: &mut dyn Incoming) -> TargetRepo
         verify: Verify::Off,
         channels: 0,
         ram: None,
-        sockets: Vec::new(),
+        streams: Vec::new(),
         lanes: None,
         digests: None,
         state: Vec::new(),
         outcome: None,
+        checking: false,
+        next_check: None,
         begun: None,
         final_at: None,
         loaded_at: None,
@@ -113,7 +115,7 @@ pub(super) fn receive(target: Target, incoming: &mut dyn Incoming) -> TargetRepo
 impl Driver<'_> {
     /// Deals with what has happened, and waits for more. Ready-made connections are there before the first wait, which
     /// nothing would end.
-    fn service(&mut self) -> Result<(), Over> {
+    pub fn service(&mut self) -> Result<(), Over> {
         if self.gate.is_cancelled() {
             self.event(TargetEvent::CancelAsked)?;
         }
@@ -184,91 +186,6 @@ impl Driver<'_> {
         }
     }
 
-    fn accept(&mut self) -> Result<(), Over> {
-        if self.accept_again.is_some_and(|when| Instant::now() < when) {
-            return Ok(());
-        }
-        self.accept_again = None;
-        // Ready-made connections wait for a source that may be slow to speak; strangers do not get that time.
-        let ready = matches!(self.listener, Listener::Ready(_));
-        let patience = if ready { Duration::from_secs(24 * 3600) } else { self.settings.timeouts.hello };
-        for _ in 0..ACCEPTS_MAX {
-            match self.listener.accept().and_then(|socket| {
-                socket.map(|socket| self.lobby.enter(socket, patience)).transpose()
-            }) {
-                Ok(Some(())) => {}
-                Ok(None) => return Ok(()),
-                // Out of descriptors, say: those who are here already are served all the same, and the listener, which
-                // stays ready, is left alone for a while.
-                Err(e) if self.control.is_some() || passes(&e) => {
-                    self.lobby.make_room();
-                    self.accept_again = Some(Instant::now() + ACCEPT_PAUSE);
-                    if self.remarks.len() < REMARKS_MAX {
-                        self.remarks.push(format!("a connection could not be accepted: {e}"));
-                    }
-                    return Ok(());
-                }
-                Err(e) => {
-                    let address = self.listener.address().map_or_else(String::new, |a| a.to_string());
-                    return self.event(TargetEvent::Failed(Failure::Listen { address, reason: e.into() }));
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn greet(&mut self) -> Result<(), Over> {
-        for greeting in self.lobby.listen() {
-            match greeting {
-                Greeting::Hello(socket, hello) => self.greet_one(socket, &hello)?,
-                Greeting::Stranger(why) => {
-                    if self.remarks.len() < REMARKS_MAX {
-                        self.remarks.push(format!("a connection was turned away: {why}"));
-                    }
-                }
-                Greeting::Silent => {}
-            }
-        }
-        Ok(())
-    }
-
-    /// Takes a connection for what it says it is; anything that does not belong to this migration is dropped, and
-    /// disturbs nobody.
-    fn greet_one(&mut self, socket: Socket, hello: &Hello) -> Result<(), Over> {
-        match hello.role {
-            HelloRole::Control if hello.side == Side::Source && hello.generation > FIRST_GENERATION => {
-                self.let_in(socket, hello)
-            }
-            HelloRole::Control if self.begun.is_none() && hello.side == Side::Source => {
-                let control = match self.welcome(socket, hello) {
-                    Ok(control) => control,
-                    Err(e) => {
-                        let why = Failure::Control { doing: "setting it up", reason: e.into() };
-                        return self.event(TargetEvent::Failed(why));
-                    }
-                };
-                self.begun = Some(Instant::now());
-                self.id = hello.session;
-                self.control = Some(control);
-                Ok(())
-            }
-            HelloRole::Data(channel)
-                if self.begun.is_some()
-                    && hello.side == Side::Source
-                    && hello.session == self.id
-                    && self.session.expects(channel, hello.generation) =>
-            {
-                let generation = hello.generation;
-                self.sockets[usize::from(channel.0)] = Some((socket, generation));
-                self.event(TargetEvent::ChannelConnected { channel, generation })
-            }
-            HelloRole::Control | HelloRole::Data(_) => {
-                self.turned_away += 1;
-                Ok(())
-            }
-        }
-    }
-
     fn receive_frames(&mut self) -> Result<(), Over> {
         let Some(control) = &mut self.control else { return Ok(()) };
         let flushed = control.flush();
@@ -298,13 +215,17 @@ impl Driver<'_> {
 
     fn look_at_lanes(&mut self) -> Result<(), Over> {
         let Some(lanes) = &mut self.lanes else { return Ok(()) };
-        let (moved, failed) = (lanes.poll_moved(), lanes.poll_failed());
-        for event in moved {
+        for event in lanes.poll_moved() {
             self.event(event)?;
         }
-        if let Some((channel, reason)) = failed {
+        while let Some((channel, reason, is_ours)) = self.lanes.as_mut().and_then(Lanes::poll_failed) {
             // If the source has said why it closed its channels, that is the reason to report.
             self.receive_frames()?;
+            self.remark(format!("data channel {channel} failed: {reason}"));
+            if is_ours {
+                let generation = self.session.generation(channel);
+                return self.event(TargetEvent::Failed(Failure::Channel { channel, generation, reason }));
+            }
             self.event(TargetEvent::LaneFailed { channel, reason })?;
         }
         Ok(())
@@ -348,7 +269,7 @@ impl Driver<'_> {
             },
             TargetAction::RetireLane { channel } => {
                 self.channels_lost += 1;
-                self.sockets[usize::from(channel.0)] = None;
+                self.streams[usize::from(channel.0)] = None;
                 if let Some(lanes) = &mut self.lanes {
                     lanes.retire(channel);
                 }
@@ -366,7 +287,7 @@ impl Driver<'_> {
                 }
                 self.dormant_since = None;
                 self.resumes += 1;
-                self.sockets.iter_mut().for_each(|socket| *socket = None);
+                self.streams.iter_mut().for_each(|stream| *stream = None);
                 self.excuse_silence();
                 Ok(())
             }
@@ -398,13 +319,22 @@ impl Driver<'_> {
                 self.act(TargetAction::Send(TargetFrame::Pong { nonce, lanes }))
             }
             TargetAction::Check(last) => {
-                let check = self.check(&last)?;
-                self.event(TargetEvent::Checked(check))
+                // Frames are heard while a check goes on: one of them can void it, and another Final can follow.
+                if self.next_check.replace(last).is_some() || self.checking {
+                    return Ok(());
+                }
+                self.checking = true;
+                let mut check = None;
+                while let Some(last) = self.next_check.take() {
+                    check = self.check(&last)?;
+                }
+                self.checking = false;
+                check.map_or(Ok(()), |check| self.event(TargetEvent::Checked(check)))
             }
             TargetAction::LoadState => {
                 let loaded = self.incoming.load_state(&mut Pieces { pieces: &self.state, at: 0 });
                 self.excuse_silence();
-                self.loaded_at = Some(Instant::now());
+                self.loaded_at = loaded.is_ok().then(Instant::now);
                 self.event(TargetEvent::StateLoaded(loaded.map_err(|e| e.to_string())))
             }
             TargetAction::Run => {
@@ -472,15 +402,15 @@ impl Driver<'_> {
             let table = DigestTable::new(self.id, &shapes).map_err(|e| format!("no memory for page digests: {e}"))?;
             self.digests = Some(Arc::new(table));
         }
-        self.sockets = (0..setup.channels).map(|_| None).collect();
+        self.streams = (0..setup.channels).map(|_| None).collect();
         random_16().map(InstanceId).map_err(|e| format!("no random number for the instance: {e}"))
     }
 
     fn start_lanes(&mut self) -> Result<(), Failure> {
         let Some(ram) = &self.ram else { return Ok(()) };
-        let mut sockets = Vec::new();
-        for socket in &mut self.sockets {
-            sockets.push(socket.take().map(|(socket, _)| ready(socket)).transpose()?);
+        let mut streams = Vec::new();
+        for stream in &mut self.streams {
+            streams.push(stream.take().map(|(stream, _)| ready(stream)).transpose()?);
         }
         let gear = LaneGear {
             ram: ram.clone(),
@@ -488,74 +418,17 @@ impl Driver<'_> {
             controller: self.bell.ringer(),
             progress: self.progress.clone(),
         };
-        self.lanes = Some(Lanes::muster(sockets, gear, &self.options)?);
+        self.lanes = Some(Lanes::muster(streams, gear, &self.options)?);
         Ok(())
     }
 
     /// Starts the lane of a channel that is connected again.
     fn start_lane(&mut self, channel: ChannelId) -> Result<(), Failure> {
-        let waiting = self.sockets.get_mut(usize::from(channel.0)).and_then(Option::take);
+        let waiting = self.streams.get_mut(usize::from(channel.0)).and_then(Option::take);
         match (&mut self.lanes, waiting) {
-            (Some(lanes), Some((socket, generation))) => lanes.start(channel, generation, ready(socket)?),
+            (Some(lanes), Some((stream, generation))) => lanes.start(channel, generation, ready(stream)?),
             _ => Err(Failure::Worker("internal error: a channel without a socket has joined".to_owned())),
         }
-    }
-
-    /// Compares with what the source says it sent. Everything has landed, and no lane is writing.
-    fn check(&mut self, last: &Final) -> Result<Check, Over> {
-        let check = self.check_sent(last);
-        if check != Check::Agrees || self.verify != Verify::Full {
-            return Ok(check);
-        }
-        let own = self.full_digests()?;
-        if own.len() != last.full_digests.len() {
-            return Ok(Check::StateDiffers("Final has not one full digest a block".to_owned()));
-        }
-        Ok(match own.iter().zip(&last.full_digests).position(|(own, sent)| own != sent) {
-            Some(block) => Check::Differs { block: BlockId(block as u16), chunk_digests: Vec::new() },
-            None => Check::Agrees,
-        })
-    }
-
-    /// Hashes all of RAM on other threads, and looks after the rest meanwhile.
-    fn full_digests(&mut self) -> Result<Vec<u64>, Over> {
-        let Some(ram) = self.ram.clone() else { return Ok(Vec::new()) };
-        let (hashing, ringer) = (full::Hashing::default(), self.bell.ringer());
-        std::thread::scope(|scope| {
-            hashing.start(scope, &ram, self.id, self.channels.into(), move || Alarm::ring(&ringer));
-            loop {
-                if let Some(digests) = hashing.take() {
-                    return Ok(digests);
-                }
-                if let Err(over) = self.service() {
-                    hashing.stop();
-                    return Err(over);
-                }
-            }
-        })
-    }
-
-    /// What was sent, against what has landed; and the device state.
-    fn check_sent(&mut self, last: &Final) -> Check {
-        self.rounds = last.round.0 + 1;
-        let mut crc = Crc32c::new();
-        self.state.iter().for_each(|piece| crc.update(piece));
-        if crc.finish() != last.state_crc {
-            return Check::StateDiffers("the device state is not what the source sent: its CRC differs".to_owned());
-        }
-        let Some(ram) = &self.ram else { return Check::StateDiffers("there is no memory".to_owned()) };
-        if let Some(table) = &self.digests {
-            if last.block_digests.len() != ram.blocks().len() {
-                return Check::StateDiffers("Final has not one digest a block".to_owned());
-            }
-            for ((id, _), sent) in ram.iter().zip(&last.block_digests) {
-                if table.block_digest(id) != *sent {
-                    let digests = (0..table.chunks(id).min(CHUNKS_NAMED_MAX)).map(|c| table.chunk_digest(id, c));
-                    return Check::Differs { block: id, chunk_digests: digests.collect() };
-                }
-            }
-        }
-        Check::Agrees
     }
 
     /// Counts time that this thread spent in a hook of the VMM as if the source had been heard.
@@ -571,7 +444,7 @@ impl Driver<'_> {
         }
     }
 
-    fn finish(mut self) -> TargetReport {
+    fn finish(mut self) -> (TargetReport, Witness) {
         self.end_lanes();
         let outcome = self.outcome.take().unwrap_or_else(|| {
             Outcome::Failed(Failure::Worker("internal error: the migration ended without an outcome".to_owned()))
@@ -581,12 +454,26 @@ impl Driver<'_> {
             (Outcome::Completed, Some(at)) => at.elapsed(),
             _ => Duration::ZERO,
         };
-        let control = self.control.take();
-        let control_bytes = control.map_or(0, |c| c.farewell(self.bell.sleeper().set(), LAST_WORDS));
+        let mut control = self.control.take();
+        let last_word = control.as_mut().and_then(|c| c.part(self.bell.sleeper().set(), LAST_WORDS));
+        let control_bytes = control.as_ref().map_or(0, Control::wire_bytes);
         self.progress.stage(Stage::Ended);
         let counts = self.progress.channels();
         let ram_bytes = self.ram.as_ref().map_or(0, Ram::bytes);
-        TargetReport {
+        let turned_away = self.turned_away + self.lobby.turned_away();
+        let witness = Witness::new(Testimony {
+            listener: self.listener,
+            bell: self.bell,
+            lobby: self.lobby,
+            session: self.begun.map(|_| self.id),
+            visitor: self.visitor.map(|visitor| visitor.control),
+            runs: outcome == Outcome::Completed,
+            in_doubt: self.loaded_at.is_some() && may_be_in_doubt(&outcome, last_word.as_ref()),
+            source: control,
+            hello: self.settings.timeouts.hello,
+            tls: self.settings.tls,
+        });
+        let report = TargetReport {
             verified: outcome == Outcome::Completed && self.verify != Verify::Off,
             verify: self.verify,
             ram_bytes,
@@ -602,34 +489,26 @@ impl Driver<'_> {
             prefaulted_bytes: counts.prefaulted_bytes,
             recv_syscalls: counts.syscalls,
             cpus: self.lanes.as_ref().map_or_else(Vec::new, |lanes| lanes.cpus().collect()),
-            turned_away: self.turned_away + self.lobby.turned_away(),
+            turned_away,
             session: self.id,
             channels_lost: self.channels_lost,
             resumes: self.resumes,
             repairs: self.session.mismatches(),
             outcome,
             remarks: self.remarks,
-        }
+        };
+        (report, witness)
     }
 }
 
 /// A data connection as a lane uses it.
-fn ready(socket: Socket) -> Result<Socket, Failure> {
-    let ready = socket.set_nonblocking(false).map(|()| socket);
+fn ready(mut stream: Stream) -> Result<Stream, Failure> {
+    let ready = stream.set_nonblocking(false).map(|()| stream);
     ready.map_err(|e| Failure::Worker(format!("a data socket: {e}")))
 }
 
 /// How long the target tries to get its last frames out.
 const LAST_WORDS: Duration = Duration::from_millis(50);
-/// Connections accepted before those in the lobby are heard, at the most. Far fewer than the lobby holds: a crowd of
-/// strangers does not push out a channel that has said its Hello already, or keep the target from its work.
-const ACCEPTS_MAX: usize = 64;
-/// How long the listener is left alone when a connection cannot be accepted.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// Remarks about strangers, at the most: they come from anybody.
-const REMARKS_MAX: usize = 16;
-/// Chunk digests in one frame: as many as its body holds.
-const CHUNKS_NAMED_MAX: usize = 65_536;
 
 /// The pieces of device state, read as one.
 struct Pieces<'a> {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use crate::barrier::{Barrier, LaneWord};
 use crate::bell::{Close, Park, Ringer};
 use crate::channel::ChannelError;
-use crate::channel::recv::{RecvGear, RecvRole};
+use crate::channel::recv::{RecvEnd, RecvGear, RecvRole};
 use crate::config::{CrewOptions, Peer, Placement};
 use crate::crew::{Crew, Exit, Launch};
 use crate::digest::DigestTable;
@@ -15,11 +15,11 @@ use crate::dirty::bitmap::DirtyBitmap;
 use crate::error::Failure;
 use crate::memory::Ram;
 use crate::memory::look::Look;
+use crate::net::Stream;
 use crate::poll::PollSleeper;
 use crate::progress::Progress;
 use crate::session::source::FIRST_GENERATION;
 use crate::session::target::TargetEvent;
-use crate::sys::socket::Socket;
 use crate::units::{BlockId, ChannelId, Generation};
 use crate::wire::control::LanePong;
 
@@ -68,20 +68,20 @@ enum Place {
 
 impl Lanes {
     /// Starts the lanes whose channels are connected; others may follow.
-    pub fn muster(sockets: Vec<Option<Socket>>, gear: LaneGear, options: &CrewOptions) -> Result<Lanes, Failure> {
-        let count = sockets.len();
+    pub fn muster(streams: Vec<Option<Stream>>, gear: LaneGear, options: &CrewOptions) -> Result<Lanes, Failure> {
+        let count = streams.len();
         let barrier = Arc::new(Barrier::new(count));
-        let place = options.place(count, Peer::of(sockets.iter().flatten()))?;
+        let place = options.place(count, Peer::of(streams.iter().flatten().map(|stream| &**stream.socket())))?;
         let (landed, named) = (DirtyBitmap::for_ram(&gear.ram), DirtyBitmap::for_ram(&gear.ram));
         let look = Look::new(gear.digests.is_some(), false);
-        let ids: Vec<_> = sockets.iter().enumerate().filter(|(_, socket)| socket.is_some()).map(|(id, _)| id).collect();
+        let ids: Vec<_> = streams.iter().enumerate().filter(|(_, stream)| stream.is_some()).map(|(id, _)| id).collect();
         (0..count).filter(|id| !ids.contains(id)).for_each(|id| barrier.retire(id));
         let kit = LaneKit { gear: &gear, look, barrier: &barrier, landed: &landed, named: &named };
         let first = launch(&place, options, &gear, ids, |bells| {
-            let connected = sockets.into_iter().enumerate().filter_map(|(id, socket)| socket.map(|socket| (id, socket)));
-            let role = |(own, (id, socket)): (usize, (usize, Socket))| {
+            let connected = streams.into_iter().enumerate().filter_map(|(id, stream)| stream.map(|stream| (id, stream)));
+            let role = |(own, (id, stream)): (usize, (usize, Stream))| {
                 let others = bells.iter().enumerate().filter(|(other, _)| *other != own).map(|(_, bell)| bell.clone());
-                RecvRole::new(kit.of(id, socket, false), others.collect())
+                RecvRole::new(kit.of(id, stream, false), others.collect())
             };
             connected.enumerate().map(role).collect()
         })?;
@@ -101,7 +101,7 @@ impl Lanes {
 
     /// Puts a lane into the set that counts as having passed nothing, and then starts it: by its first marks the source
     /// says how far it counts as having come.
-    pub fn start(&mut self, channel: ChannelId, generation: Generation, socket: Socket) -> Result<(), Failure> {
+    pub fn start(&mut self, channel: ChannelId, generation: Generation, stream: Stream) -> Result<(), Failure> {
         let id = usize::from(channel.0);
         self.barrier.join(id, 0, 0);
         let kit = LaneKit {
@@ -118,7 +118,7 @@ impl Lanes {
             Place::First | Place::Nowhere => None,
         }));
         let started = launch(&self.place, &self.options, &self.gear, vec![id], |_| {
-            vec![RecvRole::new(kit.of(id, socket, true), others)]
+            vec![RecvRole::new(kit.of(id, stream, true), others)]
         });
         let crew = match started {
             Ok(crew) => crew,
@@ -187,21 +187,21 @@ impl Lanes {
         events
     }
 
-    /// A lane that has ended by itself since this was last asked, and why. No lane may: the target ends them all before
-    /// it runs the guest.
-    pub fn poll_failed(&mut self) -> Option<(ChannelId, String)> {
+    /// A lane that has ended by itself since this was last asked, why, and whether another connection would not help. No
+    /// lane may: the target ends them all before it runs the guest.
+    pub fn poll_failed(&mut self) -> Option<(ChannelId, String, bool)> {
         while let Some(id) = self.first.poll_exit() {
             // One that was retired is not told of.
             let exit = self.first.workers().iter().find(|worker| worker.id == id).and_then(|worker| worker.exit.as_ref());
-            if let (Some(why), true) = (why_ended(exit), matches!(self.lanes[id].at, Place::First)) {
-                return Some((ChannelId(id as u8), why));
+            if let (Some((why, is_ours)), Place::First) = (why_ended(exit), &self.lanes[id].at) {
+                return Some((ChannelId(id as u8), why, is_ours));
             }
         }
         for (index, lane) in self.lanes.iter_mut().enumerate() {
             let Place::Late(crew, _) = &mut lane.at else { continue };
             if crew.poll_exit().is_some() {
-                if let Some(why) = why_ended(crew.workers().first().and_then(|worker| worker.exit.as_ref())) {
-                    return Some((ChannelId(index as u8), why));
+                if let Some((why, is_ours)) = why_ended(crew.workers().first().and_then(|worker| worker.exit.as_ref())) {
+                    return Some((ChannelId(index as u8), why, is_ours));
                 }
             }
         }
@@ -267,10 +267,10 @@ struct LaneKit<'a> {
 }
 
 impl LaneKit<'_> {
-    fn of(&self, id: usize, socket: Socket, joins_late: bool) -> RecvGear {
+    fn of(&self, id: usize, stream: Stream, joins_late: bool) -> RecvGear {
         RecvGear {
             channel: ChannelId(id as u8),
-            socket: Arc::new(socket),
+            stream,
             ram: self.gear.ram.clone(),
             landed: self.landed.clone(),
             named: self.named.clone(),
@@ -301,15 +301,15 @@ fn launch(
     made.map_err(|e| Failure::Worker(e.to_string()))
 }
 
-/// Why a lane ended that was not told to.
-fn why_ended(exit: Option<&Exit<crate::channel::recv::RecvEnd>>) -> Option<String> {
+/// Why a lane ended that was not told to, and whether another connection would not help.
+fn why_ended(exit: Option<&Exit<RecvEnd>>) -> Option<(String, bool)> {
     match exit {
         Some(Exit::Done(end)) => match &end.result {
-            Ok(()) => Some("the source ended it before the hand-over".to_owned()),
+            Ok(()) => Some(("the source ended it before the hand-over".to_owned(), false)),
             Err(ChannelError::Aborted) => None,
-            Err(why) => Some(why.to_string()),
+            Err(why) => Some((why.to_string(), why.is_ours())),
         },
-        Some(Exit::Panicked { message }) => Some(format!("its lane panicked: {message}")),
-        Some(Exit::NeverRan) | None => Some("its lane never ran".to_owned()),
+        Some(Exit::Panicked { message }) => Some((format!("its lane panicked: {message}"), true)),
+        Some(Exit::NeverRan) | None => Some(("its lane never ran".to_owned(), true)),
     }
 }

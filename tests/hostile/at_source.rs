@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
 use pageferry::net::{Connector, Opening};
-use pageferry::units::{BlockId, ChannelId, Epoch, InstanceId, PageSize, Round, SessionId};
+use pageferry::units::{BlockId, ChannelId, Epoch, Generation, InstanceId, PageSize, Round, SessionId};
 use pageferry::wire::control::{LanePong, SourceFrame, TargetFrame};
 use pageferry::wire::hello::{HelloRole, Side};
 use pageferry::{DirtyBitmap, Failure, Outcome, Source, SourceReport, Verify};
@@ -117,7 +117,7 @@ fn a_target_that_falls_silent_is_given_up_at_every_step() {
     fails("after Hello", "Ready (the target's prepare)", |listener| {
         silence(&mut FakeTarget::greet(listener));
     });
-    fails("after Ready", "in vain for ChannelJoined", |listener| {
+    fails("after Ready", "did not take it in within", |listener| {
         silence(&mut FakeTarget::connected(listener));
     });
     fails_with("in round 0", "nothing moved for|a sign of life", MANY_PAGES, |listener| {
@@ -136,7 +136,7 @@ fn a_target_that_answers_pings_and_nothing_else_is_given_up_at_every_step() {
     fails("after Hello", "Ready (the target's prepare)", |listener| {
         FakeTarget::greet(listener).until_closed();
     });
-    fails("after Ready", "in vain for ChannelJoined", |listener| {
+    fails("after Ready", "did not take it in within", |listener| {
         FakeTarget::connected(listener).until_closed();
     });
     fails_with("without reading a byte of data", "nothing moved for", MANY_PAGES, |listener| {
@@ -196,7 +196,7 @@ fn a_target_that_never_says_where_the_bytes_went_is_not_waited_for() {
         ("lanes that are not there", vec![lane(2, 1000, u64::MAX), lane(254, 1000, u64::MAX)]),
     ];
     for (what, lanes) in says {
-        fails_with(what, "nothing moved for", MANY_PAGES, |listener| {
+        fails_with(what, "nothing moved for|in vain for ChannelRetired", MANY_PAGES, |listener| {
             let mut target = FakeTarget::live(listener);
             target.swallow();
             answer_pings(&mut target, None, &lanes);
@@ -239,16 +239,6 @@ fn what_the_target_says_before_it_leaves_is_the_reason() {
     fails_with("Discarded in round 0", "changed my mind", MANY_PAGES, |listener| {
         FakeTarget::live(listener).control.send(&discarded);
     });
-    let reason = "the disk ate it".to_owned();
-    let failed = TargetFrame::ChannelFailed { channel: ChannelId(1), generation: FIRST, reason };
-    fails_with(
-        "ChannelFailed in round 0",
-        "data channel 1 (generation 1) failed: the disk ate it",
-        MANY_PAGES,
-        |listener| {
-            FakeTarget::live(listener).control.send(&failed);
-        },
-    );
     fails("RunFailed", "could not start the guest, which did not run there: no vCPU", |listener| {
         let mut target = FakeTarget::until_commit(listener);
         target.control.send(&TargetFrame::RunFailed { reason: "no vCPU".to_owned() });
@@ -301,13 +291,58 @@ fn frames_out_of_turn_end_the_migration_and_are_named() {
     });
 }
 
+/// Reads all, in round 0 of many pages, until the source asks; then says this.
+fn in_round_0(frame: TargetFrame) -> impl FnOnce(TcpListener) + Send {
+    move |listener| {
+        let mut target = FakeTarget::live(listener);
+        while !matches!(target.control.next(), Some(SourceFrame::Ping { .. })) {}
+        target.control.send(&frame);
+        let heard = target.until_closed();
+        assert!(matches!(heard.last(), Some(SourceFrame::Error(_))), "the target heard {heard:?}");
+    }
+}
+
+#[test]
+fn words_about_what_was_never_sent_end_the_migration_in_the_middle_of_a_round() {
+    let applied = |epoch, lanes: &[(u8, u32)]| TargetFrame::EpochApplied {
+        epoch: Epoch(epoch),
+        lanes: lanes.iter().map(|lane| (ChannelId(lane.0), Generation(lane.1))).collect(),
+    };
+    let says = "epoch 0 cannot be applied now";
+    fails_with("an epoch that is still open", says, MANY_PAGES, in_round_0(applied(0, &[(0, 1)])));
+    let says = "epoch 18446744073709551615 cannot be applied now";
+    fails_with("the last of all epochs", says, MANY_PAGES, in_round_0(applied(u64::MAX, &[])));
+    let loaded = TargetFrame::Loaded { round: Round(0) };
+    fails_with("Loaded before Final", "Loaded came", MANY_PAGES, in_round_0(loaded));
+    let says = "DigestMismatch came";
+    let differs = TargetFrame::DigestMismatch { round: Round(0), block: BlockId(0), chunk_digests: vec![7; 65_536] };
+    fails_with("a mismatch before Final", says, MANY_PAGES, in_round_0(differs));
+    let joined = TargetFrame::ChannelJoined { channel: ChannelId(0), generation: FIRST };
+    fails_with("a channel that has joined", "ChannelJoined", MANY_PAGES, in_round_0(joined));
+    let other = TargetFrame::ChannelJoined { channel: ChannelId(0), generation: Generation(u32::MAX) };
+    fails_with("a generation that never was", "ChannelJoined", MANY_PAGES, in_round_0(other));
+}
+
+#[test]
+fn an_epoch_that_is_closed_and_not_sent_is_not_applied_whatever_the_target_says() {
+    // Two epochs of single pages lie in rings and sockets: nobody has read a byte, and both are said to be applied.
+    for lanes in [vec![(ChannelId(0), FIRST), (ChannelId(1), FIRST)], vec![(ChannelId(9), FIRST)]] {
+        let says = "was applied before it was sent|EpochApplied names channel 9|cannot be applied now";
+        fails_with("an epoch on its way", says, 4 * MANY_PAGES, |listener| {
+            let mut target = FakeTarget::live(listener);
+            for _ in 0..2 {
+                while !matches!(target.control.next(), Some(SourceFrame::Ping { .. })) {}
+            }
+            target.control.send(&TargetFrame::EpochApplied { epoch: Epoch(1), lanes: lanes.clone() });
+            target.until_closed();
+        });
+    }
+}
+
 #[test]
 fn a_mismatch_in_a_block_that_is_not_there_is_no_panic() {
-    let cases = [
-        (0, 3, "disagree on the contents of RAM block 0"),
-        (999, 1, "names block 999, which does not exist"),
-        (1023, 0, "names block 1023, which does not exist"),
-    ];
+    let cases =
+        [(999, 1, "names block 999, which does not exist"), (1023, 0, "names block 1023, which does not exist")];
     for (block, digests, says) in cases {
         fails("DigestMismatch", says, |listener| {
             let (mut target, last) = FakeTarget::until_final(listener);
@@ -316,6 +351,26 @@ fn a_mismatch_in_a_block_that_is_not_there_is_no_panic() {
             target.until_closed();
         });
     }
+}
+
+#[test]
+fn a_target_that_never_agrees_is_given_up_after_a_bounded_number_of_repairs() {
+    let (report, _) = against(64, |listener| {
+        let (mut target, mut last) = FakeTarget::until_final(listener);
+        loop {
+            let (round, block, chunk_digests) = (last.round, BlockId(0), vec![1; 3]);
+            target.control.send(&TargetFrame::DigestMismatch { round, block, chunk_digests });
+            last = loop {
+                match target.next() {
+                    Some(SourceFrame::Final(next)) => break next,
+                    Some(_) => {}
+                    None => return,
+                }
+            };
+        }
+    });
+    assert!(report.outcome.to_string().contains("disagree on the contents of RAM block 0"), "{}", report.outcome);
+    assert_eq!(report.repairs, pageferry::session::REPAIRS_MAX);
 }
 
 #[test]

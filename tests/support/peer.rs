@@ -5,11 +5,15 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use pageferry::units::{BlockId, ChannelId, Epoch, Generation, InstanceId, PageSize, Round, SessionId, Verify};
-use pageferry::wire::control::{BlockInfo, Final, Frame, FrameDecoder, FrameEncoder, Setup, SourceFrame, TargetFrame};
+use pageferry::wire::control::{
+    BlockInfo, Final, Frame, FrameDecoder, FrameEncoder, LanePong, Setup, SourceFrame, TargetFrame,
+};
 use pageferry::wire::crc::crc32c;
 use pageferry::wire::hello::{HELLO_BYTES, Hello, HelloRole, Side};
 use pageferry::wire::packet::{HEADER_AND_TABLE_BYTES_MAX, PacketHeader, PacketKind, RunEntry, RunKind};
@@ -191,6 +195,20 @@ pub fn last(channels: u8) -> Final {
     }
 }
 
+/// A control frame of this type and body, right but for what the body says.
+pub fn raw_frame(frame_type: u16, sequence: u32, body: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    bytes.extend_from_slice(&frame_type.to_le_bytes());
+    bytes.extend_from_slice(&[0; 2]);
+    bytes.extend_from_slice(&(body.len() as u32).to_le_bytes());
+    bytes.extend_from_slice(&sequence.to_le_bytes());
+    bytes.extend_from_slice(&[0; 4]);
+    bytes.extend_from_slice(body);
+    let crc = crc32c(&bytes);
+    bytes[12..16].copy_from_slice(&crc.to_le_bytes());
+    bytes
+}
+
 pub fn mark(header: PacketHeader) -> Vec<u8> {
     let mut bytes = vec![0; HEADER_AND_TABLE_BYTES_MAX];
     let len = header.encode_into(&[], &mut bytes).unwrap();
@@ -220,13 +238,15 @@ pub fn page_packet(sequence: u64, round: Round, page: &[u8; 4096]) -> Vec<u8> {
 
 /// A target made by hand.
 pub struct FakeTarget {
-    listener: TcpListener,
+    pub listener: TcpListener,
     pub control: Line<TargetFrame, SourceFrame>,
     pub session: SessionId,
     pub setup: Option<Setup>,
     pub data: Vec<TcpStream>,
     /// Whether Pings are answered.
     pub pongs: bool,
+    /// How far the answers say that the lanes are.
+    pub lanes: Vec<LanePong>,
     sinks: Vec<JoinHandle<()>>,
 }
 
@@ -238,7 +258,8 @@ impl FakeTarget {
         let mut hello = [0; HELLO_BYTES];
         control.stream.read_exact(&mut hello).unwrap();
         let session = Hello::decode(&hello).unwrap().session;
-        FakeTarget { listener, control, session, setup: None, data: Vec::new(), pongs: true, sinks: Vec::new() }
+        let (data, lanes, sinks) = (Vec::new(), Vec::new(), Vec::new());
+        FakeTarget { listener, control, session, setup: None, data, pongs: true, lanes, sinks }
     }
 
     /// As far as Setup.
@@ -281,13 +302,27 @@ impl FakeTarget {
 
     /// Reads all data channels to their end, on threads, and forgets what it reads.
     pub fn swallow(&mut self) {
+        self.swallow_while(&Arc::new(AtomicBool::new(true)));
+    }
+
+    /// As [`FakeTarget::swallow`], while this says so.
+    pub fn swallow_while(&mut self, going: &Arc<AtomicBool>) {
         for stream in &self.data {
-            let mut stream = stream.try_clone().unwrap();
+            let (mut stream, going) = (stream.try_clone().unwrap(), going.clone());
             self.sinks.push(std::thread::spawn(move || {
                 let mut bytes = vec![0; 1 << 16];
-                while matches!(stream.read(&mut bytes), Ok(1..)) {}
+                while going.load(Ordering::Relaxed) && matches!(stream.read(&mut bytes), Ok(1..)) {}
             }));
         }
+    }
+
+    /// From now on answers say that all lanes have read whatever was sent.
+    pub fn claim_all(&mut self) {
+        let lane = |channel| {
+            let (channel, generation) = (ChannelId(channel), FIRST);
+            LanePong { channel, generation, rounds_passed: 1000, at_barrier: false, bytes: u64::MAX }
+        };
+        self.lanes = (0..self.channels()).map(lane).collect();
     }
 
     /// As far as Final.
@@ -317,7 +352,7 @@ impl FakeTarget {
             match self.control.next() {
                 Some(SourceFrame::Ping { nonce }) => {
                     if self.pongs {
-                        self.control.send(&TargetFrame::Pong { nonce, lanes: Vec::new() });
+                        self.control.send(&TargetFrame::Pong { nonce, lanes: self.lanes.clone() });
                     }
                 }
                 other => return other,

@@ -35,9 +35,17 @@ pub struct Ended {
     pub stderr: String,
 }
 
+pub const PAGEFERRY: &str = env!("CARGO_BIN_EXE_pageferry");
+
 pub fn start(arguments: &[&str]) -> Program {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_pageferry"));
-    command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut command = Command::new(PAGEFERRY);
+    command.args(arguments);
+    launch(command)
+}
+
+/// Starts a command that becomes the program.
+pub fn launch(mut command: Command) -> Program {
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
     let (to, lines) = channel();
     let (out, mut err) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());

@@ -9,13 +9,16 @@ mod guest;
 mod image;
 mod interrupt;
 mod limits;
+mod mended;
 mod output;
 mod progress;
 mod receive;
 mod report;
 mod send;
+mod settle;
 mod sizes;
 mod state;
+mod tls;
 mod writers;
 mod zero_copy;
 
@@ -33,7 +36,8 @@ Examples:
   pageferry send --to 127.0.0.1:4444 --ram a.img            ... and send it, from another terminal
 
 Exit codes: 0 completed, and verified where asked; 1 failed; 2 wrong usage;
-3 uncertain: the other side may have taken over; 130 cancelled by a signal (Ctrl-C).")]
+3 uncertain: the other side may have taken over (`pageferry settle` asks it, and has exit codes of
+its own); 130 cancelled by a signal (Ctrl-C).")]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -45,6 +49,7 @@ enum Command {
     Demo(demo::Args),
     Send(send::Args),
     Receive(receive::Args),
+    Settle(settle::Args),
     #[command(hide = true)]
     DemoTarget(demo_target::Args),
 }
@@ -54,6 +59,7 @@ fn main() -> ExitCode {
         Command::Demo(args) => demo::run(&args),
         Command::Send(args) => send::run(&args),
         Command::Receive(args) => receive::run(&args),
+        Command::Settle(args) => settle::run(&args),
         Command::DemoTarget(args) => demo_target::run(&args),
     }
 }

@@ -3,10 +3,12 @@
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use pageferry::memory::Initial;
 use pageferry::net::Address;
 use pageferry::sys::thread::process_cpu_time;
+use pageferry::target::Witness;
 use pageferry::wire::control::Setup;
 use pageferry::{Failure, HookError, Incoming, Ram, Target};
 use serde::Serialize;
@@ -16,8 +18,8 @@ use crate::interrupt::Interrupt;
 use crate::output::{Output, on_bus_error_fail};
 use crate::progress::{Side, Watch};
 use crate::report::{End, Report};
-use crate::send::warn_if_open;
-use crate::sizes::{Cpus, human};
+use crate::sizes::{Cpus, human, parse_seconds};
+use crate::tls::{TlsArgs, warn_if_open};
 
 /// Wait for one RAM image from `pageferry send`, and write it to a file.
 ///
@@ -28,8 +30,9 @@ use crate::sizes::{Cpus, human};
 Examples:
   pageferry receive --listen 0.0.0.0:4444 --ram vm.img
   pageferry receive --listen 127.0.0.1:0 --ram vm.img --json    # the first line tells the port
+  pageferry receive --listen 0.0.0.0:4444 --ram vm.img --tls-dir /etc/pageferry
 
-Anybody who reaches the address can send: listen where only friends are.")]
+Without --tls-dir, anybody who reaches the address can send: listen where only friends are.")]
 pub struct Args {
     /// Where to listen: HOST:PORT (port 0: any that is free) or unix:PATH
     #[arg(long, value_name = "ADDR")]
@@ -40,10 +43,19 @@ pub struct Args {
     /// Replace a file of another length, too
     #[arg(long)]
     force: bool,
+    /// Keep what has come for so long when all connections are lost, for a sender with this option to go on
+    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds, default_value = "0")]
+    resume_window: Duration,
     /// CPUs for the receiving threads, such as 0,2 or 0-3; as far as they can be had [default: the scheduler chooses,
     /// but where both sides share a host with few CPUs, both ends of a channel share one]
     #[arg(long, value_name = "LIST")]
     cpus: Option<Cpus>,
+    /// Seconds to stay after the report where the sender may not know how it ended, and to answer `pageferry settle`;
+    /// 0 for not at all
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    answer_queries: u32,
+    #[command(flatten)]
+    tls: TlsArgs,
     /// Print one JSON object a line on standard output: where it listens, progress, then a report
     #[arg(long)]
     json: bool,
@@ -66,17 +78,31 @@ impl Listening {
 
 pub fn run(args: &Args) -> ExitCode {
     let out = Output::new(args.json);
-    let report = take_in(args, out).unwrap_or_else(|error| Report::early(COMMAND, End::Failed, Some(error)));
-    out.end(&report)
+    let interrupt = Interrupt::listen();
+    match take_in(args, out, &interrupt) {
+        Ok((report, mut witness)) => {
+            // The report first: nobody who waits for it waits for what may still be asked.
+            let code = out.end(&report);
+            interrupt.attach(witness.cancel_handle());
+            witness.answer(Duration::from_secs(args.answer_queries.into()));
+            code
+        }
+        Err(error) => out.end(&Report::early(COMMAND, End::Failed, Some(error))),
+    }
 }
 
-fn take_in(args: &Args, out: Output) -> Result<Report, String> {
-    let interrupt = Interrupt::listen();
+fn take_in(args: &Args, out: Output, interrupt: &Interrupt) -> Result<(Report, Witness), String> {
     let arriving = Arriving::new(&args.ram, args.force)?;
     let cpus = args.cpus.clone().unwrap_or_default().0;
-    let target = Target::builder().cpus(cpus).listen(&args.listen.to_string()).map_err(|e| listen_advice(&e))?;
+    let tls = args.tls.load()?;
+    warn_if_open(&args.listen, tls.as_ref());
+    let builder = match tls {
+        Some(tls) => Target::builder().tls(tls),
+        None => Target::builder(),
+    };
+    let target = builder.cpus(cpus).resume_window(args.resume_window);
+    let target = target.listen(&args.listen.to_string()).map_err(|e| listen_advice(&e))?;
     interrupt.attach(target.cancel_handle());
-    warn_if_open(&args.listen);
     // A full disk shows itself as a bus error where a hole is read that needs memory: full verification on tmpfs.
     let full = format!("cannot have a page of {}: bus error; its disk may be full, make room", args.ram.display());
     on_bus_error_fail(out, COMMAND, full, arriving.partial_path());
@@ -85,9 +111,14 @@ fn take_in(args: &Args, out: Output) -> Result<Report, String> {
     out.say(format_args!("listening; send with: pageferry send --to {at} --ram FILE"));
     let watch = Watch::start(target.progress(), Side::Target, out);
     let mut image = Image { arriving, bytes: 0 };
-    let report = target.receive(&mut image);
+    let (report, witness) = target.receive_and_witness(&mut image);
     drop(watch);
     let mut report = Report::of_target(COMMAND, report, process_cpu_time().unwrap_or_default());
+    report.session = witness.session().map(|session| session.to_string());
+    if witness.is_needed() && args.answer_queries > 0 {
+        let seconds = args.answer_queries;
+        report.remarks.push(format!("the sender may not know how it ended: it may ask for {seconds} s"));
+    }
     report.note_cpus(args.cpus.as_ref());
     if let Some(error) = &mut report.error {
         // What recvmsg(2) says of a page that the file's disk has no room for.
@@ -98,7 +129,7 @@ fn take_in(args: &Args, out: Output) -> Result<Report, String> {
     if report.outcome == End::Completed {
         report.file = Some(format!("{}, {}", args.ram.display(), human(image.bytes)));
     }
-    Ok(report)
+    Ok((report, witness))
 }
 
 /// What to do about an address that cannot be had.

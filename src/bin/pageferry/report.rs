@@ -9,7 +9,9 @@ use pageferry::{Outcome, SourceReport, TargetReport, Verify};
 use serde::{Deserialize, Serialize};
 
 use crate::limits::Convergence;
+use crate::mended::Mended;
 use crate::sizes::{Cpus, human, ms};
+use crate::tls::Encrypted;
 use crate::zero_copy::ByReference;
 
 /// How it ended.
@@ -55,6 +57,12 @@ pub struct Report {
     /// Why, where it did not complete.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+    /// What tells the migration from every other, where it came to that.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub session: Option<String>,
+    /// The command that asks the target how an uncertain migration ended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub settle: Option<String>,
     pub verify: &'static str,
     pub verified: bool,
     pub ram_bytes: u64,
@@ -82,9 +90,14 @@ pub struct Report {
     pub recv_syscalls: Option<u64>,
     pub cpus: Vec<Option<usize>>,
     pub remarks: Vec<String>,
+    #[serde(flatten)]
+    pub mended: Option<Mended>,
     /// What became of sending by reference, at a source.
     #[serde(flatten)]
     pub by_reference: Option<ByReference>,
+    /// How the connections were encrypted, at a source.
+    #[serde(flatten)]
+    pub encrypted: Option<Encrypted>,
     /// What it took to let the rounds of a guest that keeps writing end.
     #[serde(flatten)]
     pub convergence: Option<Convergence>,
@@ -168,6 +181,8 @@ impl Report {
             command,
             outcome,
             error,
+            session: None,
+            settle: None,
             verify: verify_word(Verify::Off),
             verified: false,
             ram_bytes: 0,
@@ -188,7 +203,9 @@ impl Report {
             recv_syscalls: None,
             cpus: Vec::new(),
             remarks: Vec::new(),
+            mended: None,
             by_reference: None,
+            encrypted: None,
             convergence: None,
             demo: None,
             file: None,
@@ -202,8 +219,11 @@ impl Report {
         Report {
             downtime_expected_ms: report.downtime_expected.map(ms),
             downtime_parts: Some(PartsMs::from(report.downtime_parts)),
+            mended: Some(Mended::from(&report)),
             by_reference: Some(ByReference::from(&report.zero_copy)),
+            encrypted: Some(Encrypted::from(report.tls)),
             convergence,
+            session: Some(report.session.to_string()),
             verify: verify_word(report.verify),
             verified: report.verified,
             ram_bytes: report.ram_bytes,
@@ -229,6 +249,7 @@ impl Report {
     pub fn of_target(command: &'static str, report: TargetReport, cpu: Duration) -> Report {
         let error = error_of(&report.outcome);
         Report {
+            mended: Some(Mended::from(&report)),
             verify: verify_word(report.verify),
             verified: report.verified,
             ram_bytes: report.ram_bytes,
@@ -292,6 +313,9 @@ impl fmt::Display for Report {
         if let Some(file) = &self.file {
             writeln!(f, "  file        {file}")?;
         }
+        if let Some(settle) = &self.settle {
+            writeln!(f, "uncertain; this asks the other side, which answers for a while: {settle}")?;
+        }
         writeln!(
             f,
             "  RAM         {}: {} never touched, {} of zero pages, {} of data sent",
@@ -315,6 +339,12 @@ impl fmt::Display for Report {
         }
         if let Some(by_reference) = &self.by_reference {
             by_reference.fmt(f)?;
+        }
+        if let Some(encrypted) = &self.encrypted {
+            encrypted.fmt(f)?;
+        }
+        if let Some(mended) = &self.mended {
+            mended.fmt(f)?;
         }
         let calls = match (self.send_syscalls, self.recv_syscalls) {
             (Some(sends), Some(receives)) => format!("; {sends} system calls to send, {receives} to receive"),

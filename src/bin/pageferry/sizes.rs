@@ -26,6 +26,13 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
     if bytes.fract() == 0.0 && bytes < u64::MAX as f64 { Ok(bytes as u64) } else { Err(bad()) }
 }
 
+/// Parses `30`, `0.5` or `90s`: seconds.
+pub fn parse_seconds(text: &str) -> Result<Duration, String> {
+    let seconds = text.strip_suffix('s').unwrap_or(text).parse::<f64>().ok();
+    let time = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    time.ok_or_else(|| format!("{text:?} is no time; write seconds, for example 30 or 0.5"))
+}
+
 /// The unit of [`parse_ram_size`]: the largest tracking page, so that a size is good on every host.
 const RAM_UNIT: u64 = 64 << 10;
 

@@ -35,7 +35,7 @@ pub use decoder::FrameDecoder;
 pub use lists::CHUNKS_PER_FRAME_MAX;
 pub use reason::{ErrorCode, PeerError, REASON_BYTES_MAX};
 pub use source::{
-    BLOCK_NAME_BYTES_MAX, BlockInfo, Final, SETUP_OPAQUE_BYTES_MAX, STATE_CHUNK_BYTES_MAX, Setup, SourceFrame,
+    BLOCK_NAME_BYTES_MAX, BlockInfo, Final, HEARD_THE_END, SETUP_OPAQUE_BYTES_MAX, STATE_CHUNK_BYTES_MAX, Setup, SourceFrame,
 };
 pub use target::{LanePong, TargetFrame};
 

@@ -214,6 +214,10 @@ pub struct Final {
     pub state_crc: u32,
 }
 
+/// The nonce of a source's last Ping: it has heard Running or RunFailed, and knows who owns the guest. Nobody answers it.
+/// A closed connection does not say as much: that is also what a source's end, or somebody on the way, looks like.
+pub const HEARD_THE_END: u64 = u64::MAX;
+
 const SETUP: u16 = 1;
 const CHANNEL_LOST: u16 = 2;
 const CHANNEL_JOIN: u16 = 3;

@@ -1,0 +1,9 @@
+//! See `harness::hello`.
+#![no_main]
+
+#[path = "../harness/mod.rs"]
+mod harness;
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| {
+    harness::run("hello", input);
+});

@@ -1,0 +1,43 @@
+//! What the fuzz targets do with an input: plain functions, which panic on a finding. `tests/fuzz_corpus.rs` calls them
+//! with every input of the corpus.
+
+// A fuzz target uses one of them, the test all.
+#![allow(dead_code)]
+
+mod control;
+mod frames;
+mod guarded;
+mod hello;
+mod packet;
+mod peer;
+mod script;
+mod source_session;
+mod source_wire;
+mod target_session;
+mod target_wire;
+#[path = "../../support/wire_checks.rs"]
+mod wire_checks;
+
+/// A fuzz target: what a bin in `fuzz_targets` and a folder in `corpus` are named after, and what it does. It gives a word
+/// for how far the input led.
+pub type Target = (&'static str, fn(&[u8]) -> &'static str);
+
+/// The word for a migration that was going on when the script was over.
+pub const OPEN: &str = "open";
+
+/// All of them.
+pub const TARGETS: [Target; 7] = [
+    ("packet", packet::run),
+    ("control", control::run),
+    ("hello", hello::run),
+    ("target_session", target_session::run),
+    ("source_session", source_session::run),
+    ("target_wire", target_wire::run),
+    ("source_wire", source_wire::run),
+];
+
+/// Runs the target of this name.
+pub fn run(name: &str, input: &[u8]) -> &'static str {
+    let (_, run) = TARGETS.iter().find(|(known, _)| *known == name).expect("a target of this name");
+    run(input)
+}
