@@ -164,7 +164,6 @@ impl Scanner {
             let after = count(&past.deferred[(first / 64) as usize..][..words_of(first, pages)]);
             self.deferred_bytes += (after - before) * past.page_bytes;
         }
-        self.deferred_bytes_max = self.deferred_bytes_max.max(self.deferred_bytes);
     }
 
     /// Gives everything that was taken since arm back to the source. The first error, if there was one; the rest is

@@ -1,7 +1,8 @@
 //! A channel whose lane waits at the barrier is healthy, however long it waits: no clock of ours or of the kernel ends it.
 // UNSAFETY: getsockopt(2) is a C call.
-#![cfg(not(loom))]
 #![expect(unsafe_code)]
+#![expect(clippy::unnecessary_safety_comment, reason = "takes the UNSAFETY line of a crate root for one")]
+#![cfg(not(loom))]
 
 #[path = "support/vmm.rs"]
 mod vmm;

@@ -319,9 +319,6 @@ impl SourceSession {
                 self.channels.all_gone();
                 self.epochs.forget_outstanding();
                 self.lost_late.clear();
-                // Pages of the round that is being filled may have landed, and travel again: in a round of their own, as
-                // a digest table keeps one entry a page and round. All others have nothing left to wait for.
-                self.rounds += 1;
                 out.push(SourceAction::Reconnect);
             }
             (Phase::AwaitResumed, SourceEvent::ControlLost(why)) => {

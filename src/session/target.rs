@@ -276,6 +276,9 @@ impl TargetSession {
                 self.phase = Phase::Starting;
                 out.push(TargetAction::Run);
             }
+            // Read before the connection was lost, and handled after it: the source begins anew where it is.
+            (Phase::Dormant, SourceFrame::Ping { .. } | SourceFrame::ChannelLost { .. } | SourceFrame::ChannelJoin { .. }) => {}
+            (Phase::Dormant, SourceFrame::State { .. } | SourceFrame::Final(_) | SourceFrame::Repair { .. }) => {}
             (_, SourceFrame::Ping { nonce }) => out.push(TargetAction::Pong { nonce }),
             (_, SourceFrame::Cancel { reason }) => self.discard(Failure::CancelledBySource(reason), out),
             (_, SourceFrame::Error(PeerError { text, .. })) => self.discard(Failure::Peer(text), out),

@@ -91,6 +91,8 @@ pub(super) struct Driver<'a> {
     pub pings: u64,
     pub ping_at: Instant,
     pub pongs: Vec<LanePong>,
+    /// What was received last, while it is dealt with.
+    pub frames: Vec<TargetFrame>,
     pub motion: Motion,
     /// What the target owes us, and since when.
     pub owed: (&'static str, Instant),
@@ -159,6 +161,7 @@ pub(super) fn migrate(source: Source, dirty: &mut dyn DirtySource, guest: &mut d
         pings: 0,
         ping_at: begun,
         pongs: Vec::new(),
+        frames: Vec::new(),
         motion: Motion::new(channels, begun),
         owed: ("", begun),
         sum: Totals::default(),

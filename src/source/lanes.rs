@@ -238,6 +238,9 @@ impl Lanes {
     /// Ends a channel's worker and joins it. The runs that it leaves behind are kept. Harmless where there is none.
     pub fn close(&mut self, id: ChannelId) -> Result<(), Failure> {
         let Some(channel) = self.channels.get_mut(usize::from(id.0)) else { return Ok(()) };
+        if !matches!(channel.line, Line::Up(_)) {
+            return Ok(()); // what one that is closed holds stays until it is given back
+        }
         let Line::Up(up) = std::mem::take(&mut channel.line) else { return Ok(()) };
         let Up { mut crew, ring, journal, .. } = *up;
         crew.close(Close::Abort);

@@ -26,6 +26,9 @@ const WAIT_MAX: Duration = Duration::from_secs(2);
 /// How often in a row a channel is connected again without getting an epoch through. Then something is wrong with it.
 const TRIES_MAX: u32 = 12;
 
+/// How often in a row a session is taken up again without getting an epoch through.
+const RESUMES_MAX: u32 = 32;
+
 /// The wait before this attempt, counted from 1: the first is made at once.
 fn wait_before(attempt: u32) -> Duration {
     match attempt {
@@ -72,6 +75,8 @@ pub(super) struct Losses {
     pub channels_lost: u32,
     pub reconnects: u32,
     pub resumes: u32,
+    /// Those since the last epoch was applied.
+    resumes_in_vain: u32,
     /// How often the control connection was made.
     pub control_generation: Generation,
 }
@@ -90,6 +95,7 @@ impl Losses {
             channels_lost: 0,
             reconnects: 0,
             resumes: 0,
+            resumes_in_vain: 0,
             control_generation: first,
         }
     }
@@ -131,6 +137,7 @@ impl Losses {
         if let Some(way) = self.ways.get_mut(usize::from(channel.0)) {
             way.tries = 0;
         }
+        self.resumes_in_vain = 0;
     }
 }
 
@@ -202,7 +209,8 @@ impl Driver<'_> {
         for channel in (0..self.settings.channels).map(ChannelId) {
             let way = &mut self.losses.ways[usize::from(channel.0)];
             let generation = self.session.generation(channel);
-            let waits_since = way.joining.as_ref().map(|(_, since)| *since);
+            let joined = self.session.is_live(channel);
+            let waits_since = way.joining.as_ref().map(|(_, since)| *since).filter(|_| !joined);
             if waits_since.is_some() && readable.contains(&channel) {
                 let reason = "the target closed it before it had joined".to_owned();
                 self.event(SourceEvent::ChannelFailed { channel, generation, reason })?;
@@ -307,11 +315,11 @@ impl Driver<'_> {
     pub fn channels_wake_at(&self) -> Option<Instant> {
         let (hello, stall) = (self.settings.timeouts.hello, self.settings.timeouts.stall);
         let wants = self.session.wants_channels();
-        let of = |way: &WayBack| match &way.joining {
-            Some((_, since)) => Some(*since + hello),
-            None => way.at.filter(|_| wants),
+        let of = |(channel, way): (ChannelId, &WayBack)| match &way.joining {
+            Some((_, since)) => Some(*since + hello).filter(|_| !self.session.is_live(channel)),
+            None => way.at.filter(|_| wants && self.session.is_down(channel)),
         };
-        self.losses.ways.iter().filter_map(of).chain(self.losses.none_since.map(|since| since + stall)).min()
+        (0u8..).map(ChannelId).zip(&self.losses.ways).filter_map(of).chain(self.losses.none_since.map(|since| since + stall)).min()
     }
 
     /// Everything is lost: no worker is left, and all that was outstanding travels again.
@@ -337,11 +345,16 @@ impl Driver<'_> {
     /// The control connection is lost, and the session is kept: lets the guest run meanwhile, if it is ours, and comes
     /// back when the target has taken the session up again.
     pub fn come_back(&mut self, guest: &mut dyn Guest, paused_at: &mut Option<Instant>) -> Result<(), Over> {
+        self.in_round = false;
         if !self.session.is_committed() {
             self.run_on(guest, paused_at)?;
         }
-        let lost_at = Instant::now();
-        let until = lost_at + self.settings.resume_window;
+        // Losses without end, each of which is mended: something breaks the connection again and again.
+        if self.losses.resumes_in_vain >= RESUMES_MAX && !self.session.is_committed() {
+            let lost = self.session.lost().map_or_else(String::new, Failure::to_string);
+            return self.fail(Failure::NotResumed { ms: 0, lost: format!("{lost}, {RESUMES_MAX} times in a row") });
+        }
+        let until = Instant::now() + self.settings.resume_window;
         let mut attempt = 0;
         while self.session.wants_control() {
             attempt += 1;
@@ -425,6 +438,13 @@ impl Driver<'_> {
         self.event(SourceEvent::Reconnected(self.id))?;
         let committed = self.session.is_committed();
         while self.session.awaits_resumed() || (committed && !self.session.wants_control()) {
+            if Instant::now() >= until {
+                // It is there, and does not answer: no better than one that is not.
+                let ms = self.settings.resume_window.as_millis() as u64;
+                let lost = self.session.lost().map_or_else(String::new, Failure::to_string);
+                return self.fail(Failure::NotResumed { ms, lost });
+            }
+            self.wake_at = Some(until);
             match self.service(true) {
                 Ok(()) => {}
                 // Lost again: another attempt is due.
@@ -433,6 +453,7 @@ impl Driver<'_> {
             }
         }
         self.losses.resumes += 1;
+        self.losses.resumes_in_vain += 1;
         self.remark("all connections were lost, and the session was taken up again".to_owned());
         Ok(())
     }
@@ -455,8 +476,8 @@ impl Driver<'_> {
     /// Lets a paused guest run on here: nobody knows when there will be a way to the target again.
     fn run_on(&mut self, guest: &mut dyn Guest, paused_at: &mut Option<Instant>) -> Result<(), Over> {
         self.progress.stage(Stage::Precopy);
-        let Some(begun) = paused_at.take() else { return Ok(()) };
         self.forget_attempt();
+        let Some(begun) = paused_at.take() else { return Ok(()) };
         if let Err(e) = guest.resume() {
             let reason = format!("{e}; the guest stands still at the source, which has lost its target");
             return self.fail(Failure::Hook { hook: "resume", reason });

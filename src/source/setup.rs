@@ -23,6 +23,8 @@ use crate::units::{ChannelId, SessionId, Verify};
 use crate::wire::control::{BlockInfo, Setup};
 use crate::wire::hello::{Hello, HelloRole, Side};
 
+/// A connection that took this long to fail has met a network that does not answer.
+const SLOW: Duration = Duration::from_secs(1);
 /// How long a data channel's first connection may take where there are other networks.
 const DETOUR_AFTER: Duration = Duration::from_secs(3);
 
@@ -98,17 +100,21 @@ impl Driver<'_> {
     /// are others.
     pub fn open_channels(&mut self) -> Result<(), Over> {
         let mut streams = Vec::new();
-        let mut failed = Vec::new();
+        let (mut failed, mut slow) = (Vec::new(), Vec::new());
         for channel in (0..self.settings.channels).map(ChannelId) {
             // One after the other, over a long link many of them take longer than the target bears silence.
             self.heartbeat()?;
-            match self.open_channel(channel, &failed)? {
+            let begun = Instant::now();
+            match self.open_channel(channel, &slow)? {
                 Ok(stream) => {
                     self.tls = self.tls.map(|tls| tls.and(&stream));
                     self.losses.joins(channel, stream.socket().clone());
                     streams.push(Some(stream));
                 }
                 Err(why) => {
+                    if begun.elapsed() >= SLOW {
+                        slow.push((channel, why.clone()));
+                    }
                     failed.push((channel, why));
                     streams.push(None);
                 }
@@ -138,14 +144,14 @@ impl Driver<'_> {
     fn open_channel(
         &mut self,
         channel: ChannelId,
-        failed: &[(ChannelId, Failure)],
+        slow: &[(ChannelId, Failure)],
     ) -> Result<Result<Stream, Failure>, Over> {
         let generation = FIRST_GENERATION;
         let mut limit = self.settings.timeouts.connect;
         if let Endpoint::Addresses(addresses) = &self.endpoint {
             let same = |other: &ChannelId| one_of(addresses, *other, generation) == one_of(addresses, channel, generation);
             // A network that took one channel's time in vain does not get that of all the others.
-            if let Some((_, why)) = failed.iter().find(|(other, _)| same(other)) {
+            if let Some((_, why)) = slow.iter().find(|(other, _)| same(other)) {
                 return Ok(Err(why.clone()));
             }
             if addresses.len() > 1 {

@@ -108,22 +108,21 @@ impl Driver<'_> {
         if sum != self.motion.all.0 || all_quiet || live == 0 {
             self.motion.all = (sum, now);
         }
+        // Others wait for these at the barrier, or have nothing to do. Where all are slow, that is the link they share; and
+        // where nothing moves at all, another connection may be better, if one is under way.
         let still = now.saturating_duration_since(self.motion.all.1);
-        if still > limit {
-            // Nothing moves anywhere. Where another connection is under way it may be better.
-            if !stalled.is_empty() && self.losses.has_hope() {
-                self.motion.all = (sum, now);
-                return self.lose_stalled(stalled, limit);
-            }
-            let behind = self.pongs.iter().filter(|p| !p.at_barrier).min_by_key(|p| (p.rounds_passed, p.bytes));
-            let channel = behind.map_or(ChannelId(0), |p| p.channel);
-            return self.fail(Failure::Stalled { channel, ms: still.max(limit).as_millis() as u64 });
+        if !stalled.is_empty() && (stalled.len() < live || (still > limit && self.losses.has_hope())) {
+            self.motion.all.1 = now;
+            return self.lose_stalled(stalled, limit);
         }
-        // Where all are slow, that is the link they share.
-        if stalled.len() == live {
+        if still <= limit {
             return Ok(());
         }
-        self.lose_stalled(stalled, limit)
+        let behind = self.pongs.iter().filter(|p| !p.at_barrier).min_by_key(|p| (p.rounds_passed, p.bytes));
+        let channel = behind.map_or(ChannelId(0), |p| p.channel);
+        let why = Failure::Stalled { channel, ms: still.as_millis() as u64 };
+        // A network that takes everything and gives nothing back stalls data and control alike.
+        if self.session.resumes() { self.control_lost(why) } else { self.fail(why) }
     }
 
     fn lose_stalled(&mut self, stalled: Vec<ChannelId>, limit: Duration) -> Result<(), Over> {

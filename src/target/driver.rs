@@ -268,6 +268,8 @@ impl Driver<'_> {
                 Err(why) => self.event(TargetEvent::LaneFailed { channel, reason: why.to_string() }),
             },
             TargetAction::RetireLane { channel } => {
+                // A load that came to nothing: no Commit is waited for.
+                (self.final_at, self.loaded_at) = (None, None);
                 self.channels_lost += 1;
                 self.streams[usize::from(channel.0)] = None;
                 if let Some(lanes) = &mut self.lanes {

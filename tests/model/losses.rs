@@ -87,9 +87,6 @@ impl World {
 
     /// The target has taken the channel in: its worker begins with the last marks.
     pub fn starts_channel(&mut self, bounds: &Bounds, c: usize, round: Option<Round>, epoch: Option<Epoch>) {
-        // Where the session gives what comes after a loss a round of its own, this takes it away again.
-        let back = u32::from(bounds.is(Mutant::RoundBeginsAnew));
-        let round = round.and_then(|round| round.0.checked_sub(back)).map(Round);
         let worker = &mut self.source.workers[c];
         worker.joining = false;
         worker.line = Line::Up;
