@@ -230,7 +230,7 @@ impl Ferry {
         if bounds.channels().any(|c| target.has_moved(bounds, c)) {
             out.push(Action::LanesMoved);
         }
-        if !target.checks.is_empty() {
+        if target.check.is_some() {
             out.push(Action::CheckReturns);
         }
         if target.online && !w.control.to_target.items().is_empty() {

@@ -49,8 +49,8 @@ pub struct TargetSide {
     pub online: bool,
     /// Whether it is another process than the one that the source knows.
     pub replaced: bool,
-    /// What was found, where frames are heard while a Final is checked; the latest last.
-    pub checks: Vec<Check>,
+    /// What will be found by the check that goes on, where frames are heard meanwhile.
+    pub check: Option<Check>,
     /// Only with [`Mutant::AnswerBeforeDiscard`]: a Query that was answered, and not yet acted on.
     pub query: bool,
     pub lanes: [Lane; CHANNELS],
@@ -79,7 +79,7 @@ impl TargetSide {
             sockets: [None; CHANNELS],
             online: true,
             replaced: false,
-            checks: Vec::new(),
+            check: None,
             query: false,
             lanes: Default::default(),
             memory: [0; PAGES],
@@ -198,7 +198,8 @@ impl World {
             TargetAction::Check(last) => {
                 let check = self.checks(bounds, &last);
                 self.seen.digests_differed |= check != Check::Agrees && !self.seen.damaged.contains(&true);
-                self.target.checks.push(check);
+                // One at a time: a Final of before came to nothing.
+                self.target.check = Some(check);
                 if !bounds.slow_checks {
                     self.check_returns(bounds);
                 }
@@ -262,9 +263,10 @@ impl World {
         Check::Differs { block: BlockId(0), chunk_digests }
     }
 
-    /// The check that began last ends first.
+    /// The check ends. Where its Final has come to nothing, nobody is told.
     pub fn check_returns(&mut self, bounds: &Bounds) {
-        if let Some(check) = self.target.checks.pop() {
+        let check = self.target.check.take().filter(|_| self.target.session.is_checking());
+        if let Some(check) = check {
             self.target_event(bounds, TargetEvent::Checked(check));
         }
     }
@@ -300,7 +302,7 @@ impl World {
         (target.lobby, target.sockets) = (Default::default(), Default::default());
         target.lanes = Default::default();
         target.digest = Default::default();
-        target.checks.clear();
+        target.check = None;
         if std::mem::take(&mut target.online) {
             self.control.target_leaves();
         }
