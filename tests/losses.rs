@@ -12,7 +12,7 @@ mod vmm;
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -54,10 +54,10 @@ impl Net {
             let mut kept = Vec::new();
             for (number, near) in listener.incoming().enumerate() {
                 let near = near.unwrap();
-                if number > 0 && net.0.refuse.load(SeqCst) {
+                if number > 0 && net.0.refuse.load(Relaxed) {
                     continue;
                 }
-                if number > 0 && number as u64 == net.0.mute.load(SeqCst) {
+                if number > 0 && number as u64 == net.0.mute.load(Relaxed) {
                     kept.push(near);
                     continue;
                 }
@@ -77,12 +77,12 @@ impl Net {
     fn pump(&self, mut from: TcpStream, mut to: TcpStream, number: usize, there: bool) {
         let mut buffer = vec![0; 1 << 16];
         while let Ok(n @ 1..) = from.read(&mut buffer) {
-            while !there && number == 0 && self.0.hold.load(SeqCst) {
-                std::thread::sleep(MS);
+            while !there && number == 0 && self.0.hold.load(Relaxed) {
+                vmm::wait(MS);
             }
             if there && number > 0 {
-                std::thread::sleep(Duration::from_micros(self.0.slow_us.load(SeqCst)));
-                self.0.passed.fetch_add(n as u64, SeqCst);
+                vmm::wait(Duration::from_micros(self.0.slow_us.load(Relaxed)));
+                self.0.passed.fetch_add(n as u64, Relaxed);
             }
             if to.write_all(&buffer[..n]).is_err() {
                 break;
@@ -101,8 +101,8 @@ impl Net {
     }
 
     fn wait_for(&self, bytes: u64) {
-        while self.0.passed.load(SeqCst) < bytes {
-            std::thread::sleep(MS);
+        while self.0.passed.load(Relaxed) < bytes {
+            vmm::wait(MS);
         }
     }
 }
@@ -135,7 +135,7 @@ fn lose_a_channel_and_then_everything(verify: Verify) {
     let window = Duration::from_secs(5);
     let target = Target::builder().timeouts(timeouts()).resume_window(window).listen("127.0.0.1:0").unwrap();
     let net = Net::default();
-    net.0.slow_us.store(2000, SeqCst);
+    net.0.slow_us.store(2000, Relaxed);
     let address = net.before(target.address().unwrap().to_string());
     let builder = Source::builder(ram).channels(2).verify(verify).timeouts(timeouts()).resume_window(window);
     let source = builder.connect(&address).unwrap();
@@ -143,12 +143,12 @@ fn lose_a_channel_and_then_everything(verify: Verify) {
         let net = net.clone();
         move || {
             net.wait_for(8 * MIB);
-            net.0.hold.store(true, SeqCst);
+            net.0.hold.store(true, Relaxed);
             net.cut(|number| number == 1);
-            std::thread::sleep(300 * MS);
+            vmm::wait(300 * MS);
             net.cut(|_| true);
-            net.0.hold.store(false, SeqCst);
-            net.0.slow_us.store(0, SeqCst);
+            net.0.hold.store(false, Relaxed);
+            net.0.slow_us.store(0, Relaxed);
         }
     });
     let trip = vmm::travel(source, &mut guest.dirty.clone(), &mut guest, target, TestIncoming::new());
@@ -166,7 +166,7 @@ fn a_first_connection_that_is_never_heard_costs_only_itself() {
     let mut guest = guest_of(&ram);
     let target = Target::builder().timeouts(timeouts()).listen("127.0.0.1:0").unwrap();
     let net = Net::default();
-    net.0.mute.store(2, SeqCst);
+    net.0.mute.store(2, Relaxed);
     let address = net.before(target.address().unwrap().to_string());
     let source = Source::builder(ram).channels(2).timeouts(timeouts()).connect(&address).unwrap();
     let trip = vmm::travel(source, &mut guest.dirty.clone(), &mut guest, target, TestIncoming::new());
@@ -200,15 +200,15 @@ fn nobody_spins_while_a_lost_channel_is_not_yet_retired() {
         move || {
             net.wait_for(4 * MIB);
             let before = cpu_time(migrating);
-            std::thread::sleep(1000 * MS);
+            vmm::wait(1000 * MS);
             let quiet = cpu_time(migrating) - before;
-            net.0.hold.store(true, SeqCst);
+            net.0.hold.store(true, Relaxed);
             net.cut(|number| number == 1);
-            std::thread::sleep(100 * MS);
+            vmm::wait(100 * MS);
             let before = cpu_time(migrating);
-            std::thread::sleep(1000 * MS);
+            vmm::wait(1000 * MS);
             let used = cpu_time(migrating) - before;
-            net.0.hold.store(false, SeqCst);
+            net.0.hold.store(false, Relaxed);
             (quiet, used)
         }
     });
@@ -226,7 +226,7 @@ fn the_guest_is_not_paused_while_no_channel_is_left() {
     let mut guest = guest_of(&ram);
     let target = Target::builder().timeouts(timeouts()).listen("127.0.0.1:0").unwrap();
     let net = Net::default();
-    net.0.slow_us.store(1000, SeqCst);
+    net.0.slow_us.store(1000, Relaxed);
     let address = net.before(target.address().unwrap().to_string());
     let builder = Source::builder(ram).channels(1).timeouts(timeouts()).downtime_limit(20 * MS);
     let source = builder.connect(&address).unwrap();
@@ -234,10 +234,10 @@ fn the_guest_is_not_paused_while_no_channel_is_left() {
         let net = net.clone();
         move || {
             net.wait_for(28 * MIB);
-            net.0.refuse.store(true, SeqCst);
+            net.0.refuse.store(true, Relaxed);
             net.cut(|number| number == 1);
-            std::thread::sleep(1000 * MS);
-            net.0.refuse.store(false, SeqCst);
+            vmm::wait(1000 * MS);
+            net.0.refuse.store(false, Relaxed);
         }
     });
     let trip = vmm::travel(source, &mut guest.dirty.clone(), &mut guest, target, TestIncoming::new());
@@ -265,7 +265,7 @@ fn everything_dies_behind_an_overrun_and_the_session_is_taken_up_again() {
         let net = net.clone();
         move || {
             if std::mem::take(&mut first) {
-                std::thread::sleep(600 * MS);
+                vmm::wait(600 * MS);
                 net.cut(|_| true);
             }
         }
@@ -291,11 +291,11 @@ fn channels_die_while_all_of_ram_is_hashed() {
         move |_, _| {
             let net = net.clone();
             std::thread::spawn(move || {
-                std::thread::sleep(20 * MS);
-                net.0.refuse.store(true, SeqCst);
+                vmm::wait(20 * MS);
+                net.0.refuse.store(true, Relaxed);
                 net.cut(|number| number > 0);
-                std::thread::sleep(2500 * MS);
-                net.0.refuse.store(false, SeqCst);
+                vmm::wait(2500 * MS);
+                net.0.refuse.store(false, Relaxed);
             });
         }
     }));
@@ -319,7 +319,7 @@ fn a_target_whose_load_came_to_nothing_does_not_wait_for_commit() {
     source.control.send(&SourceFrame::ChannelLost { channel, generation });
     assert_eq!(source.next(), Some(TargetFrame::ChannelRetired { channel, generation }));
     for nonce in 1..=15 {
-        std::thread::sleep(100 * MS);
+        vmm::wait(100 * MS);
         source.control.send(&SourceFrame::Ping { nonce });
     }
     source.control.send(&SourceFrame::Cancel { reason: "enough".to_owned() });
@@ -343,19 +343,19 @@ fn the_limit_on_the_pause_holds_when_a_final_came_to_nothing() {
     guest.on_pause = Some(Box::new({
         let net = net.clone();
         move || {
-            if once.swap(true, SeqCst) {
+            if once.swap(true, Relaxed) {
                 return;
             }
             dirty.mark_range(pageferry::units::BlockId(0), 0, 96);
-            net.0.slow_us.store(40_000, SeqCst);
+            net.0.slow_us.store(40_000, Relaxed);
             let net = net.clone();
             std::thread::spawn(move || {
-                std::thread::sleep(150 * MS);
-                net.0.refuse.store(true, SeqCst);
+                vmm::wait(150 * MS);
+                net.0.refuse.store(true, Relaxed);
                 net.cut(|number| number > 0);
-                net.0.slow_us.store(0, SeqCst);
-                std::thread::sleep(2000 * MS);
-                net.0.refuse.store(false, SeqCst);
+                net.0.slow_us.store(0, Relaxed);
+                vmm::wait(2000 * MS);
+                net.0.refuse.store(false, Relaxed);
             });
         }
     }));

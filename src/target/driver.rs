@@ -214,8 +214,7 @@ impl Driver<'_> {
     }
 
     fn look_at_lanes(&mut self) -> Result<(), Over> {
-        let Some(lanes) = &mut self.lanes else { return Ok(()) };
-        for event in lanes.poll_moved() {
+        while let Some(event) = self.lanes.as_mut().and_then(Lanes::poll_moved) {
             self.event(event)?;
         }
         while let Some((channel, reason, is_ours)) = self.lanes.as_mut().and_then(Lanes::poll_failed) {

@@ -169,22 +169,17 @@ impl Lanes {
         }
     }
 
-    /// What has changed in the barrier since the last look.
-    pub fn poll_moved(&mut self) -> Vec<TargetEvent> {
+    /// A lane that has moved since the last look. Ask until there is none: one by one, as what is done about the first can
+    /// end the lanes behind it.
+    pub fn poll_moved(&mut self) -> Option<TargetEvent> {
         // Ordered reads first: what the lanes landed and recorded before their marks is seen from here on.
         let (_, _) = (self.barrier.all_passed(), self.barrier.all_flushed());
-        let mut events = Vec::new();
-        for (index, lane) in self.lanes.iter_mut().enumerate() {
-            let now = (self.barrier.passed(index), self.barrier.flushed(index));
-            if now != lane.seen {
-                lane.seen = now;
-                events.push(TargetEvent::LaneMoved { channel: ChannelId(index as u8), rounds: now.0, epochs: now.1 });
-            }
-        }
-        if !events.is_empty() {
-            self.wake_late();
-        }
-        events
+        let now = |index: usize| (self.barrier.passed(index), self.barrier.flushed(index));
+        let index = (0..self.lanes.len()).find(|index| now(*index) != self.lanes[*index].seen)?;
+        let (rounds, epochs) = now(index);
+        self.lanes[index].seen = (rounds, epochs);
+        self.wake_late();
+        Some(TargetEvent::LaneMoved { channel: ChannelId(index as u8), rounds, epochs })
     }
 
     /// A lane that has ended by itself since this was last asked, why, and whether another connection would not help. No

@@ -40,9 +40,10 @@ pub trait Incoming {
 
     /// Takes the device state. All of RAM is there.
     ///
-    /// May be called again, with newer state that replaces all of the former: where the source would rather let the
-    /// guest run on and try again than exceed its downtime limit ([`Overrun::Retry`](crate::precopy::Overrun)). RAM
-    /// changes in between, so nothing that was read from it may be kept.
+    /// May be called again, with state that replaces all of the former: where the source would rather let the guest run on
+    /// and try again than exceed its downtime limit ([`Overrun::Retry`](crate::precopy::Overrun)), where a channel was lost
+    /// while this went on, and where a session is resumed. RAM changes in between, so nothing that was read from it may be
+    /// kept.
     ///
     /// # Errors
     /// The guest stays at the source, which is told why.
