@@ -1,8 +1,7 @@
 #![forbid(unsafe_code)]
 //! Which channel is in the set, about to join it, or on its way out: the source's list. The set is the source's to decide.
 
-use crate::session::source::FIRST_GENERATION;
-use crate::units::{ChannelId, Generation};
+use crate::units::{FIRST_GENERATION, ChannelId, Generation};
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 enum Link {

@@ -4,6 +4,7 @@
 use crate::error::{Failure, Outcome};
 use crate::session::channels::{Channels, Fate};
 pub use crate::session::events::{Facts, SourceAction, SourceEvent};
+pub use crate::units::FIRST_GENERATION;
 use crate::session::{EpochLedger, FEATURE_RESUME, REPAIRS_MAX, code_of};
 use crate::units::{BlockId, ChannelId, Epoch, Generation, InstanceId, Item, Round};
 use crate::wire::control::{CHUNKS_PER_FRAME_MAX, Final, Frame, PeerError, SourceFrame, TargetFrame};
@@ -60,9 +61,6 @@ pub struct SourceSession {
     lost_late: Vec<(ChannelId, Generation, String)>,
     repairs: u32,
 }
-
-/// The generation of a channel's first connection.
-pub const FIRST_GENERATION: Generation = Generation(1);
 
 impl SourceSession {
     /// A session over this many channels.

@@ -23,9 +23,9 @@ use crate::session::source::{FIRST_GENERATION, SourceAction, SourceEvent, Source
 use crate::source::ends::{Attempt, Over};
 use crate::source::gauge::Gauge;
 use crate::source::lanes::Lanes;
-use crate::source::losses::Losses;
+use crate::source::motion::Motion;
 use crate::source::pace::Pace;
-use crate::source::watch::Motion;
+use crate::source::ways::Losses;
 use crate::source::{DowntimeParts, Guest, Settings, Source, SourceReport, TlsReport, ZeroCopyReport};
 use crate::units::{BlockId, ChannelId, SessionId, Verify};
 use crate::wire::control::{HEARD_THE_END, LanePong, SourceFrame, TargetFrame};

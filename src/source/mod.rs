@@ -10,12 +10,14 @@ mod hand_over;
 mod hooks;
 mod lanes;
 mod losses;
+mod motion;
 mod pace;
 mod rounds;
 mod setup;
 mod state;
 mod talk;
 mod watch;
+mod ways;
 
 use std::fmt;
 use std::path::PathBuf;

@@ -137,15 +137,3 @@ impl Driver<'_> {
 
 /// What a lane has to move within the stall limit. Less is as good as nothing to those that wait for it.
 const PROGRESS_BYTES_MIN: u64 = 64 << 10;
-
-/// What has moved, on each channel and on all of them, and when that was seen to change last.
-pub(super) struct Motion {
-    channels: Vec<(u64, Instant)>,
-    all: (u64, Instant),
-}
-
-impl Motion {
-    pub fn new(channels: u8, now: Instant) -> Motion {
-        Motion { channels: vec![(0, now); channels.into()], all: (0, now) }
-    }
-}

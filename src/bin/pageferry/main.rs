@@ -4,6 +4,7 @@
 mod child;
 mod demo;
 mod demo_target;
+mod encrypted;
 mod fill;
 mod guest;
 mod image;

@@ -8,10 +8,10 @@ use pageferry::source::DowntimeParts;
 use pageferry::{Outcome, SourceReport, TargetReport, Verify};
 use serde::{Deserialize, Serialize};
 
+use crate::encrypted::Encrypted;
 use crate::limits::Convergence;
 use crate::mended::Mended;
 use crate::sizes::{Cpus, human, ms};
-use crate::tls::Encrypted;
 use crate::zero_copy::ByReference;
 
 /// How it ended.

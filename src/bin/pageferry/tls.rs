@@ -1,11 +1,8 @@
-//! TLS, as options; and what became of it, for the report.
+//! TLS, as options.
 
-use std::fmt;
 use std::path::PathBuf;
 
 use pageferry::net::{Address, Tls};
-use pageferry::source::TlsReport;
-use serde::Serialize;
 
 use crate::output::complain;
 
@@ -50,34 +47,5 @@ pub fn warn_if_open(address: &Address, tls: Option<&Tls>) {
             "warning: {address} may leave this machine, and nothing is encrypted: anybody on the way can read and change \
              RAM; use --tls-dir"
         ));
-    }
-}
-
-/// What became of it.
-#[derive(Clone, Debug, Serialize)]
-pub struct Encrypted {
-    /// The cipher suite; nothing where nothing was encrypted.
-    tls_suite: Option<&'static str>,
-    /// Data channels that went on from the control connection's session.
-    tls_channels_resumed: u8,
-}
-
-impl From<Option<TlsReport>> for Encrypted {
-    fn from(report: Option<TlsReport>) -> Encrypted {
-        Encrypted {
-            tls_suite: report.map(|tls| tls.suite),
-            tls_channels_resumed: report.map_or(0, |tls| tls.channels_resumed),
-        }
-    }
-}
-
-impl fmt::Display for Encrypted {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.tls_suite {
-            Some(suite) => {
-                writeln!(f, "  TLS         {suite}; {} channels resumed its session", self.tls_channels_resumed)
-            }
-            None => Ok(()),
-        }
     }
 }
