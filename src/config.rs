@@ -72,6 +72,8 @@ pub enum WhyCopied {
     NotTcp,
     /// Its peer is on this host, where the kernel would copy after all.
     PeerIsHere,
+    /// It is encrypted by this process, which has to read every byte.
+    Encrypted,
     /// The kernel does not allow it on this socket.
     Kernel,
     /// The kernel copied after all.
@@ -89,6 +91,7 @@ impl WhyCopied {
             WhyCopied::Asked => "asked",
             WhyCopied::NotTcp => "not-tcp",
             WhyCopied::PeerIsHere => "peer-is-here",
+            WhyCopied::Encrypted => "encrypted",
             WhyCopied::Kernel => "kernel",
             WhyCopied::AfterAll => "after-all",
             WhyCopied::NoMemory => "no-memory",
@@ -108,6 +111,7 @@ impl fmt::Display for WhyCopied {
             WhyCopied::Asked => "it was asked to",
             WhyCopied::NotTcp => "its connection is not TCP",
             WhyCopied::PeerIsHere => "its peer is on this host",
+            WhyCopied::Encrypted => "it is encrypted (TLS)",
             WhyCopied::Kernel => "the kernel does not allow it on this socket",
             WhyCopied::AfterAll => "the kernel copied after all",
             WhyCopied::NoMemory => "the kernel may hold no more memory (see ulimit -l)",

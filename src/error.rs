@@ -78,6 +78,13 @@ pub enum Failure {
         /// What the system said.
         reason: OsReason,
     },
+    /// Connected, and no hands were shaken: one side does not trust the other, or speaks no TLS.
+    Tls {
+        /// The address as given.
+        peer: String,
+        /// What is wrong, and where.
+        reason: String,
+    },
     /// The control connection failed.
     Control {
         /// What was being done on it.
@@ -180,6 +187,7 @@ impl fmt::Display for Failure {
                 write!(f, "cannot connect to {address}: {reason}; is the target listening there?")
             }
             Failure::Listen { address, reason } => write!(f, "cannot listen on {address}: {reason}"),
+            Failure::Tls { peer, reason } => write!(f, "no TLS with {peer}: {reason}"),
             Failure::Control { doing, reason } => write!(f, "the control connection failed while {doing}: {reason}"),
             Failure::Channel { channel, generation, reason } => {
                 write!(f, "data channel {channel} (generation {generation}) failed: {reason}")

@@ -47,6 +47,8 @@ pub struct Scanner {
     keeps_back: bool,
     defer_left: u64,
     deferred_bytes: u64,
+    /// How many this round has kept back, and the most that one has.
+    kept_bytes: u64,
     deferred_bytes_max: u64,
     untouched_bytes: u64,
 }
@@ -83,6 +85,7 @@ impl Scanner {
             keeps_back: false,
             defer_left: 0,
             deferred_bytes: 0,
+            kept_bytes: 0,
             deferred_bytes_max: 0,
             untouched_bytes: 0,
         }
@@ -91,6 +94,7 @@ impl Scanner {
     /// A round begins that may keep back so many bytes for the end. 0 hands out everything, as every round does in which
     /// the guest stands still; what is dirty in such a round says nothing about how often a page is, and is not noted.
     pub fn begin_round(&mut self, defer_bytes: u64) {
+        self.kept_bytes = 0;
         self.keeps_back = defer_bytes > 0;
         self.defer_left = defer_bytes;
     }
@@ -105,7 +109,7 @@ impl Scanner {
         self.untouched_bytes
     }
 
-    /// The most that it was.
+    /// The most bytes that a round has kept back for the end.
     pub fn deferred_bytes_max(&self) -> u64 {
         self.deferred_bytes_max
     }
@@ -134,8 +138,10 @@ impl Scanner {
         } else {
             let (past, at) = (&mut self.past[usize::from(chunk.block.0)], (chunk.first / 64) as usize);
             if self.keeps_back {
+                let left = self.defer_left;
                 past.defer(at, words, &mut self.defer_left, &mut self.deferred_bytes);
-                self.deferred_bytes_max = self.deferred_bytes_max.max(self.deferred_bytes);
+                self.kept_bytes += left - self.defer_left;
+                self.deferred_bytes_max = self.deferred_bytes_max.max(self.kept_bytes);
             } else if self.deferred_bytes > 0 {
                 self.deferred_bytes -= past.hand_out(at, words);
             }
@@ -164,7 +170,6 @@ impl Scanner {
             let after = count(&past.deferred[(first / 64) as usize..][..words_of(first, pages)]);
             self.deferred_bytes += (after - before) * past.page_bytes;
         }
-        self.deferred_bytes_max = self.deferred_bytes_max.max(self.deferred_bytes);
     }
 
     /// Gives everything that was taken since arm back to the source. The first error, if there was one; the rest is

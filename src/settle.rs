@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use crate::config::Timeouts;
 use crate::error::Failure;
-use crate::net::{Control, Endpoint, Opening, open};
+use crate::net::{Control, Endpoint, Opening, Tls, open};
 use crate::poll::PollSleeper;
 use crate::sys::event::PollSet;
 use crate::units::{Generation, SessionId};
@@ -57,11 +57,35 @@ pub const SETTLER: Generation = Generation(u32::MAX);
 /// Whatever kept the answer from coming, and then it is as uncertain as before: the target has gone, or cannot be
 /// reached, or another process that knows nothing of this session listens there. Ask again, or make sure by other means
 /// that the guest does not run there (end the process, power the host off) before it is resumed here.
-pub fn settle(mut target: Endpoint, session: SessionId, timeouts: &Timeouts) -> Result<Settled, Failure> {
+pub fn settle(target: Endpoint, session: SessionId, timeouts: &Timeouts) -> Result<Settled, Failure> {
+    ask(target, session, timeouts, None)
+}
+
+/// As [`settle`], of a target that takes encrypted connections only.
+///
+/// # Errors
+/// As [`settle`]'s, and [`Failure::Tls`].
+#[cfg(feature = "tls")]
+pub fn settle_over_tls(
+    target: Endpoint,
+    session: SessionId,
+    timeouts: &Timeouts,
+    tls: &Tls,
+) -> Result<Settled, Failure> {
+    ask(target, session, timeouts, Some(tls))
+}
+
+fn ask(
+    mut target: Endpoint,
+    session: SessionId,
+    timeouts: &Timeouts,
+    tls: Option<&Tls>,
+) -> Result<Settled, Failure> {
     let timeouts = timeouts.bounded();
     let mut bell =
         PollSleeper::bell().map_err(|e| Failure::Config(format!("no eventfd for the settler's bell: {e}")))?;
-    let connected = open(&mut target, Opening::Control, &mut bell, Instant::now() + timeouts.connect, &|| false)?;
+    let until = Instant::now() + timeouts.connect;
+    let connected = open(&mut target, Opening::Control, tls, &mut bell, until, &|| false)?;
     let Some(socket) = connected else {
         return Err(Failure::Worker("internal error: a query was cancelled, which nobody can".to_owned()));
     };

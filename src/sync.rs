@@ -11,7 +11,7 @@
 #[cfg(not(loom))]
 mod inner {
     pub use std::sync::Arc;
-    pub use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+    pub use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
     pub use std::thread;
 
     /// Whether a slice of cells lies in memory as a slice of what they hold. Under loom each cell keeps a record of who
@@ -98,7 +98,7 @@ mod inner {
 mod inner {
     pub use loom::cell::UnsafeCell;
     pub use loom::sync::Arc;
-    pub use loom::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+    pub use loom::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
     pub use loom::thread;
 
     /// Whether a slice of cells lies in memory as a slice of what they hold: not here.

@@ -45,6 +45,9 @@ pub struct ChannelId(pub u8);
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
 pub struct Generation(pub u32);
 
+/// The generation of a connection that was not there before.
+pub const FIRST_GENERATION: Generation = Generation(1);
+
 /// One pass over all RAM blocks. The first is round 0; the largest is [`Round::MAX`].
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
 pub struct Round(pub u32);

@@ -1,7 +1,8 @@
 //! A channel whose lane waits at the barrier is healthy, however long it waits: no clock of ours or of the kernel ends it.
 // UNSAFETY: getsockopt(2) is a C call.
-#![cfg(not(loom))]
 #![expect(unsafe_code)]
+#![expect(clippy::unnecessary_safety_comment, reason = "takes the UNSAFETY line of a crate root for one")]
+#![cfg(not(loom))]
 
 #[path = "support/vmm.rs"]
 mod vmm;
@@ -36,7 +37,7 @@ impl Connector for OneSlow {
     }
 }
 
-/// Carries what comes on, 16 KiB each 4 ms, for [`WAIT`] from the first page on; then as fast as it comes.
+/// Carries what comes on, 16 KiB each 8 ms, for [`WAIT`] from the first page on; then as fast as it comes.
 fn slow_relay(to: String, hurries: Arc<AtomicBool>) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap().to_string();
@@ -54,7 +55,7 @@ fn slow_relay(to: String, hurries: Arc<AtomicBool>) -> String {
             }
             if begun.get_or_insert_with(Instant::now).elapsed() < WAIT {
                 // The pace of the link.
-                vmm::wait(Duration::from_millis(4));
+                vmm::wait(Duration::from_millis(8));
             } else {
                 hurries.store(true, Ordering::Relaxed);
             }

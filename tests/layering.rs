@@ -41,6 +41,9 @@ const MAY_BE_UNSAFE: &[&str] = &["ring", "memory", "sys"];
 /// The only files that may know of loom.
 const MAY_NAME_LOOM: &[&str] = &["src/sync.rs", "src/lib.rs"];
 
+/// The only folder that may name rustls.
+const MAY_NAME_RUSTLS: &[&str] = &["net/tls"];
+
 /// Where pages pass: nothing here may block on a lock or a channel of std.
 const PAGE_PATH: &[&str] = &["ring", "bell", "barrier", "scanner", "channel", "dirty", "memory"];
 
@@ -216,6 +219,27 @@ fn loom_outside_the_facade_is_caught() {
             ("src/dirty/bitmap.rs", "use loom::sync::Arc;"),
         ],
         &[("src/sync.rs", "#[cfg(loom)]\nmod inner {}"), ("src/ring.rs", "/* loom */ fn bloom() {} // loom")],
+    );
+}
+
+#[test]
+fn only_the_folder_of_tls_knows_rustls() {
+    demand(product(), rules::rustls_in_its_folder);
+}
+
+#[test]
+fn rustls_elsewhere_is_caught() {
+    proves_itself(
+        rules::rustls_in_its_folder,
+        &[
+            ("src/net/stream.rs", "use rustls::ClientConfig;"),
+            ("src/channel/send.rs", "fn f(_: rustls::Error) {}"),
+            ("src/net/no_tls.rs", "use rustls as _;"),
+        ],
+        &[
+            ("src/net/tls/session.rs", "use rustls::Error;"),
+            ("src/net/stream.rs", "// rustls\nuse crate::net::tls::Session;"),
+        ],
     );
 }
 

@@ -108,6 +108,72 @@ fn a_retired_lane_releases_who_waits_for_it_and_its_page_is_seen() {
 }
 
 #[test]
+fn a_lane_that_came_late_is_woken_by_the_controller_whom_the_others_ring() {
+    // Lane 0 does not know the bell of lane 1, which came later; the controller knows both.
+    loom::model(|| {
+        let target = target(2);
+        let mut bell = Bell::here();
+        let (other, late) = (target.clone(), bell.ringer());
+        let controller = thread::spawn(move || {
+            let mut bell = Bell::here();
+            let ringer = bell.ringer();
+            let lane = thread::spawn(move || {
+                other.page.land();
+                other.barrier.pass(0, Round(0));
+                ringer.ring();
+            });
+            assert_eq!(bell.wait(), Wake::Rung);
+            late.ring();
+            lane.join().unwrap();
+        });
+        assert_eq!(target.barrier.wait_for_all(1, Round(0), &mut bell, &[]), Wake::Rung);
+        target.page.land();
+        controller.join().unwrap();
+    });
+}
+
+#[test]
+fn a_lane_that_joins_with_nothing_passed_is_waited_for() {
+    // The source marks the end of the round only after it was told that lane 1 has joined: here, by a ring.
+    loom::model(|| {
+        let target = target(2);
+        target.barrier.retire(1);
+        let mut bell = Bell::here();
+        let (other, told) = (target.clone(), bell.ringer());
+        let control = thread::spawn(move || {
+            other.barrier.join(1, 0, 0);
+            told.ring();
+            other.page.land();
+            other.barrier.pass(1, Round(0));
+            told.ring();
+        });
+        assert_eq!(bell.wait(), Wake::Rung);
+        assert_eq!(target.barrier.wait_for_all(0, Round(0), &mut bell, &[]), Wake::Rung);
+        target.page.land();
+        control.join().unwrap();
+    });
+}
+
+#[test]
+fn a_lane_that_is_retired_again_after_it_joined_releases_who_waits_for_it() {
+    loom::model(|| {
+        let target = target(2);
+        target.barrier.retire(1);
+        target.barrier.join(1, 0, 0);
+        let mut bell = Bell::here();
+        let (control, ringer) = (target.clone(), bell.ringer());
+        let control = thread::spawn(move || {
+            control.page.land();
+            control.barrier.retire(1);
+            ringer.ring();
+        });
+        assert_eq!(target.barrier.wait_for_all(0, Round(0), &mut bell, &[]), Wake::Rung);
+        target.page.land();
+        control.join().unwrap();
+    });
+}
+
+#[test]
 fn a_lane_that_joins_vouches_for_what_was_done_before() {
     loom::model(|| {
         let target = target(1);

@@ -15,7 +15,7 @@ use crate::memory::scatter::{Scatter, write_zeros};
 use crate::memory::{Ram, RamBlock};
 use crate::poll::PollSleeper;
 use crate::progress::{ChannelCells, Progress, add};
-use crate::sys::socket::Socket;
+use crate::net::Stream;
 use crate::units::{BlockId, ChannelId, Epoch, Round, Run};
 use crate::wire::packet::{
     PACKET_HEADER_BYTES, PacketHeader, PacketKind, RUN_ENTRY_BYTES, RUNS_PER_PACKET_MAX, RunEntry, RunKind, check_crc,
@@ -41,8 +41,8 @@ pub struct RecvRole {
 pub struct RecvGear {
     /// The channel.
     pub channel: ChannelId,
-    /// Its socket, blocking.
-    pub socket: Arc<Socket>,
+    /// Its connection, blocking.
+    pub stream: Stream,
     /// Guest RAM, which reads as zeros before the first lane starts.
     pub ram: Ram,
     /// Pages that something has landed in, or is about to.
@@ -66,7 +66,8 @@ pub struct RecvGear {
 
 impl RecvRole {
     /// A lane that is ready to start; `peers` are the bells of the other lanes.
-    pub fn new(gear: RecvGear, peers: Vec<Ringer<Park>>) -> RecvRole {
+    pub fn new(mut gear: RecvGear, peers: Vec<Ringer<Park>>) -> RecvRole {
+        gear.stream.make_room_for_pages();
         RecvRole {
             scatter: Scatter::new(gear.ram.clone()),
             prefault: Prefault::new(&gear.ram),
@@ -201,7 +202,7 @@ impl RecvRole {
         let mut recorder = digests.as_ref().map(|table| table.recorder(header.block, self.round));
         let mut hashed = 0;
         while !self.scatter.is_complete() {
-            let n = self.scatter.receive(&self.gear.socket).map_err(receiving)?;
+            let n = self.gear.stream.receive(&mut self.scatter).map_err(receiving)?;
             if n == 0 {
                 return Err(ChannelError::Closed { expected: "the rest of a packet, or the next one" });
             }
@@ -244,9 +245,9 @@ impl RecvRole {
         result
     }
 
-    fn read_exact(&self, mut into: &mut [u8], expected: &'static str) -> Result<(), ChannelError> {
+    fn read_exact(&mut self, mut into: &mut [u8], expected: &'static str) -> Result<(), ChannelError> {
         while !into.is_empty() {
-            match self.gear.socket.recv(into).map_err(receiving)? {
+            match self.gear.stream.recv(into).map_err(receiving)? {
                 0 => return Err(ChannelError::Closed { expected }),
                 n => {
                     add(&self.cells().wire_bytes, n as u64);
@@ -285,7 +286,7 @@ impl Role for RecvRole {
     type Output = RecvEnd;
 
     fn interrupt(&self) -> Arc<dyn Interrupt> {
-        Arc::new(ShutDown(self.gear.socket.clone()))
+        Arc::new(ShutDown(self.gear.stream.socket().clone()))
     }
 
     fn run(mut self, cx: &mut Cx) -> RecvEnd {

@@ -18,7 +18,7 @@ use crate::memory::Ram;
 use crate::progress::{Progress, add};
 use crate::ring::{Consumer, Producer};
 use crate::sync::Ordering::Relaxed;
-use crate::sys::socket::Socket;
+use crate::net::Stream;
 use crate::units::{BlockId, ChannelId, Epoch, Item, Round, Run};
 use crate::wire::packet::{
     HEADER_AND_TABLE_BYTES_MAX, PAYLOAD_BYTES_MAX, PacketHeader, PacketKind, RUNS_PER_PACKET_MAX, RunEntry, RunKind,
@@ -28,7 +28,7 @@ use crate::wire::packet::{
 #[derive(Debug)]
 pub struct SendRole {
     channel: ChannelId,
-    socket: Arc<Socket>,
+    stream: Stream,
     ring: Consumer<Item>,
     journal: Producer<Item>,
     eyes: Eyes,
@@ -64,8 +64,8 @@ pub struct SendEnd {
 pub struct SendGear {
     /// The channel.
     pub channel: ChannelId,
-    /// Its socket, blocking.
-    pub socket: Arc<Socket>,
+    /// Its connection, blocking.
+    pub stream: Stream,
     /// How it hands its payload over.
     pub by_reference: ByReference,
     /// Where runs and marks come from.
@@ -106,7 +106,9 @@ const UNSENT_BYTES_MAX: u32 = 192 << 10;
 impl SendRole {
     /// A worker that is ready to start.
     pub fn new(gear: SendGear) -> SendRole {
-        let SendGear { channel, socket, by_reference, ring, journal, ram, look, digests, sent, controller, .. } = gear;
+        let SendGear { channel, mut stream, by_reference, ring, journal, ram, look, digests, sent, controller, .. } = gear;
+        stream.make_room_for_pages();
+        let socket = stream.socket();
         socket.set_unsent_max(UNSENT_BYTES_MAX);
         if socket.is_within_host() {
             socket.tune_within_host();
@@ -125,7 +127,7 @@ impl SendRole {
         let (round, epoch, sequence) = (gear.round, gear.epoch, 0);
         SendRole {
             channel,
-            socket,
+            stream,
             ring,
             journal,
             eyes,
@@ -260,7 +262,7 @@ impl SendRole {
     }
 
     fn settle(&mut self) -> Result<(), ChannelError> {
-        let settled = self.by_reference.settle(&self.socket);
+        let settled = self.by_reference.settle(self.stream.socket());
         self.count_references();
         let calls = settled.map_err(|source| ChannelError::Io { doing: "waiting for pages to be sent", source })?;
         add(&self.progress.cells(self.channel.0.into()).syscalls, calls);
@@ -284,7 +286,7 @@ impl SendRole {
         let Batch { packet, table, .. } = &mut self.batch;
         let table: &[RunEntry] = if header.kind == PacketKind::Pages { table } else { &[] };
         let head_len = header.encode_into(table, packet.head_mut())?;
-        let sent = self.by_reference.send(packet, head_len, &self.socket);
+        let sent = self.by_reference.send(packet, head_len, &mut self.stream);
         self.count_references();
         let sent = sent.map_err(|source| ChannelError::Io { doing: "sending pages", source })?;
         let cells = self.progress.cells(self.channel.0.into());
@@ -312,7 +314,7 @@ impl Role for SendRole {
     type Output = SendEnd;
 
     fn interrupt(&self) -> Arc<dyn Interrupt> {
-        Arc::new(ShutDown(self.socket.clone()))
+        Arc::new(ShutDown(self.stream.socket().clone()))
     }
 
     fn run(mut self, cx: &mut Cx) -> SendEnd {

@@ -9,6 +9,7 @@ use std::io;
 
 use crate::config::{WhyCopied, ZeroCopy};
 use crate::memory::gather::{Gather, Sent};
+use crate::net::Stream;
 use crate::sys::socket::{Handing, Socket};
 use crate::sys::zerocopy::Completion;
 
@@ -39,11 +40,11 @@ impl ByReference {
     ///
     /// # Errors
     /// With [`ZeroCopy::On`], why this socket cannot.
-    pub fn new(asked: ZeroCopy, socket: &Socket) -> Result<ByReference, WhyCopied> {
+    pub fn new(asked: ZeroCopy, stream: &Stream) -> Result<ByReference, WhyCopied> {
         let why = match asked {
             ZeroCopy::Off => Some(WhyCopied::Asked),
-            ZeroCopy::Auto => obstacle(socket, true),
-            ZeroCopy::On => match obstacle(socket, false) {
+            ZeroCopy::Auto => obstacle(stream, true),
+            ZeroCopy::On => match obstacle(stream, false) {
                 None => None,
                 Some(why) => return Err(why),
             },
@@ -56,7 +57,11 @@ impl ByReference {
     ///
     /// # Errors
     /// As [`Gather::send`]; also where the connection ends while completions are waited for.
-    pub fn send(&mut self, packet: &mut Gather, head_len: usize, socket: &Socket) -> io::Result<Sent> {
+    pub fn send(&mut self, packet: &mut Gather, head_len: usize, stream: &mut Stream) -> io::Result<Sent> {
+        if let Some(sent) = stream.send_encrypted(packet, head_len) {
+            return sent;
+        }
+        let socket = &**stream.socket();
         let mut waiting_calls = 0;
         if self.ledger.wants(packet.payload_bytes()) {
             waiting_calls = self.make_room(socket)?;
@@ -164,7 +169,11 @@ struct Read {
 }
 
 /// What stands against sending by reference on this socket; if nothing does, it has been allowed.
-fn obstacle(socket: &Socket, only_where_it_pays: bool) -> Option<WhyCopied> {
+fn obstacle(stream: &Stream, only_where_it_pays: bool) -> Option<WhyCopied> {
+    let socket = stream.socket();
+    if stream.is_encrypted() {
+        return Some(WhyCopied::Encrypted);
+    }
     if !socket.is_tcp().unwrap_or(false) {
         return Some(WhyCopied::NotTcp);
     }

@@ -5,6 +5,7 @@
 use std::io;
 
 use crate::memory::Ram;
+use crate::memory::copy::copy_out;
 use crate::sys::socket::{Handing, Socket};
 use crate::units::Run;
 
@@ -141,7 +142,23 @@ impl Gather {
         Ok(n)
     }
 
-    fn begin(&mut self, head_len: usize) {
+    /// Copies some of what is left, header first, into a buffer of our own, to be sent from there: after
+    /// [`Gather::begin`], until it gives 0.
+    pub(crate) fn copy_some(&mut self, into: &mut [u8]) -> usize {
+        let mut copied = 0;
+        while let Some(iovec) = self.iovecs.get(self.at).filter(|_| copied < into.len()) {
+            let n = iovec.iov_len.min(into.len() - copied);
+            // SAFETY: as in `send_some`: the header buffer, of which no borrow lives now, or guest RAM inside a block that
+            // self.ram keeps mapped; `advance` only shrinks.
+            unsafe { copy_out(iovec.iov_base.cast(), &mut into[copied..copied + n]) };
+            copied += n;
+            self.advance_by(n);
+        }
+        copied
+    }
+
+    /// Begins to send the first `head_len` bytes of the header buffer, and then the payload.
+    pub(crate) fn begin(&mut self, head_len: usize) {
         assert!(head_len <= self.head.len());
         self.iovecs[0] = libc::iovec { iov_base: self.head.as_mut_ptr().cast(), iov_len: head_len };
         (self.at, self.left_bytes) = (0, head_len + self.payload_bytes);

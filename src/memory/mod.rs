@@ -1,6 +1,7 @@
 //! Guest RAM: the blocks of one VM, checked against each other once and numbered.
 
 pub mod block;
+mod copy;
 pub mod full;
 pub mod gather;
 pub mod hash;

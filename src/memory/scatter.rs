@@ -29,6 +29,8 @@ pub struct Scatter<const HEAD: usize> {
     at: usize,
     payload_bytes: usize,
     got: usize,
+    /// Whether every run pushed so far is of memory that may be written.
+    writable: bool,
 }
 
 // SAFETY: the pointers lead into `head` and into the blocks of `ram`, both of which move with it; the buffer behind a
@@ -39,7 +41,7 @@ impl<const HEAD: usize> Scatter<HEAD> {
     /// An empty list.
     pub fn new(ram: Ram) -> Self {
         let head = Box::new([0; HEAD]);
-        Scatter { ram, head, iovecs: Vec::with_capacity(IOVECS_MAX), at: 0, payload_bytes: 0, got: 0 }
+        Scatter { ram, head, iovecs: Vec::with_capacity(IOVECS_MAX), at: 0, payload_bytes: 0, got: 0, writable: true }
     }
 
     /// Forgets what was pushed and received.
@@ -48,13 +50,15 @@ impl<const HEAD: usize> Scatter<HEAD> {
         self.at = 0;
         self.payload_bytes = 0;
         self.got = 0;
+        self.writable = true;
     }
 
     /// Appends a run that the next bytes of the stream belong in. False if it is not inside its block, or no iovec is
     /// left (one is kept for the header).
     pub fn push(&mut self, run: &Run) -> bool {
-        let range = self.ram.block(run.block).and_then(|b| b.range(run.first, u64::from(run.pages)));
-        let Some(range) = range else { return false };
+        let Some(block) = self.ram.block(run.block) else { return false };
+        let Some(range) = block.range(run.first, u64::from(run.pages)) else { return false };
+        self.writable &= block.is_writable();
         let has_room = self.iovecs.len() + 1 < IOVECS_MAX;
         match self.iovecs.last_mut() {
             Some(last) if last.iov_base.cast::<u8>().wrapping_add(last.iov_len) == range.ptr => {
@@ -91,6 +95,27 @@ impl<const HEAD: usize> Scatter<HEAD> {
         self.got += n;
         self.at += advance(&mut self.iovecs[self.at..], n);
         Ok(n)
+    }
+
+    /// Puts bytes where the next ones of the stream belong, as [`Scatter::receive`] does; how many found a place. None do
+    /// where memory may only be read.
+    pub(crate) fn fill(&mut self, bytes: &[u8]) -> usize {
+        let mut put = 0;
+        while let Some(iovec) = self.iovecs.get(self.at).filter(|_| self.writable && put < bytes.len()) {
+            let n = iovec.iov_len.min(bytes.len() - put);
+            // SAFETY: as in `receive`; and guest RAM is writable, as `push` saw. `bytes` is a buffer of our own, to which
+            // no iovec points.
+            unsafe { iovec.iov_base.cast::<u8>().copy_from_nonoverlapping(bytes[put..].as_ptr(), n) };
+            put += n;
+            self.got += n;
+            self.at += advance(&mut self.iovecs[self.at..], n);
+        }
+        put
+    }
+
+    /// Whether memory that may only be read is among it: then nothing can be [filled](Scatter::fill) in.
+    pub(crate) fn is_writable(&self) -> bool {
+        self.writable
     }
 
     /// Bytes of the payload that have landed.

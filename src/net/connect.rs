@@ -14,7 +14,7 @@ use crossbeam_queue::ArrayQueue;
 
 use crate::bell::Bell;
 use crate::error::Failure;
-use crate::net::Address;
+use crate::net::{Address, Stream, Tls};
 use crate::poll::PollSleeper;
 use crate::sys::socket::Socket;
 use crate::units::{ChannelId, Generation};
@@ -96,23 +96,26 @@ impl Connector for Fds {
     }
 }
 
-/// Opens a connection. Comes back when it is there, when `deadline` has passed, or when `cancelled` says so after a
-/// ring of the bell: then with `None`.
+/// Opens a connection, encrypted if `tls` is given. Comes back when it is there, when `deadline` has passed, or when
+/// `cancelled` says so after a ring of the bell: then with `None`.
 ///
 /// # Errors
-/// [`Failure::Connect`], with the address and what the system said.
-pub fn open(
+/// [`Failure::Connect`], with the address and what the system said; [`Failure::Tls`] where hands were not shaken.
+pub(crate) fn open(
     endpoint: &mut Endpoint,
     opening: Opening,
+    tls: Option<&Tls>,
     bell: &mut Bell<PollSleeper>,
     deadline: Instant,
     cancelled: &dyn Fn() -> bool,
-) -> Result<Option<Socket>, Failure> {
+) -> Result<Option<Stream>, Failure> {
     let failed = |address: String, e: io::Error| Failure::Connect { address, reason: e.into() };
-    let socket = match endpoint {
+    match endpoint {
         Endpoint::Connector(connector) => {
             let fd = connector.open(opening).and_then(Socket::from_fd);
-            Some(fd.map_err(|e| failed(format!("the VMM's connector ({opening})"), e))?)
+            let peer = format!("the VMM's connector ({opening})");
+            let socket = fd.map_err(|e| failed(peer.clone(), e))?;
+            secure(socket, tls, None, bell, deadline, cancelled).map_err(|e| e.of(peer))
         }
         Endpoint::Addresses(addresses) => {
             // The first network that works is good enough for the control connection; a data channel has its own.
@@ -124,18 +127,70 @@ pub fn open(
             for (index, address) in candidates.iter().enumerate() {
                 let share = deadline.saturating_duration_since(Instant::now()) / (candidates.len() - index) as u32;
                 let until = Instant::now() + share;
-                result = connect(address, bell, until, cancelled).map_err(|e| failed(address.to_string(), e));
+                let connected = connect(address, bell, until, cancelled).map_err(|e| failed(address.to_string(), e));
+                result = match connected {
+                    Ok(Some(socket)) => {
+                        let shaken = secure(socket, tls, Some(address), bell, until, cancelled);
+                        shaken.map_err(|e| e.of(address.to_string()))
+                    }
+                    Ok(None) => Ok(None),
+                    Err(why) => Err(why),
+                };
                 if result.is_ok() {
                     break;
                 }
             }
-            result?
+            result
         }
-    };
-    if let Some(socket) = &socket {
-        socket.set_no_delay();
     }
-    Ok(socket)
+}
+/// Why hands were not shaken.
+struct NotShaken(io::Error);
+
+impl NotShaken {
+    fn of(self, peer: String) -> Failure {
+        Failure::Tls { peer, reason: self.0.to_string() }
+    }
+}
+
+/// Makes a stream of a connected socket, encrypted if `tls` is given.
+fn secure(
+    socket: Socket,
+    tls: Option<&Tls>,
+    address: Option<&Address>,
+    bell: &mut Bell<PollSleeper>,
+    deadline: Instant,
+    cancelled: &dyn Fn() -> bool,
+) -> Result<Option<Stream>, NotShaken> {
+    socket.set_no_delay();
+    let Some(tls) = tls else { return Ok(Some(Stream::from(socket))) };
+    let stream = socket.set_nonblocking(true).and_then(|()| tls.connect(socket, address));
+    stream.and_then(|stream| shake_hands(stream, bell, deadline, cancelled)).map_err(NotShaken)
+}
+
+/// Shakes hands over a connection.
+fn shake_hands(
+    mut stream: Stream,
+    bell: &mut Bell<PollSleeper>,
+    deadline: Instant,
+    cancelled: &dyn Fn() -> bool,
+) -> io::Result<Option<Stream>> {
+    loop {
+        if cancelled() {
+            return Ok(None);
+        }
+        if stream.shake_hands()? {
+            return Ok(Some(stream));
+        }
+        if Instant::now() >= deadline {
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "the target did not finish the handshake in time"));
+        }
+        let set = bell.sleeper().set();
+        set.clear();
+        set.until(deadline);
+        set.watch(stream.as_fd(), true, stream.unsent_bytes() > 0);
+        bell.wait();
+    }
 }
 
 /// The address for a data channel: channels take turns, and one that is connected again tries the next.

@@ -6,8 +6,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use crate::error::{Failure, OsReason};
+use crate::net::stream::{Stream, is_tls};
 use crate::sys::event::PollSet;
-use crate::sys::socket::Socket;
 use crate::wire::WireError;
 use crate::wire::control::{Frame, FrameDecoder, FrameEncoder};
 use crate::wire::hello::{HELLO_BYTES, Hello, Side};
@@ -15,7 +15,7 @@ use crate::wire::hello::{HELLO_BYTES, Hello, Side};
 /// A control connection that sends frames of type `Out` and receives frames of type `In`.
 #[derive(Debug)]
 pub struct Control<Out, In> {
-    socket: Socket,
+    stream: Stream,
     encoder: FrameEncoder<Out>,
     decoder: FrameDecoder<In>,
     hello: [u8; HELLO_BYTES],
@@ -46,18 +46,19 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
     ///
     /// # Errors
     /// What fcntl(2) says.
-    pub fn new(socket: Socket) -> io::Result<Self> {
-        socket.set_nonblocking(true)?;
+    pub fn new(stream: impl Into<Stream>) -> io::Result<Self> {
+        let mut stream = stream.into();
+        stream.set_nonblocking(true)?;
         let (encoder, decoder) = (FrameEncoder::new(), FrameDecoder::new());
         let (outbox, sent, heard, wire_bytes) = (Vec::new(), 0, Instant::now(), 0);
         let (hello, hello_got) = ([0; HELLO_BYTES], 0);
         let inbox = vec![0; RECEIVE_BYTES_MAX].into_boxed_slice();
-        Ok(Control { socket, encoder, decoder, hello, hello_got, outbox, sent, inbox, heard, wire_bytes })
+        Ok(Control { stream, encoder, decoder, hello, hello_got, outbox, sent, inbox, heard, wire_bytes })
     }
 
     /// The socket, to wait for.
     pub fn fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
+        self.stream.as_fd()
     }
 
     /// When the peer was last heard of.
@@ -77,7 +78,7 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
 
     /// Bytes that wait to be sent.
     pub fn unsent_bytes(&self) -> usize {
-        self.outbox.len() - self.sent
+        self.outbox.len() - self.sent + self.stream.unsent_bytes()
     }
 
     /// Queues bytes that go before every frame: the Hello.
@@ -99,8 +100,9 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
     /// # Errors
     /// What send(2) says; `QuotaExceeded` for a peer that has left so much unread that no more may wait for it.
     pub fn flush(&mut self) -> io::Result<()> {
+        self.stream.flush()?;
         while self.sent < self.outbox.len() {
-            match self.socket.send(&self.outbox[self.sent..]) {
+            match self.stream.send(&self.outbox[self.sent..]) {
                 Ok(n) => {
                     self.sent += n;
                     self.wire_bytes += n as u64;
@@ -131,7 +133,8 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
     /// As [`Control::receive`].
     pub fn receive_hello(&mut self) -> Result<Option<Hello>, ControlError> {
         while self.hello_got < HELLO_BYTES {
-            match self.socket.recv(&mut self.hello[self.hello_got..]) {
+            match self.stream.recv(&mut self.hello[self.hello_got..]) {
+                Ok(0) if self.speaks_tls() => return Err(ControlError::SpeaksTls),
                 Ok(0) => return Err(ControlError::Closed),
                 Ok(n) => {
                     self.hello_got += n;
@@ -139,10 +142,16 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
                     self.heard = Instant::now();
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+                Err(_) if self.speaks_tls() => return Err(ControlError::SpeaksTls),
                 Err(e) => return Err(ControlError::Io(e)),
             }
         }
         Ok(Some(Hello::decode(&self.hello)?))
+    }
+
+    /// Whether the peer has begun to speak TLS on a connection that has none.
+    fn speaks_tls(&self) -> bool {
+        !self.stream.is_encrypted() && is_tls(&self.hello[..self.hello_got])
     }
 
     /// Receives what is there, up to a bound, and gives the frames that are complete.
@@ -151,21 +160,27 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
     /// The end of the stream, what recv(2) says, or what the peer's bytes are not. Frames that were complete before it
     /// are given first, through `frames`.
     pub fn receive(&mut self, frames: &mut Vec<In>) -> Result<(), ControlError> {
-        match self.socket.recv(&mut self.inbox) {
-            Ok(0) => {
-                self.decoder.finish()?;
-                return Err(ControlError::Closed);
-            }
-            Ok(n) => {
-                self.heard = Instant::now();
-                self.wire_bytes += n as u64;
-                let mut input = &self.inbox[..n];
-                while let Some(frame) = self.decoder.pull(&mut input)? {
-                    frames.push(frame);
+        loop {
+            match self.stream.recv(&mut self.inbox) {
+                Ok(0) => {
+                    self.decoder.finish()?;
+                    return Err(ControlError::Closed);
                 }
+                Ok(n) => {
+                    self.heard = Instant::now();
+                    self.wire_bytes += n as u64;
+                    let mut input = &self.inbox[..n];
+                    while let Some(frame) = self.decoder.pull(&mut input)? {
+                        frames.push(frame);
+                    }
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+                Err(e) => return Err(ControlError::Io(e)),
             }
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-            Err(e) => return Err(ControlError::Io(e)),
+            // What is here and not in the socket would be waited for in vain. It is no more than was received at once.
+            if !self.stream.has_received() {
+                break;
+            }
         }
         // What is left makes the next wait return at once.
         Ok(())
@@ -189,10 +204,9 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
         // The time is looked at after each read, too: a peer that never stops talking must not keep us.
         while self.flush().is_ok() && Instant::now() < until {
             if self.unsent_bytes() == 0 && !closed {
-                self.socket.shutdown_write();
-                closed = true;
+                closed = self.stream.end_sending();
             }
-            match self.socket.recv(&mut self.inbox) {
+            match self.stream.recv(&mut self.inbox) {
                 Ok(0) => break,
                 Ok(n) => {
                     self.wire_bytes += n as u64;
@@ -208,7 +222,7 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
             }
             set.clear();
             set.until(until);
-            set.watch(self.socket.as_fd(), true, !closed);
+            set.watch(self.stream.as_fd(), true, !closed);
             set.wait();
         }
         last
@@ -220,6 +234,8 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
 pub enum ControlError {
     /// The peer closed it.
     Closed,
+    /// The peer began to speak TLS where nobody else does.
+    SpeaksTls,
     /// A system call failed.
     Io(io::Error),
     /// The bytes make no sense.
@@ -237,7 +253,7 @@ impl ControlError {
     pub fn own_mistake(&self) -> Option<Failure> {
         match self {
             ControlError::Wire(e) => Some(Failure::Config(format!("this cannot be sent: {e}"))),
-            ControlError::Closed | ControlError::Io(_) => None,
+            ControlError::Closed | ControlError::SpeaksTls | ControlError::Io(_) => None,
         }
     }
 
@@ -246,6 +262,10 @@ impl ControlError {
         match self {
             ControlError::Closed => {
                 Failure::Control { doing, reason: OsReason { errno: None, text: "the peer closed it".to_owned() } }
+            }
+            ControlError::SpeaksTls => {
+                let text = "the peer speaks TLS, and this side does not; give --tls-dir here, too".to_owned();
+                Failure::Control { doing, reason: OsReason { errno: None, text } }
             }
             ControlError::Io(e) => Failure::Control { doing, reason: e.into() },
             ControlError::Wire(e) => Failure::Protocol(e.to_string()),
@@ -257,6 +277,7 @@ impl ControlError {
 mod tests {
     use super::*;
     use crate::sys::event::EventFd;
+    use crate::sys::socket::Socket;
     use crate::wire::control::{SourceFrame, TargetFrame};
     use std::io::Write;
     use std::os::unix::net::UnixStream;

@@ -7,9 +7,8 @@ use std::net::{IpAddr, Ipv6Addr};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
+use crate::net::stream::{Stream, is_tls};
 use crate::sys::event::PollSet;
-use crate::sys::socket::Socket;
-use crate::wire::WireError;
 use crate::wire::hello::{HELLO_BYTES, HELLO_MAGIC, Hello};
 
 /// Connections that have not yet said who they are. Nobody waits for any of them, and there is room for a few only.
@@ -44,7 +43,7 @@ impl Origin {
 
 #[derive(Debug)]
 struct Guest {
-    socket: Socket,
+    stream: Stream,
     origin: Origin,
     hello: [u8; HELLO_BYTES],
     got: usize,
@@ -57,9 +56,9 @@ struct Guest {
 #[derive(Debug)]
 pub enum Greeting {
     /// It said a good Hello.
-    Hello(Socket, Hello),
-    /// It said something else.
-    Stranger(WireError),
+    Hello(Stream, Hello),
+    /// It said something else, or is not trusted: why.
+    Stranger(String),
     /// It said nothing in time, or left.
     Silent,
 }
@@ -79,20 +78,21 @@ impl Lobby {
     ///
     /// # Errors
     /// What fcntl(2) says.
-    pub fn enter(&mut self, socket: Socket, hello_timeout: Duration) -> io::Result<()> {
-        socket.set_nonblocking(true)?;
-        let ip = socket.peer_ip();
-        self.enter_from(socket, Origin::of(ip), Instant::now() + hello_timeout);
+    pub fn enter(&mut self, stream: impl Into<Stream>, hello_timeout: Duration) -> io::Result<()> {
+        let mut stream = stream.into();
+        stream.set_nonblocking(true)?;
+        let ip = stream.socket().peer_ip();
+        self.enter_from(stream, Origin::of(ip), Instant::now() + hello_timeout);
         Ok(())
     }
 
-    fn enter_from(&mut self, socket: Socket, origin: Origin, until: Instant) {
+    fn enter_from(&mut self, stream: Stream, origin: Origin, until: Instant) {
         // The newcomer is counted: it belongs to its crowd.
         *self.crowds.entry(origin).or_default() += 1;
         if self.guests.len() >= GUESTS_MAX {
             self.make_room();
         }
-        self.guests.push(Guest { socket, origin, hello: [0; HELLO_BYTES], got: 0, until, place: None });
+        self.guests.push(Guest { stream, origin, hello: [0; HELLO_BYTES], got: 0, until, place: None });
     }
 
     /// Sends one away, the oldest of the largest crowd: its descriptor is needed.
@@ -130,7 +130,7 @@ impl Lobby {
     /// Adds every guest to a poll set.
     pub fn watch(&mut self, set: &mut PollSet) {
         for guest in &mut self.guests {
-            guest.place = Some(set.watch(guest.socket.as_fd(), true, false));
+            guest.place = Some(set.watch(guest.stream.as_fd(), true, guest.stream.unsent_bytes() > 0));
             set.until(guest.until);
         }
     }
@@ -147,8 +147,8 @@ impl Lobby {
                 Some(heard) => {
                     let guest = self.leave(index);
                     done.push(match heard {
-                        Heard::All(hello) => Greeting::Hello(guest.socket, hello),
-                        Heard::Nonsense(e) => Greeting::Stranger(e),
+                        Heard::All(hello) => Greeting::Hello(guest.stream, hello),
+                        Heard::Nonsense(why) => Greeting::Stranger(why),
                         Heard::Nothing => Greeting::Silent,
                     });
                 }
@@ -161,18 +161,23 @@ impl Lobby {
 
 enum Heard {
     All(Hello),
-    Nonsense(WireError),
+    Nonsense(String),
     Nothing,
 }
 
 impl Guest {
     fn hear(&mut self, set: &PollSet, now: Instant) -> Option<Heard> {
-        let spoke = self.place.take().is_some_and(|place| set.ready(place).readable);
+        let ready = self.place.take().map(|place| set.ready(place));
+        // One that is to be told something first, in a handshake, may be ready to hear it.
+        let spoke = ready.is_some_and(|ready| ready.readable || ready.writable);
         while spoke && self.got < HELLO_BYTES {
-            match self.socket.recv(&mut self.hello[self.got..]) {
+            match self.stream.recv(&mut self.hello[self.got..]) {
                 Ok(0) => return Some(Heard::Nothing),
                 Ok(n) => self.got += n,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+                Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Some(Heard::Nothing),
+                // Not the system's, but what TLS has to say against it.
+                Err(e) if e.raw_os_error().is_none() => return Some(Heard::Nonsense(e.to_string())),
                 Err(_) => return Some(Heard::Nothing),
             }
         }
@@ -183,7 +188,10 @@ impl Guest {
         }
         Some(match Hello::decode(&self.hello) {
             Ok(hello) => Heard::All(hello),
-            Err(e) => Heard::Nonsense(e),
+            Err(_) if is_tls(&self.hello) => {
+                Heard::Nonsense("it speaks TLS, and this side does not; give --tls-dir here, too".to_owned())
+            }
+            Err(e) => Heard::Nonsense(e.to_string()),
         })
     }
 }
@@ -192,6 +200,7 @@ impl Guest {
 mod tests {
     use super::*;
     use crate::sys::event::EventFd;
+    use crate::sys::socket::Socket;
     use std::io::Write;
     use std::os::unix::net::UnixStream;
     use std::sync::Arc;
@@ -206,7 +215,7 @@ mod tests {
     fn enter(lobby: &mut Lobby, origin: Origin) -> UnixStream {
         let (here, there) = UnixStream::pair().unwrap();
         here.set_nonblocking(true).unwrap();
-        lobby.enter_from(Socket::from_fd(here.into()).unwrap(), origin, Instant::now() + LATER);
+        lobby.enter_from(Socket::from_fd(here.into()).unwrap().into(), origin, Instant::now() + LATER);
         there.set_nonblocking(true).unwrap();
         there
     }

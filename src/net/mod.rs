@@ -6,9 +6,21 @@ mod connect;
 mod control;
 mod listen;
 mod lobby;
+mod stream;
+#[cfg(feature = "tls")]
+mod tls;
+#[cfg(not(feature = "tls"))]
+#[path = "no_tls.rs"]
+mod tls;
 
 pub use address::Address;
-pub use connect::{Connector, Endpoint, Fds, Opening, one_of, open};
+pub(crate) use connect::open;
+pub use connect::{Connector, Endpoint, Fds, Opening, one_of};
 pub use control::Control;
 pub use listen::{Listener, passes};
 pub use lobby::{CROWD_PAUSE, ENTRANTS_MAX, Greeting, Lobby};
+pub use stream::{Encryption, Stream};
+#[cfg(feature = "tls")]
+pub use tls::Tls;
+#[cfg(not(feature = "tls"))]
+pub(crate) use tls::Tls;

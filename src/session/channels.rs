@@ -1,8 +1,7 @@
 #![forbid(unsafe_code)]
 //! Which channel is in the set, about to join it, or on its way out: the source's list. The set is the source's to decide.
 
-use crate::session::source::FIRST_GENERATION;
-use crate::units::{ChannelId, Generation};
+use crate::units::{FIRST_GENERATION, ChannelId, Generation};
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 enum Link {
@@ -74,6 +73,11 @@ impl Channels {
     /// Whether none is about to join or to leave.
     pub fn are_settled(&self) -> bool {
         self.0.iter().all(|c| matches!(c.link, Link::Live | Link::Down))
+    }
+
+    /// Whether the target has still to say of one that it is out of the set.
+    pub fn any_is_lost(&self) -> bool {
+        self.that_are(Link::Lost).next().is_some()
     }
 
     /// Whether none is in the set, and none is about to join it.

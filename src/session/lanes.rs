@@ -2,8 +2,7 @@
 //! Which lane is in the set, and how far each has come: the target's list. It follows the source's word.
 
 use crate::barrier::{LaneWord, min_over_set};
-use crate::session::source::FIRST_GENERATION;
-use crate::units::{ChannelId, Generation};
+use crate::units::{FIRST_GENERATION, ChannelId, Generation};
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 enum Link {

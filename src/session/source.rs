@@ -4,6 +4,7 @@
 use crate::error::{Failure, Outcome};
 use crate::session::channels::{Channels, Fate};
 pub use crate::session::events::{Facts, SourceAction, SourceEvent};
+pub use crate::units::FIRST_GENERATION;
 use crate::session::{EpochLedger, FEATURE_RESUME, REPAIRS_MAX, code_of};
 use crate::units::{BlockId, ChannelId, Epoch, Generation, InstanceId, Item, Round};
 use crate::wire::control::{CHUNKS_PER_FRAME_MAX, Final, Frame, PeerError, SourceFrame, TargetFrame};
@@ -60,9 +61,6 @@ pub struct SourceSession {
     lost_late: Vec<(ChannelId, Generation, String)>,
     repairs: u32,
 }
-
-/// The generation of a channel's first connection.
-pub const FIRST_GENERATION: Generation = Generation(1);
 
 impl SourceSession {
     /// A session over this many channels.
@@ -192,6 +190,11 @@ impl SourceSession {
         self.channels.are_settled()
     }
 
+    /// Whether the target has still to say that a lost channel is out of its set. The driver must set a time for that, too.
+    pub fn awaits_retired(&self) -> bool {
+        self.channels.any_is_lost()
+    }
+
     /// How often chunks had to travel again.
     pub fn repairs(&self) -> u32 {
         self.repairs
@@ -235,8 +238,9 @@ impl SourceSession {
             }
             (Phase::Pausing, SourceEvent::GuestPaused) => {
                 self.phase = Phase::Paused;
-                // Whoever has not joined by now only keeps the guest waiting.
-                let late: Vec<_> = self.channels.joining_now().collect();
+                // Whoever has not joined by now only keeps the guest waiting, unless there is nobody else.
+                let others = self.channels.live() > 0;
+                let late: Vec<_> = self.channels.joining_now().filter(|_| others).collect();
                 for (channel, generation) in late {
                     self.lose(channel, generation, "the guest was paused before it had joined".to_owned(), out);
                 }
@@ -313,9 +317,6 @@ impl SourceSession {
                 self.channels.all_gone();
                 self.epochs.forget_outstanding();
                 self.lost_late.clear();
-                // Pages of the round that is being filled may have landed, and travel again: in a round of their own, as
-                // a digest table keeps one entry a page and round. All others have nothing left to wait for.
-                self.rounds += 1;
                 out.push(SourceAction::Reconnect);
             }
             (Phase::AwaitResumed, SourceEvent::ControlLost(why)) => {

@@ -64,6 +64,11 @@ impl TargetSession {
         self.phase == Phase::Ended
     }
 
+    /// Whether what has landed is being compared with a Final that is still good.
+    pub fn is_checking(&self) -> bool {
+        self.phase == Phase::Checking
+    }
+
     /// Whether the control connection is lost, and the source may come back.
     pub fn is_dormant(&self) -> bool {
         self.phase == Phase::Dormant
@@ -271,6 +276,9 @@ impl TargetSession {
                 self.phase = Phase::Starting;
                 out.push(TargetAction::Run);
             }
+            // Read before the connection was lost, and handled after it: the source begins anew where it is.
+            (Phase::Dormant, SourceFrame::Ping { .. } | SourceFrame::ChannelLost { .. } | SourceFrame::ChannelJoin { .. }) => {}
+            (Phase::Dormant, SourceFrame::State { .. } | SourceFrame::Final(_) | SourceFrame::Repair { .. }) => {}
             (_, SourceFrame::Ping { nonce }) => out.push(TargetAction::Pong { nonce }),
             (_, SourceFrame::Cancel { reason }) => self.discard(Failure::CancelledBySource(reason), out),
             (_, SourceFrame::Error(PeerError { text, .. })) => self.discard(Failure::Peer(text), out),

@@ -10,10 +10,15 @@ use crate::bell::{Bell, Close, Ringer};
 use crate::config::CrewOptions;
 use crate::crew::{Crew, Cx, Exit, Interrupt, Launch, Role, Starting};
 use crate::error::Failure;
-use crate::net::{Address, Endpoint, Opening, open};
+use crate::net::{Address, Endpoint, Opening, Stream, Tls, open};
 use crate::poll::PollSleeper;
-use crate::sys::socket::Socket;
 use crate::wire::hello::{HELLO_BYTES, Hello};
+
+/// Where to, and how it is encrypted.
+pub(super) struct Destination {
+    pub addresses: Vec<Address>,
+    pub tls: Option<Tls>,
+}
 
 /// A connection that is being made.
 pub(super) struct Dial(Crew<DialRole>);
@@ -22,7 +27,7 @@ impl Dial {
     /// Starts to connect, and says `hello` when there is a connection.
     pub fn start(
         number: usize,
-        addresses: Vec<Address>,
+        to: Destination,
         opening: Opening,
         hello: &Hello,
         limit: Duration,
@@ -30,7 +35,7 @@ impl Dial {
         controller: &Ringer<PollSleeper>,
     ) -> Result<Dial, Failure> {
         let bell = PollSleeper::bell().map_err(|e| Failure::Worker(format!("no eventfd to connect again: {e}")))?;
-        let role = DialRole { bell, addresses, opening, hello: hello.encode(), until: Instant::now() + limit };
+        let role = DialRole { bell, to, opening, hello: hello.encode(), until: Instant::now() + limit };
         let options_of_thread = options.clone();
         let start = move |starting: &Starting<'_>| options_of_thread.own_hook(starting).map(|()| None);
         let launch =
@@ -42,7 +47,7 @@ impl Dial {
     }
 
     /// What became of it, once it has ended: the controller is rung then.
-    pub fn poll(&mut self) -> Option<Result<Socket, Failure>> {
+    pub fn poll(&mut self) -> Option<Result<Stream, Failure>> {
         let id = self.0.poll_exit()?;
         Some(match self.0.take_exit(id) {
             Some(Exit::Done(result)) => result,
@@ -54,7 +59,7 @@ impl Dial {
 
 struct DialRole {
     bell: Bell<PollSleeper>,
-    addresses: Vec<Address>,
+    to: Destination,
     opening: Opening,
     hello: [u8; HELLO_BYTES],
     until: Instant,
@@ -71,27 +76,27 @@ impl Interrupt for HangUp {
 
 impl Role for DialRole {
     const KIND: &'static str = "dial";
-    type Output = Result<Socket, Failure>;
+    type Output = Result<Stream, Failure>;
 
     fn interrupt(&self) -> Arc<dyn Interrupt> {
         Arc::new(HangUp(self.bell.ringer()))
     }
 
-    fn run(mut self, _: &mut Cx) -> Result<Socket, Failure> {
+    fn run(mut self, _: &mut Cx) -> Result<Stream, Failure> {
         let ringer = self.bell.ringer();
-        let mut endpoint = Endpoint::Addresses(self.addresses);
+        let mut endpoint = Endpoint::Addresses(self.to.addresses);
         let cancelled = || ringer.is_aborted();
-        let opened = open(&mut endpoint, self.opening, &mut self.bell, self.until, &cancelled)?;
+        let opened = open(&mut endpoint, self.opening, self.to.tls.as_ref(), &mut self.bell, self.until, &cancelled)?;
         opened.ok_or(io::ErrorKind::Interrupted.into())
-            .and_then(|socket| say_hello(&socket, &self.hello).map(|()| socket))
+            .and_then(|mut stream| say_hello(&mut stream, &self.hello).map(|()| stream))
             .map_err(|e: io::Error| Failure::Connect { address: format!("{endpoint:?}"), reason: e.into() })
     }
 }
 
 /// Says Hello on a fresh connection, whose buffer takes so few bytes at once: no need to wait for room.
-pub(super) fn say_hello(socket: &Socket, hello: &[u8; HELLO_BYTES]) -> io::Result<()> {
-    match socket.send(hello)? {
-        HELLO_BYTES => Ok(()),
+pub(super) fn say_hello(stream: &mut Stream, hello: &[u8; HELLO_BYTES]) -> io::Result<()> {
+    match stream.send(hello)? {
+        HELLO_BYTES if stream.unsent_bytes() == 0 => Ok(()),
         _ => Err(io::ErrorKind::WriteZero.into()),
     }
 }

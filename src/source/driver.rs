@@ -23,10 +23,10 @@ use crate::session::source::{FIRST_GENERATION, SourceAction, SourceEvent, Source
 use crate::source::ends::{Attempt, Over};
 use crate::source::gauge::Gauge;
 use crate::source::lanes::Lanes;
-use crate::source::losses::Losses;
+use crate::source::motion::Motion;
 use crate::source::pace::Pace;
-use crate::source::watch::Motion;
-use crate::source::{DowntimeParts, Guest, Settings, Source, SourceReport, ZeroCopyReport};
+use crate::source::ways::Losses;
+use crate::source::{DowntimeParts, Guest, Settings, Source, SourceReport, TlsReport, ZeroCopyReport};
 use crate::units::{BlockId, ChannelId, SessionId, Verify};
 use crate::wire::control::{HEARD_THE_END, LanePong, SourceFrame, TargetFrame};
 use crate::wire::crc::Crc32c;
@@ -54,6 +54,7 @@ pub(super) struct Driver<'a> {
     /// Whether a round is being pushed.
     pub filling: bool,
     pub losses: Losses,
+    pub tls: Option<TlsReport>,
     pub scanner: Option<Scanner>,
     outcome: Option<Outcome>,
     ended_at: Instant,
@@ -90,6 +91,8 @@ pub(super) struct Driver<'a> {
     pub pings: u64,
     pub ping_at: Instant,
     pub pongs: Vec<LanePong>,
+    /// What was received last, while it is dealt with.
+    pub frames: Vec<TargetFrame>,
     pub motion: Motion,
     /// What the target owes us, and since when.
     pub owed: (&'static str, Instant),
@@ -129,6 +132,7 @@ pub(super) fn migrate(source: Source, dirty: &mut dyn DirtySource, guest: &mut d
         chunks_done: 0,
         filling: false,
         losses: Losses::new(channels, FIRST_GENERATION),
+        tls: None,
         scanner: None,
         outcome: None,
         ended_at: begun,
@@ -157,6 +161,7 @@ pub(super) fn migrate(source: Source, dirty: &mut dyn DirtySource, guest: &mut d
         pings: 0,
         ping_at: begun,
         pongs: Vec::new(),
+        frames: Vec::new(),
         motion: Motion::new(channels, begun),
         owed: ("", begun),
         sum: Totals::default(),
@@ -407,6 +412,7 @@ impl Driver<'_> {
             throttling: self.policy.summary(),
             send_syscalls: counts.syscalls,
             zero_copy: ZeroCopyReport::new(&counts, self.sum.why_copied),
+            tls: self.tls,
             cpus: self.sum.cpus,
             session: self.id,
             channels_lost: self.losses.channels_lost,

@@ -44,6 +44,11 @@ impl Driver<'_> {
             }
             let final_at = Instant::now();
             let facts = self.facts()?;
+            if !self.session.channels_are_settled() || self.session.live_channels() == 0 || self.losses.returned_bytes > 0 {
+                self.break_off_at = self.may_withdraw().then_some(begun + self.settings.limits.downtime_limit);
+                self.ship_what_came_back()?;
+                continue;
+            }
             self.gauge.forget_ping();
             self.progress.stage(Stage::HandOver);
             self.event(SourceEvent::Drained(facts))?;
@@ -60,6 +65,7 @@ impl Driver<'_> {
             }
             // A channel was lost behind Final, or something was damaged: what was given back travels in a round of its own.
             self.progress.stage(Stage::Paused);
+            self.break_off_at = self.may_withdraw().then_some(begun + self.settings.limits.downtime_limit);
             self.ship_what_came_back()?;
         };
         self.flags.ask_commit = false;

@@ -16,11 +16,11 @@ use crate::error::Failure;
 use crate::journal;
 use crate::memory::Ram;
 use crate::memory::look::Look;
+use crate::net::Stream;
 use crate::poll::PollSleeper;
 use crate::progress::Progress;
 use crate::ring::{Consumer, Producer, ring};
 use crate::source::Settings;
-use crate::sys::socket::Socket;
 use crate::units::{ChannelId, Epoch, Item, Round, Run};
 
 /// Runs in one ring at the most: as many single pages as [`super::QUEUE_BYTES`] holds, and marks.
@@ -96,9 +96,9 @@ pub(super) struct GivenBack {
 
 impl Lanes {
     /// Starts a worker for every channel that is connected; the others may follow.
-    pub fn muster(kit: &Kit<'_>, sockets: &[Option<Arc<Socket>>]) -> Result<Lanes, Failure> {
-        let count = sockets.len();
-        let peer = Peer::of(sockets.iter().flatten().map(|socket| &**socket));
+    pub fn muster(kit: &Kit<'_>, streams: Vec<Option<Stream>>) -> Result<Lanes, Failure> {
+        let count = streams.len();
+        let peer = Peer::of(streams.iter().flatten().map(|stream| &**stream.socket()));
         let mut lanes = Lanes {
             channels: (0..count).map(|_| Channel::default()).collect(),
             sent: Arc::new(Barrier::new(count)),
@@ -106,10 +106,10 @@ impl Lanes {
             queue_bytes: kit.settings.queue_bytes,
             last: count - 1,
         };
-        for (index, socket) in sockets.iter().enumerate() {
+        for (index, stream) in streams.into_iter().enumerate() {
             lanes.sent.retire(index);
-            if let Some(socket) = socket {
-                lanes.start(kit, ChannelId(index as u8), socket.clone(), None, None)?;
+            if let Some(stream) = stream {
+                lanes.start(kit, ChannelId(index as u8), stream, None, None)?;
             }
         }
         Ok(lanes)
@@ -120,12 +120,12 @@ impl Lanes {
         &mut self,
         kit: &Kit<'_>,
         id: ChannelId,
-        socket: Arc<Socket>,
+        stream: Stream,
         round: Option<Round>,
         epoch: Option<Epoch>,
     ) -> Result<(), Failure> {
         let index = usize::from(id.0);
-        let by_reference = ByReference::new(kit.settings.zero_copy, &socket)
+        let by_reference = ByReference::new(kit.settings.zero_copy, &stream)
             .map_err(|why| Failure::Config(format!("no zero copy on data channel {id}: {why}; use auto or off")))?;
         let (mut ring_in, ring_out) = ring(RING_SLOTS);
         let (journal_in, journal) = ring(JOURNAL_SLOTS);
@@ -134,7 +134,7 @@ impl Lanes {
         debug_assert!(pushed <= 2, "the ring is new");
         let role = SendRole::new(SendGear {
             channel: id,
-            socket,
+            stream,
             by_reference,
             ring: ring_out,
             journal: journal_in,
@@ -238,6 +238,9 @@ impl Lanes {
     /// Ends a channel's worker and joins it. The runs that it leaves behind are kept. Harmless where there is none.
     pub fn close(&mut self, id: ChannelId) -> Result<(), Failure> {
         let Some(channel) = self.channels.get_mut(usize::from(id.0)) else { return Ok(()) };
+        if !matches!(channel.line, Line::Up(_)) {
+            return Ok(()); // what one that is closed holds stays until it is given back
+        }
         let Line::Up(up) = std::mem::take(&mut channel.line) else { return Ok(()) };
         let Up { mut crew, ring, journal, .. } = *up;
         crew.close(Close::Abort);

@@ -2,127 +2,24 @@
 //! What the source does about lost connections: a channel's runs are given back and it is connected again; where all is
 //! lost, the session is taken up again, or the target is asked who owns the guest.
 
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::error::Failure;
-use crate::net::{Control, Endpoint, Opening, open};
+use crate::net::{Control, Endpoint, Opening, Stream, open};
 use crate::progress::Stage;
 use crate::session::source::SourceEvent;
 use crate::source::Guest;
-use crate::source::dial::{Dial, say_hello};
+use crate::source::dial::{Destination, Dial, say_hello};
 use crate::source::driver::Driver;
 use crate::source::ends::Over;
 use crate::source::lanes::Lanes;
-use crate::sys::socket::Socket;
+use crate::source::ways::{Joining, TRIES_MAX, WayBack, wait_before};
 use crate::units::{BlockId, ChannelId, Epoch, Generation, Round, Run};
 use crate::wire::crc::Crc32c;
 use crate::wire::hello::HelloRole;
 
-/// How long after a loss a channel is connected again, and how long a second attempt waits: each one twice as long as the
-/// one before.
-const FIRST_WAIT: Duration = Duration::from_millis(50);
-const WAIT_MAX: Duration = Duration::from_secs(2);
-/// How often in a row a channel is connected again without getting an epoch through. Then something is wrong with it.
-const TRIES_MAX: u32 = 12;
-
-/// The wait before this attempt, counted from 1: the first is made at once.
-fn wait_before(attempt: u32) -> Duration {
-    match attempt {
-        0 | 1 => Duration::ZERO,
-        n => FIRST_WAIT.saturating_mul(1 << (n - 2).min(16)).min(WAIT_MAX),
-    }
-}
-
-/// The way back of one channel.
-#[derive(Default)]
-pub(super) struct WayBack {
-    /// Of the latest connection that was tried.
-    generation: Option<Generation>,
-    /// Losses since it last got an epoch through.
-    tries: u32,
-    at: Option<Instant>,
-    dial: Option<Dial>,
-    /// Connected, and not yet in the set; since when.
-    joining: Option<(Arc<Socket>, Instant)>,
-}
-
-/// What was lost, and what is done about it.
-pub(super) struct Losses {
-    ways: Vec<WayBack>,
-    /// Runs that travel again, from the next round on.
-    returned: Vec<Run>,
-    /// What that comes to.
-    pub returned_bytes: u64,
-    /// Since when no channel is left.
-    none_since: Option<Instant>,
-    last: Option<Failure>,
-    /// Bytes that were sent, or taken up to be sent, and travelled again as nobody knew whether they had been applied.
-    pub reshipped_bytes: u64,
-    pub repaired_bytes: u64,
-    pub channels_lost: u32,
-    pub reconnects: u32,
-    pub resumes: u32,
-    /// How often the control connection was made.
-    pub control_generation: Generation,
-}
-
-impl Losses {
-    pub fn new(channels: u8, first: Generation) -> Losses {
-        Losses {
-            ways: (0..channels).map(|_| WayBack::default()).collect(),
-            returned: Vec::new(),
-            returned_bytes: 0,
-            none_since: None,
-            last: None,
-            reshipped_bytes: 0,
-            repaired_bytes: 0,
-            channels_lost: 0,
-            reconnects: 0,
-            resumes: 0,
-            control_generation: first,
-        }
-    }
-
-    /// Connected, and to be joined.
-    pub fn joins(&mut self, channel: ChannelId, socket: Arc<Socket>) {
-        if let Some(way) = self.ways.get_mut(usize::from(channel.0)) {
-            way.joining = Some((socket, Instant::now()));
-        }
-    }
-
-    /// The connection that was to be joined, as it is now, or is of no use.
-    pub fn take_joining(&mut self, channel: ChannelId) -> Option<Arc<Socket>> {
-        let way = self.ways.get_mut(usize::from(channel.0))?;
-        way.joining.take().map(|(socket, _)| socket)
-    }
-
-    /// The connections that are about to join.
-    pub fn joining_sockets(&self) -> impl Iterator<Item = (ChannelId, &Socket)> {
-        let all = (0u8..).map(ChannelId).zip(&self.ways);
-        all.filter_map(|(channel, way)| way.joining.as_ref().map(|(socket, _)| (channel, &**socket)))
-    }
-
-    /// A connection that is of no use now: it is made again when there is one.
-    pub fn hang_up(&mut self, channel: ChannelId) {
-        if let Some(way) = self.ways.get_mut(usize::from(channel.0)) {
-            way.joining = None;
-            way.at = Some(Instant::now() + FIRST_WAIT);
-        }
-    }
-
-    /// Whether another connection is under way, or will be.
-    pub fn has_hope(&self) -> bool {
-        self.ways.iter().any(|way| way.at.is_some() || way.dial.is_some() || way.joining.is_some())
-    }
-
-    /// A channel has got an epoch through: what happened before is forgotten.
-    pub fn got_through(&mut self, channel: ChannelId) {
-        if let Some(way) = self.ways.get_mut(usize::from(channel.0)) {
-            way.tries = 0;
-        }
-    }
-}
+/// How often in a row a session is taken up again without getting an epoch through.
+const RESUMES_MAX: u32 = 32;
 
 impl Driver<'_> {
     /// A channel is lost: its worker ends.
@@ -144,6 +41,7 @@ impl Driver<'_> {
 
     /// The target has retired a channel: its runs travel again.
     pub fn give_back(&mut self, channel: ChannelId) {
+        self.losses.retired_since = None;
         let Some(given) = self.lanes.as_mut().map(|lanes| lanes.give_back(channel)) else { return };
         let bytes = |runs: &[Run]| runs.iter().map(|run| self.bytes_of(run)).sum::<u64>();
         let popped = bytes(&given.popped);
@@ -191,7 +89,8 @@ impl Driver<'_> {
         for channel in (0..self.settings.channels).map(ChannelId) {
             let way = &mut self.losses.ways[usize::from(channel.0)];
             let generation = self.session.generation(channel);
-            let waits_since = way.joining.as_ref().map(|(_, since)| *since);
+            let joined = self.session.is_live(channel);
+            let waits_since = way.joining.as_ref().map(|(_, since)| *since).filter(|_| !joined);
             if waits_since.is_some() && readable.contains(&channel) {
                 let reason = "the target closed it before it had joined".to_owned();
                 self.event(SourceEvent::ChannelFailed { channel, generation, reason })?;
@@ -224,9 +123,10 @@ impl Driver<'_> {
         let limit = self.settings.timeouts.connect;
         match &mut self.endpoint {
             Endpoint::Addresses(addresses) => {
-                let (addresses, ringer) = (addresses.clone(), self.bell.ringer());
+                let ringer = self.bell.ringer();
+                let to = Destination { addresses: addresses.clone(), tls: self.settings.tls.clone() };
                 let number = channel.0.into();
-                match Dial::start(number, addresses, opening, &hello, limit, &self.options, &ringer) {
+                match Dial::start(number, to, opening, &hello, limit, &self.options, &ringer) {
                     Ok(dial) => {
                         self.losses.ways[usize::from(channel.0)].dial = Some(dial);
                         Ok(())
@@ -235,10 +135,10 @@ impl Driver<'_> {
                 }
             }
             endpoint => {
-                let opened = open(endpoint, opening, &mut self.bell, Instant::now() + limit, &|| false);
-                let said = opened.and_then(|socket| {
-                    let socket = socket.ok_or_else(|| Failure::Config("no connection".to_owned()))?;
-                    let said = say_hello(&socket, &hello.encode()).map(|()| socket);
+                let opened = open(endpoint, opening, self.settings.tls.as_ref(), &mut self.bell, Instant::now() + limit, &|| false);
+                let said = opened.and_then(|stream| {
+                    let mut stream = stream.ok_or_else(|| Failure::Config("no connection".to_owned()))?;
+                    let said = say_hello(&mut stream, &hello.encode()).map(|()| stream);
                     said.map_err(|e| Failure::Connect { address: opening.to_string(), reason: e.into() })
                 });
                 if said.is_err() {
@@ -250,16 +150,18 @@ impl Driver<'_> {
         }
     }
 
-    fn dialled(&mut self, channel: ChannelId, result: Result<Socket, Failure>) -> Result<(), Over> {
+    fn dialled(&mut self, channel: ChannelId, result: Result<Stream, Failure>) -> Result<(), Over> {
         let way = &mut self.losses.ways[usize::from(channel.0)];
         let generation = way.generation.unwrap_or(Generation(1));
-        let opened = result.and_then(|socket| {
-            let ready = socket.set_nonblocking(false).map(|()| Arc::new(socket));
+        let opened = result.and_then(|mut stream| {
+            let ready = stream.set_nonblocking(false).map(|()| stream);
             ready.map_err(|e| Failure::Connect { address: format!("channel {channel}"), reason: e.into() })
         });
         match opened {
-            Ok(socket) => {
-                way.joining = Some((socket, Instant::now()));
+            Ok(stream) => {
+                self.tls = self.tls.map(|tls| tls.and(&stream));
+                let joining = Joining { socket: stream.socket().clone(), stream: Some(stream) };
+                way.joining = Some((joining, Instant::now()));
                 self.event(SourceEvent::ChannelOpened { channel, generation })
             }
             Err(why) => {
@@ -293,11 +195,11 @@ impl Driver<'_> {
     pub fn channels_wake_at(&self) -> Option<Instant> {
         let (hello, stall) = (self.settings.timeouts.hello, self.settings.timeouts.stall);
         let wants = self.session.wants_channels();
-        let of = |way: &WayBack| match &way.joining {
-            Some((_, since)) => Some(*since + hello),
-            None => way.at.filter(|_| wants),
+        let of = |(channel, way): (ChannelId, &WayBack)| match &way.joining {
+            Some((_, since)) => Some(*since + hello).filter(|_| !self.session.is_live(channel)),
+            None => way.at.filter(|_| wants && self.session.is_down(channel)),
         };
-        self.losses.ways.iter().filter_map(of).chain(self.losses.none_since.map(|since| since + stall)).min()
+        (0u8..).map(ChannelId).zip(&self.losses.ways).filter_map(of).chain(self.losses.none_since.map(|since| since + stall)).min()
     }
 
     /// Everything is lost: no worker is left, and all that was outstanding travels again.
@@ -323,11 +225,16 @@ impl Driver<'_> {
     /// The control connection is lost, and the session is kept: lets the guest run meanwhile, if it is ours, and comes
     /// back when the target has taken the session up again.
     pub fn come_back(&mut self, guest: &mut dyn Guest, paused_at: &mut Option<Instant>) -> Result<(), Over> {
+        self.in_round = false;
         if !self.session.is_committed() {
             self.run_on(guest, paused_at)?;
         }
-        let lost_at = Instant::now();
-        let until = lost_at + self.settings.resume_window;
+        // Losses without end, each of which is mended: something breaks the connection again and again.
+        if self.losses.resumes_in_vain >= RESUMES_MAX && !self.session.is_committed() {
+            let lost = self.session.lost().map_or_else(String::new, Failure::to_string);
+            return self.fail(Failure::NotResumed { ms: 0, lost: format!("{lost}, {RESUMES_MAX} times in a row") });
+        }
+        let until = Instant::now() + self.settings.resume_window;
         let mut attempt = 0;
         while self.session.wants_control() {
             attempt += 1;
@@ -351,11 +258,12 @@ impl Driver<'_> {
         self.losses.control_generation = generation;
         let hello = crate::wire::hello::Hello { generation, ..self.hello(HelloRole::Control) };
         let limit = self.settings.timeouts.connect.min(until.saturating_duration_since(Instant::now()));
-        let socket = match &mut self.endpoint {
+        let stream = match &mut self.endpoint {
             Endpoint::Addresses(addresses) => {
-                let (addresses, ringer) = (addresses.clone(), self.bell.ringer());
+                let ringer = self.bell.ringer();
+                let to = Destination { addresses: addresses.clone(), tls: self.settings.tls.clone() };
                 let number = usize::from(u8::MAX);
-                let started = Dial::start(number, addresses, Opening::Control, &hello, limit, &self.options, &ringer);
+                let started = Dial::start(number, to, Opening::Control, &hello, limit, &self.options, &ringer);
                 match started {
                     Ok(mut dial) => loop {
                         if let Some(result) = dial.poll() {
@@ -367,20 +275,20 @@ impl Driver<'_> {
                 }
             }
             endpoint => {
-                let opened = open(endpoint, Opening::Control, &mut self.bell, Instant::now() + limit, &|| false);
-                let socket = match opened {
-                    Ok(Some(socket)) => socket,
+                let opened = open(endpoint, Opening::Control, self.settings.tls.as_ref(), &mut self.bell, Instant::now() + limit, &|| false);
+                let mut stream = match opened {
+                    Ok(Some(stream)) => stream,
                     Ok(None) => return Ok(()),
                     // What the VMM has not got now it will not have later.
                     Err(why) => return self.fail(why),
                 };
-                say_hello(&socket, &hello.encode())
-                    .map(|()| socket)
+                say_hello(&mut stream, &hello.encode())
+                    .map(|()| stream)
                     .map_err(|e| Failure::Connect { address: "the VMM's connector".to_owned(), reason: e.into() })
             }
         };
-        let control = socket.and_then(|socket| {
-            Control::new(socket).map_err(|e| Failure::Control { doing: "setting it up", reason: e.into() })
+        let control = stream.and_then(|stream| {
+            Control::new(stream).map_err(|e| Failure::Control { doing: "setting it up", reason: e.into() })
         });
         match control {
             Ok(control) => self.control = Some(control),
@@ -410,6 +318,13 @@ impl Driver<'_> {
         self.event(SourceEvent::Reconnected(self.id))?;
         let committed = self.session.is_committed();
         while self.session.awaits_resumed() || (committed && !self.session.wants_control()) {
+            if Instant::now() >= until {
+                // It is there, and does not answer: no better than one that is not.
+                let ms = self.settings.resume_window.as_millis() as u64;
+                let lost = self.session.lost().map_or_else(String::new, Failure::to_string);
+                return self.fail(Failure::NotResumed { ms, lost });
+            }
+            self.wake_at = Some(until);
             match self.service(true) {
                 Ok(()) => {}
                 // Lost again: another attempt is due.
@@ -418,6 +333,7 @@ impl Driver<'_> {
             }
         }
         self.losses.resumes += 1;
+        self.losses.resumes_in_vain += 1;
         self.remark("all connections were lost, and the session was taken up again".to_owned());
         Ok(())
     }
@@ -440,8 +356,8 @@ impl Driver<'_> {
     /// Lets a paused guest run on here: nobody knows when there will be a way to the target again.
     fn run_on(&mut self, guest: &mut dyn Guest, paused_at: &mut Option<Instant>) -> Result<(), Over> {
         self.progress.stage(Stage::Precopy);
-        let Some(begun) = paused_at.take() else { return Ok(()) };
         self.forget_attempt();
+        let Some(begun) = paused_at.take() else { return Ok(()) };
         if let Err(e) = guest.resume() {
             let reason = format!("{e}; the guest stands still at the source, which has lost its target");
             return self.fail(Failure::Hook { hook: "resume", reason });
@@ -461,14 +377,14 @@ impl Driver<'_> {
 
     /// Starts the worker of a channel that the target has taken in again.
     pub fn start_channel(&mut self, channel: ChannelId, round: Option<Round>, epoch: Option<Epoch>) -> Result<(), Over> {
-        let Some(socket) = self.losses.take_joining(channel) else {
+        let Some(stream) = self.losses.take_joining(channel) else {
             return self.fail(Failure::Worker("internal error: a channel without a socket has joined".to_owned()));
         };
         self.losses.reconnects += 1;
         let mut lanes = self.lanes.take();
         let started = lanes.as_mut().map_or(Ok(()), |lanes: &mut Lanes| {
             let ringer = self.bell.ringer();
-            lanes.start(&self.kit(&ringer), channel, socket, round, epoch)
+            lanes.start(&self.kit(&ringer), channel, stream, round, epoch)
         });
         self.lanes = lanes;
         match started {

@@ -10,12 +10,14 @@ mod hand_over;
 mod hooks;
 mod lanes;
 mod losses;
+mod motion;
 mod pace;
 mod rounds;
 mod setup;
 mod state;
 mod talk;
 mod watch;
+mod ways;
 
 use std::fmt;
 use std::path::PathBuf;
@@ -30,7 +32,7 @@ use crate::dirty::DirtySource;
 use crate::error::{Failure, HookError, Outcome};
 use crate::gate::Gate;
 use crate::memory::Ram;
-use crate::net::{Address, Connector, Endpoint};
+use crate::net::{Address, Connector, Endpoint, Stream, Tls};
 use crate::poll::PollSleeper;
 use crate::precopy::{AtLimit, Limits, Overrun, Throttled};
 use crate::progress::{ChannelCounts, Progress};
@@ -93,7 +95,7 @@ pub struct SourceReport {
     pub ram_bytes: u64,
     /// Bytes of guest pages that travelled.
     pub payload_bytes: u64,
-    /// Bytes that travelled, over all connections.
+    /// Bytes that travelled, over all connections; without what TLS adds, 22 in each 16 KiB.
     pub wire_bytes: u64,
     /// Bytes of guest pages that were zero, and travelled as table entries.
     pub zero_bytes: u64,
@@ -126,6 +128,8 @@ pub struct SourceReport {
     pub send_syscalls: u64,
     /// What became of sending by reference.
     pub zero_copy: ZeroCopyReport,
+    /// How the connections were encrypted; `None` if they were not.
+    pub tls: Option<TlsReport>,
     /// The CPU each worker was pinned to.
     pub cpus: Vec<Option<usize>>,
     /// The session: by it a target is asked who owns the guest, where that is uncertain
@@ -162,6 +166,28 @@ pub struct DowntimeParts {
     pub run: Duration,
 }
 
+/// How the connections of a migration were encrypted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct TlsReport {
+    /// The cipher suite, by its name in RFC 8446.
+    pub suite: &'static str,
+    /// Data channels that went on from the session of the control connection, with neither certificates nor signatures.
+    pub channels_resumed: u8,
+}
+
+impl TlsReport {
+    /// Of the control connection, if it is encrypted.
+    fn of(control: &Stream) -> Option<TlsReport> {
+        control.encryption().map(|how| TlsReport { suite: how.suite, channels_resumed: 0 })
+    }
+
+    /// The same, with one more data channel.
+    fn and(self, channel: &Stream) -> TlsReport {
+        let resumed = u8::from(channel.encryption().is_some_and(|how| how.resumed));
+        TlsReport { channels_resumed: self.channels_resumed.saturating_add(resumed), ..self }
+    }
+}
+
 /// What became of sending by reference.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct ZeroCopyReport {
@@ -194,6 +220,7 @@ pub(crate) struct Settings {
     pub verify: Verify,
     pub zero_test: bool,
     pub zero_copy: ZeroCopy,
+    pub tls: Option<Tls>,
     pub limits: Limits,
     pub timeouts: Timeouts,
     /// For how long the session is kept when all connections are lost; zero is not at all.
@@ -264,6 +291,14 @@ impl SourceBuilder {
     /// Whether pages are handed to the kernel by reference; [`ZeroCopy::Auto`] unless told otherwise.
     pub fn zero_copy(mut self, zero_copy: ZeroCopy) -> Self {
         self.settings.zero_copy = zero_copy;
+        self
+    }
+
+    /// Encrypts every connection, and proves to each side who the other is; nothing is unless told otherwise. The target's
+    /// certificate must be for the host of the address, or for [`Tls::name`].
+    #[cfg(feature = "tls")]
+    pub fn tls(mut self, tls: Tls) -> Self {
+        self.settings.tls = Some(tls);
         self
     }
 
@@ -374,6 +409,12 @@ impl SourceBuilder {
         if channels == 0 || channels > CHANNELS_MAX {
             return Err(Failure::Config(format!("{channels} channels are not possible; 1 to {CHANNELS_MAX} are")));
         }
+        if let Some(tls) = &self.settings.tls {
+            if self.settings.zero_copy == ZeroCopy::On {
+                return Err(Failure::Config(format!("no zero copy: {}; use auto or off", WhyCopied::Encrypted)));
+            }
+            tls.check(&endpoint)?;
+        }
         // Said before anybody is disturbed; of a connector's sockets it is known only when they are there.
         let is_unix = |address: &Address| matches!(address, Address::Unix(_));
         let unix = matches!(&endpoint, Endpoint::Addresses(addresses) if addresses.iter().any(is_unix));
@@ -437,6 +478,7 @@ impl Source {
             verify: Verify::default(),
             zero_test: true,
             zero_copy: ZeroCopy::default(),
+            tls: None,
             limits: Limits::default(),
             timeouts: Timeouts::default(),
             resume_window: Duration::ZERO,

@@ -47,8 +47,14 @@ impl Driver<'_> {
             self.show(&now);
             let verdict = self.policy.decide(&now);
             self.set_throttle(guest, verdict.throttle);
-            self.draining = verdict.decision == Decision::Wait;
-            match verdict.decision {
+            // What lost channels hold is not known before they are retired; without any, the rest could not be sent.
+            let ready = !self.session.awaits_retired() && self.session.live_channels() > 0;
+            let decision = match verdict.decision {
+                Decision::SwitchOver if !ready => Decision::Wait,
+                other => other,
+            };
+            self.draining = decision == Decision::Wait;
+            match decision {
                 Decision::Wait => {
                     // The target is asked how far it is: what is on its way to it counts.
                     self.ask_soon();

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use crate::bell::Ringer;
 use crate::digest::{BlockShape, DigestTable};
 use crate::error::Failure;
-use crate::net::{Control, Endpoint, Opening, one_of, open};
+use crate::net::{Control, Endpoint, Opening, Stream, one_of, open};
 use crate::poll::PollSleeper;
 use crate::scanner::Scanner;
 use crate::session::FEATURE_RESUME;
@@ -17,12 +17,14 @@ use crate::source::dial::say_hello;
 use crate::source::driver::Driver;
 use crate::source::ends::Over;
 use crate::source::lanes::{Kit, Lanes};
+use crate::source::TlsReport;
 use crate::sys::random::random_16;
-use crate::sys::socket::Socket;
 use crate::units::{ChannelId, SessionId, Verify};
 use crate::wire::control::{BlockInfo, Setup};
 use crate::wire::hello::{Hello, HelloRole, Side};
 
+/// A connection that took this long to fail has met a network that does not answer.
+const SLOW: Duration = Duration::from_secs(1);
 /// How long a data channel's first connection may take where there are other networks.
 const DETOUR_AFTER: Duration = Duration::from_secs(3);
 
@@ -48,8 +50,9 @@ impl Driver<'_> {
                 Err(e) => return self.fail(Failure::Memory(format!("no memory for the page digests: {e}"))),
             }
         }
-        let socket = self.open(Opening::Control)?;
-        let mut control = match Control::new(socket) {
+        let stream = self.open(Opening::Control)?;
+        self.tls = TlsReport::of(&stream);
+        let mut control = match Control::new(stream) {
             Ok(control) => control,
             Err(e) => return self.fail(Failure::Control { doing: "setting it up", reason: e.into() }),
         };
@@ -80,11 +83,11 @@ impl Driver<'_> {
         Hello { role, side: Side::Source, generation, session: self.id, features: 0 }
     }
 
-    fn open(&mut self, opening: Opening) -> Result<crate::sys::socket::Socket, Over> {
+    fn open(&mut self, opening: Opening) -> Result<Stream, Over> {
         let deadline = Instant::now() + self.settings.timeouts.connect;
         let gate = self.gate.clone();
-        match open(&mut self.endpoint, opening, &mut self.bell, deadline, &|| gate.is_cancelled()) {
-            Ok(Some(socket)) => Ok(socket),
+        match open(&mut self.endpoint, opening, self.settings.tls.as_ref(), &mut self.bell, deadline, &|| gate.is_cancelled()) {
+            Ok(Some(stream)) => Ok(stream),
             Ok(None) => {
                 self.event(SourceEvent::CancelAsked)?;
                 Err(Over)
@@ -96,23 +99,28 @@ impl Driver<'_> {
     /// Connects the data channels and starts their workers. One that cannot be connected costs only itself, where there
     /// are others.
     pub fn open_channels(&mut self) -> Result<(), Over> {
-        let mut sockets = Vec::new();
-        let mut failed = Vec::new();
+        let mut streams = Vec::new();
+        let (mut failed, mut slow) = (Vec::new(), Vec::new());
         for channel in (0..self.settings.channels).map(ChannelId) {
             // One after the other, over a long link many of them take longer than the target bears silence.
             self.heartbeat()?;
-            match self.open_channel(channel, &failed)? {
-                Ok(socket) => {
-                    self.losses.joins(channel, socket.clone());
-                    sockets.push(Some(socket));
+            let begun = Instant::now();
+            match self.open_channel(channel, &slow)? {
+                Ok(stream) => {
+                    self.tls = self.tls.map(|tls| tls.and(&stream));
+                    self.losses.joins(channel, stream.socket().clone());
+                    streams.push(Some(stream));
                 }
                 Err(why) => {
+                    if begun.elapsed() >= SLOW {
+                        slow.push((channel, why.clone()));
+                    }
                     failed.push((channel, why));
-                    sockets.push(None);
+                    streams.push(None);
                 }
             }
         }
-        if failed.len() == sockets.len() {
+        if failed.len() == streams.len() {
             if let Some((_, why)) = failed.into_iter().next() {
                 return self.fail(why);
             }
@@ -121,7 +129,7 @@ impl Driver<'_> {
         // Held beside the workers' own handles: should these fail to start, the target is told why before it finds the
         // channels closed.
         let ringer = self.bell.ringer();
-        match Lanes::muster(&self.kit(&ringer), &sockets) {
+        match Lanes::muster(&self.kit(&ringer), streams) {
             Ok(lanes) => self.lanes = Some(lanes),
             Err(why) => return self.fail(why),
         }
@@ -136,14 +144,14 @@ impl Driver<'_> {
     fn open_channel(
         &mut self,
         channel: ChannelId,
-        failed: &[(ChannelId, Failure)],
-    ) -> Result<Result<Arc<Socket>, Failure>, Over> {
+        slow: &[(ChannelId, Failure)],
+    ) -> Result<Result<Stream, Failure>, Over> {
         let generation = FIRST_GENERATION;
         let mut limit = self.settings.timeouts.connect;
         if let Endpoint::Addresses(addresses) = &self.endpoint {
             let same = |other: &ChannelId| one_of(addresses, *other, generation) == one_of(addresses, channel, generation);
             // A network that took one channel's time in vain does not get that of all the others.
-            if let Some((_, why)) = failed.iter().find(|(other, _)| same(other)) {
+            if let Some((_, why)) = slow.iter().find(|(other, _)| same(other)) {
                 return Ok(Err(why.clone()));
             }
             if addresses.len() > 1 {
@@ -152,12 +160,12 @@ impl Driver<'_> {
         }
         let (gate, until) = (self.gate.clone(), Instant::now() + limit);
         let opening = Opening::Data { channel, generation };
-        match open(&mut self.endpoint, opening, &mut self.bell, until, &|| gate.is_cancelled()) {
-            Ok(Some(socket)) => {
+        match open(&mut self.endpoint, opening, self.settings.tls.as_ref(), &mut self.bell, until, &|| gate.is_cancelled()) {
+            Ok(Some(mut stream)) => {
                 let hello = self.hello(HelloRole::Data(channel)).encode();
-                let said = say_hello(&socket, &hello).and_then(|()| socket.set_nonblocking(false));
+                let said = say_hello(&mut stream, &hello).and_then(|()| stream.set_nonblocking(false));
                 let reason = |e| Failure::Channel { channel, generation, reason: format!("saying Hello: {e}") };
-                Ok(said.map(|()| Arc::new(socket)).map_err(reason))
+                Ok(said.map(|()| stream).map_err(reason))
             }
             Ok(None) => {
                 self.event(SourceEvent::CancelAsked)?;

@@ -54,9 +54,10 @@ impl Driver<'_> {
         }
         let Some(control) = &mut self.control else { return Ok(()) };
         let flushed = control.flush();
-        let mut frames = Vec::new();
+        // Kept from one call to the next: answers come by the millisecond while something hangs on them.
+        let mut frames = std::mem::take(&mut self.frames);
         let result = control.receive(&mut frames);
-        for frame in frames {
+        for frame in frames.drain(..) {
             if let TargetFrame::Pong { nonce, lanes } = frame {
                 self.gauge.pong_came(nonce);
                 self.pongs = lanes;
@@ -64,6 +65,7 @@ impl Driver<'_> {
             }
             self.event(SourceEvent::Frame(frame))?;
         }
+        self.frames = frames;
         // Last: what the target said before it left says more than a broken pipe.
         match (result, flushed) {
             (Err(e), _) => self.control_lost(e.into_failure("waiting for the target")),

@@ -45,7 +45,23 @@ impl Driver<'_> {
                 return if owed.is_none() { self.control_lost(why) } else { self.fail(why) };
             }
         }
+        self.check_retired(now)?;
         self.check_stall(now, timeouts.stall)
+    }
+
+    /// A target that does not take a lost channel out of its set holds everything up.
+    fn check_retired(&mut self, now: Instant) -> Result<(), Over> {
+        // While it is in a hook of its VMM it answers nobody; that has a limit of its own.
+        if !self.session.awaits_retired() || self.session.waits_for_hook().is_some() || self.session.is_committed() {
+            self.losses.retired_since = None;
+            return Ok(());
+        }
+        let waited = now.saturating_duration_since(*self.losses.retired_since.get_or_insert(now));
+        if waited <= self.settings.timeouts.hello {
+            return Ok(());
+        }
+        let waiting_for = "ChannelRetired for a lost data channel";
+        self.fail(Failure::Silent { waiting_for, ms: waited.as_millis() as u64 })
     }
 
     /// Only while data waits to move can it stall, and only the lane that others wait for is to blame: one that is at
@@ -92,22 +108,21 @@ impl Driver<'_> {
         if sum != self.motion.all.0 || all_quiet || live == 0 {
             self.motion.all = (sum, now);
         }
+        // Others wait for these at the barrier, or have nothing to do. Where all are slow, that is the link they share; and
+        // where nothing moves at all, another connection may be better, if one is under way.
         let still = now.saturating_duration_since(self.motion.all.1);
-        if still > limit {
-            // Nothing moves anywhere. Where another connection is under way it may be better.
-            if !stalled.is_empty() && self.losses.has_hope() {
-                self.motion.all = (sum, now);
-                return self.lose_stalled(stalled, limit);
-            }
-            let behind = self.pongs.iter().filter(|p| !p.at_barrier).min_by_key(|p| (p.rounds_passed, p.bytes));
-            let channel = behind.map_or(ChannelId(0), |p| p.channel);
-            return self.fail(Failure::Stalled { channel, ms: still.max(limit).as_millis() as u64 });
+        if !stalled.is_empty() && (stalled.len() < live || (still > limit && self.losses.has_hope())) {
+            self.motion.all.1 = now;
+            return self.lose_stalled(stalled, limit);
         }
-        // Where all are slow, that is the link they share.
-        if stalled.len() == live {
+        if still <= limit {
             return Ok(());
         }
-        self.lose_stalled(stalled, limit)
+        let behind = self.pongs.iter().filter(|p| !p.at_barrier).min_by_key(|p| (p.rounds_passed, p.bytes));
+        let channel = behind.map_or(ChannelId(0), |p| p.channel);
+        let why = Failure::Stalled { channel, ms: still.as_millis() as u64 };
+        // A network that takes everything and gives nothing back stalls data and control alike.
+        if self.session.resumes() { self.control_lost(why) } else { self.fail(why) }
     }
 
     fn lose_stalled(&mut self, stalled: Vec<ChannelId>, limit: Duration) -> Result<(), Over> {
@@ -122,15 +137,3 @@ impl Driver<'_> {
 
 /// What a lane has to move within the stall limit. Less is as good as nothing to those that wait for it.
 const PROGRESS_BYTES_MIN: u64 = 64 << 10;
-
-/// What has moved, on each channel and on all of them, and when that was seen to change last.
-pub(super) struct Motion {
-    channels: Vec<(u64, Instant)>,
-    all: (u64, Instant),
-}
-
-impl Motion {
-    pub fn new(channels: u8, now: Instant) -> Motion {
-        Motion { channels: vec![(0, now); channels.into()], all: (0, now) }
-    }
-}

@@ -13,35 +13,37 @@ use crate::wire::crc::Crc32c;
 const CHUNKS_NAMED_MAX: usize = 65_536;
 
 impl Driver<'_> {
-    /// Compares with what the source says it sent. Everything has landed, and no lane is writing.
-    pub fn check(&mut self, last: &Final) -> Result<Check, Over> {
+    /// Compares with what the source says it sent. Everything has landed, and no lane is writing. `None` if the Final came
+    /// to nothing meanwhile.
+    pub fn check(&mut self, last: &Final) -> Result<Option<Check>, Over> {
         let check = self.check_sent(last);
         if check != Check::Agrees || self.verify != Verify::Full {
-            return Ok(check);
+            return Ok(Some(check));
         }
-        let own = self.full_digests()?;
+        let Some(own) = self.full_digests()? else { return Ok(None) };
         if own.len() != last.full_digests.len() {
-            return Ok(Check::StateDiffers("Final has not one full digest a block".to_owned()));
+            return Ok(Some(Check::StateDiffers("Final has not one full digest a block".to_owned())));
         }
-        Ok(match own.iter().zip(&last.full_digests).position(|(own, sent)| own != sent) {
+        Ok(Some(match own.iter().zip(&last.full_digests).position(|(own, sent)| own != sent) {
             Some(block) => Check::Differs { block: BlockId(block as u16), chunk_digests: Vec::new() },
             None => Check::Agrees,
-        })
+        }))
     }
 
-    /// Hashes all of RAM on other threads, and looks after the rest meanwhile.
-    fn full_digests(&mut self) -> Result<Vec<u64>, Over> {
-        let Some(ram) = self.ram.clone() else { return Ok(Vec::new()) };
+    /// Hashes all of RAM on other threads, and looks after the rest meanwhile. `None` if the Final came to nothing.
+    fn full_digests(&mut self) -> Result<Option<Vec<u64>>, Over> {
+        let Some(ram) = self.ram.clone() else { return Ok(None) };
         let (hashing, ringer) = (full::Hashing::default(), self.bell.ringer());
         std::thread::scope(|scope| {
             hashing.start(scope, &ram, self.id, self.channels.into(), move || Alarm::ring(&ringer));
             loop {
                 if let Some(digests) = hashing.take() {
-                    return Ok(digests);
+                    return Ok(Some(digests));
                 }
-                if let Err(over) = self.service() {
+                let served = self.service();
+                if served.is_err() || !self.session.is_checking() || self.next_check.is_some() {
                     hashing.stop();
-                    return Err(over);
+                    return served.map(|()| None);
                 }
             }
         })

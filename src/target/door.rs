@@ -6,10 +6,9 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use crate::error::{Failure, OsReason};
-use crate::net::{CROWD_PAUSE, Control, ENTRANTS_MAX, Greeting, Listener, passes};
+use crate::net::{CROWD_PAUSE, Control, ENTRANTS_MAX, Greeting, Listener, Stream, passes};
 use crate::session::source::FIRST_GENERATION;
 use crate::session::target::TargetEvent;
-use crate::sys::socket::Socket;
 use crate::target::driver::{Driver, Over};
 use crate::units::Generation;
 use crate::wire::control::{SourceFrame, TargetFrame};
@@ -44,9 +43,16 @@ impl Driver<'_> {
         let ready = matches!(self.listener, Listener::Ready(_));
         let patience = if ready { Duration::from_secs(24 * 3600) } else { self.settings.timeouts.hello };
         for _ in 0..ENTRANTS_MAX {
-            match self.listener.accept().and_then(|socket| {
-                socket.map(|socket| self.lobby.enter(socket, patience)).transpose()
-            }) {
+            let accepted = self.listener.accept().and_then(|socket| {
+                let Some(socket) = socket else { return Ok(None) };
+                let stream = match &self.settings.tls {
+                    None => Stream::from(socket),
+                    // Ready-made ones come all at once: a data channel among them must not be given tickets.
+                    Some(tls) => tls.accept(socket, self.begun.is_none() && !ready)?,
+                };
+                self.lobby.enter(stream, patience).map(Some)
+            });
+            match accepted {
                 Ok(Some(())) => {}
                 Ok(None) => return Ok(()),
                 // Out of descriptors, say: those who are here already are served all the same, and the listener, which
@@ -70,7 +76,7 @@ impl Driver<'_> {
     pub fn greet(&mut self) -> Result<(), Over> {
         for greeting in self.lobby.listen(self.bell.sleeper().set()) {
             match greeting {
-                Greeting::Hello(socket, hello) => self.greet_one(socket, &hello)?,
+                Greeting::Hello(stream, hello) => self.greet_one(stream, &hello)?,
                 Greeting::Stranger(why) => {
                     self.remark(format!("a connection was turned away: {why}"));
                 }
@@ -89,13 +95,13 @@ impl Driver<'_> {
 
     /// Takes a connection for what it says it is; anything that does not belong to this migration is dropped, and
     /// disturbs nobody.
-    fn greet_one(&mut self, socket: Socket, hello: &Hello) -> Result<(), Over> {
+    fn greet_one(&mut self, stream: Stream, hello: &Hello) -> Result<(), Over> {
         match hello.role {
             HelloRole::Control if hello.side == Side::Source && hello.generation > FIRST_GENERATION => {
-                self.let_in(socket, hello)
+                self.let_in(stream, hello)
             }
             HelloRole::Control if self.begun.is_none() && hello.side == Side::Source => {
-                let control = match self.welcome(socket, hello) {
+                let control = match self.welcome(stream, hello) {
                     Ok(control) => control,
                     Err(e) => {
                         let why = Failure::Control { doing: "setting it up", reason: e.into() };
@@ -114,7 +120,7 @@ impl Driver<'_> {
                     && self.session.expects(channel, hello.generation) =>
             {
                 let generation = hello.generation;
-                self.sockets[usize::from(channel.0)] = Some((socket, generation));
+                self.streams[usize::from(channel.0)] = Some((stream, generation));
                 self.event(TargetEvent::ChannelConnected { channel, generation })
             }
             HelloRole::Control | HelloRole::Data(_) => {
@@ -125,8 +131,8 @@ impl Driver<'_> {
     }
 
     /// Answers a control connection's Hello.
-    pub fn welcome(&self, socket: Socket, hello: &Hello) -> io::Result<Control<TargetFrame, SourceFrame>> {
-        let mut control = Control::new(socket)?;
+    pub fn welcome(&self, stream: Stream, hello: &Hello) -> io::Result<Control<TargetFrame, SourceFrame>> {
+        let mut control = Control::new(stream)?;
         let own = Hello {
             role: HelloRole::Control,
             side: Side::Target,
@@ -141,9 +147,9 @@ impl Driver<'_> {
     /// Lets a second control connection in. One that names another session is told that it is not known here: the target
     /// that had it is gone. The newest takes the place of one that has not yet said what it wants: each names the session,
     /// which strangers do not know.
-    pub fn let_in(&mut self, socket: Socket, hello: &Hello) -> Result<(), Over> {
+    pub fn let_in(&mut self, stream: Stream, hello: &Hello) -> Result<(), Over> {
         // A connection that cannot be used is as good as one that was lost: whoever made it tries again.
-        let Ok(mut control) = self.welcome(socket, hello) else { return Ok(()) };
+        let Ok(mut control) = self.welcome(stream, hello) else { return Ok(()) };
         if self.begun.is_some() && hello.session == self.id {
             let until = Instant::now() + self.settings.timeouts.hello;
             self.visitor = Some(Visitor { control, generation: hello.generation, until });

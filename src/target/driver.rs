@@ -11,19 +11,18 @@ use crate::digest::{BlockShape, DigestTable};
 use crate::error::{Failure, Outcome};
 use crate::gate::Gate;
 use crate::memory::Ram;
-use crate::net::{Control, Listener, Lobby};
+use crate::net::{Control, Listener, Lobby, Stream};
 use crate::poll::PollSleeper;
 use crate::progress::{Progress, Stage};
 use crate::session::source::FIRST_GENERATION;
 use crate::session::target::{TargetAction, TargetEvent, TargetSession};
 use crate::sys::random::random_16;
-use crate::sys::socket::Socket;
 use crate::target::lanes::{LaneGear, Lanes};
 use crate::target::witness::{Testimony, Witness, may_be_in_doubt};
 use crate::target::{Incoming, Settings, Target, TargetReport};
 use crate::target::door::Visitor;
 use crate::units::{ChannelId, Generation, InstanceId, SessionId, Verify};
-use crate::wire::control::{STATE_CHUNK_BYTES_MAX, Setup, SourceFrame, TargetFrame};
+use crate::wire::control::{Final, STATE_CHUNK_BYTES_MAX, Setup, SourceFrame, TargetFrame};
 
 /// The session has ended: whoever sees it goes back to [`receive`], and does nothing else.
 pub(super) struct Over;
@@ -55,11 +54,14 @@ pub(super) struct Driver<'a> {
     pub channels: u8,
     pub ram: Option<Ram>,
     /// Data connections whose lanes have not begun, and their generations.
-    pub sockets: Vec<Option<(Socket, Generation)>>,
+    pub streams: Vec<Option<(Stream, Generation)>>,
     lanes: Option<Lanes>,
     pub digests: Option<Arc<DigestTable>>,
     pub state: Vec<Vec<u8>>,
     pub outcome: Option<Outcome>,
+    /// Whether what landed is being compared with a Final, and a Final that came meanwhile.
+    pub checking: bool,
+    pub next_check: Option<Final>,
     pub begun: Option<Instant>,
     final_at: Option<Instant>,
     loaded_at: Option<Instant>,
@@ -93,11 +95,13 @@ pub(super) fn receive(target: Target, incoming: &mut dyn Incoming) -> (TargetRep
         verify: Verify::Off,
         channels: 0,
         ram: None,
-        sockets: Vec::new(),
+        streams: Vec::new(),
         lanes: None,
         digests: None,
         state: Vec::new(),
         outcome: None,
+        checking: false,
+        next_check: None,
         begun: None,
         final_at: None,
         loaded_at: None,
@@ -210,8 +214,7 @@ impl Driver<'_> {
     }
 
     fn look_at_lanes(&mut self) -> Result<(), Over> {
-        let Some(lanes) = &mut self.lanes else { return Ok(()) };
-        for event in lanes.poll_moved() {
+        while let Some(event) = self.lanes.as_mut().and_then(Lanes::poll_moved) {
             self.event(event)?;
         }
         while let Some((channel, reason, is_ours)) = self.lanes.as_mut().and_then(Lanes::poll_failed) {
@@ -264,8 +267,10 @@ impl Driver<'_> {
                 Err(why) => self.event(TargetEvent::LaneFailed { channel, reason: why.to_string() }),
             },
             TargetAction::RetireLane { channel } => {
+                // A load that came to nothing: no Commit is waited for.
+                (self.final_at, self.loaded_at) = (None, None);
                 self.channels_lost += 1;
-                self.sockets[usize::from(channel.0)] = None;
+                self.streams[usize::from(channel.0)] = None;
                 if let Some(lanes) = &mut self.lanes {
                     lanes.retire(channel);
                 }
@@ -283,7 +288,7 @@ impl Driver<'_> {
                 }
                 self.dormant_since = None;
                 self.resumes += 1;
-                self.sockets.iter_mut().for_each(|socket| *socket = None);
+                self.streams.iter_mut().for_each(|stream| *stream = None);
                 self.excuse_silence();
                 Ok(())
             }
@@ -315,8 +320,17 @@ impl Driver<'_> {
                 self.act(TargetAction::Send(TargetFrame::Pong { nonce, lanes }))
             }
             TargetAction::Check(last) => {
-                let check = self.check(&last)?;
-                self.event(TargetEvent::Checked(check))
+                // Frames are heard while a check goes on: one of them can void it, and another Final can follow.
+                if self.next_check.replace(last).is_some() || self.checking {
+                    return Ok(());
+                }
+                self.checking = true;
+                let mut check = None;
+                while let Some(last) = self.next_check.take() {
+                    check = self.check(&last)?;
+                }
+                self.checking = false;
+                check.map_or(Ok(()), |check| self.event(TargetEvent::Checked(check)))
             }
             TargetAction::LoadState => {
                 let loaded = self.incoming.load_state(&mut Pieces { pieces: &self.state, at: 0 });
@@ -389,15 +403,15 @@ impl Driver<'_> {
             let table = DigestTable::new(self.id, &shapes).map_err(|e| format!("no memory for page digests: {e}"))?;
             self.digests = Some(Arc::new(table));
         }
-        self.sockets = (0..setup.channels).map(|_| None).collect();
+        self.streams = (0..setup.channels).map(|_| None).collect();
         random_16().map(InstanceId).map_err(|e| format!("no random number for the instance: {e}"))
     }
 
     fn start_lanes(&mut self) -> Result<(), Failure> {
         let Some(ram) = &self.ram else { return Ok(()) };
-        let mut sockets = Vec::new();
-        for socket in &mut self.sockets {
-            sockets.push(socket.take().map(|(socket, _)| ready(socket)).transpose()?);
+        let mut streams = Vec::new();
+        for stream in &mut self.streams {
+            streams.push(stream.take().map(|(stream, _)| ready(stream)).transpose()?);
         }
         let gear = LaneGear {
             ram: ram.clone(),
@@ -405,15 +419,15 @@ impl Driver<'_> {
             controller: self.bell.ringer(),
             progress: self.progress.clone(),
         };
-        self.lanes = Some(Lanes::muster(sockets, gear, &self.options)?);
+        self.lanes = Some(Lanes::muster(streams, gear, &self.options)?);
         Ok(())
     }
 
     /// Starts the lane of a channel that is connected again.
     fn start_lane(&mut self, channel: ChannelId) -> Result<(), Failure> {
-        let waiting = self.sockets.get_mut(usize::from(channel.0)).and_then(Option::take);
+        let waiting = self.streams.get_mut(usize::from(channel.0)).and_then(Option::take);
         match (&mut self.lanes, waiting) {
-            (Some(lanes), Some((socket, generation))) => lanes.start(channel, generation, ready(socket)?),
+            (Some(lanes), Some((stream, generation))) => lanes.start(channel, generation, ready(stream)?),
             _ => Err(Failure::Worker("internal error: a channel without a socket has joined".to_owned())),
         }
     }
@@ -458,6 +472,7 @@ impl Driver<'_> {
             in_doubt: self.loaded_at.is_some() && may_be_in_doubt(&outcome, last_word.as_ref()),
             source: control,
             hello: self.settings.timeouts.hello,
+            tls: self.settings.tls,
         });
         let report = TargetReport {
             verified: outcome == Outcome::Completed && self.verify != Verify::Off,
@@ -488,8 +503,8 @@ impl Driver<'_> {
 }
 
 /// A data connection as a lane uses it.
-fn ready(socket: Socket) -> Result<Socket, Failure> {
-    let ready = socket.set_nonblocking(false).map(|()| socket);
+fn ready(mut stream: Stream) -> Result<Stream, Failure> {
+    let ready = stream.set_nonblocking(false).map(|()| stream);
     ready.map_err(|e| Failure::Worker(format!("a data socket: {e}")))
 }
 

@@ -15,11 +15,11 @@ use crate::dirty::bitmap::DirtyBitmap;
 use crate::error::Failure;
 use crate::memory::Ram;
 use crate::memory::look::Look;
+use crate::net::Stream;
 use crate::poll::PollSleeper;
 use crate::progress::Progress;
 use crate::session::source::FIRST_GENERATION;
 use crate::session::target::TargetEvent;
-use crate::sys::socket::Socket;
 use crate::units::{BlockId, ChannelId, Generation};
 use crate::wire::control::LanePong;
 
@@ -68,20 +68,20 @@ enum Place {
 
 impl Lanes {
     /// Starts the lanes whose channels are connected; others may follow.
-    pub fn muster(sockets: Vec<Option<Socket>>, gear: LaneGear, options: &CrewOptions) -> Result<Lanes, Failure> {
-        let count = sockets.len();
+    pub fn muster(streams: Vec<Option<Stream>>, gear: LaneGear, options: &CrewOptions) -> Result<Lanes, Failure> {
+        let count = streams.len();
         let barrier = Arc::new(Barrier::new(count));
-        let place = options.place(count, Peer::of(sockets.iter().flatten()))?;
+        let place = options.place(count, Peer::of(streams.iter().flatten().map(|stream| &**stream.socket())))?;
         let (landed, named) = (DirtyBitmap::for_ram(&gear.ram), DirtyBitmap::for_ram(&gear.ram));
         let look = Look::new(gear.digests.is_some(), false);
-        let ids: Vec<_> = sockets.iter().enumerate().filter(|(_, socket)| socket.is_some()).map(|(id, _)| id).collect();
+        let ids: Vec<_> = streams.iter().enumerate().filter(|(_, stream)| stream.is_some()).map(|(id, _)| id).collect();
         (0..count).filter(|id| !ids.contains(id)).for_each(|id| barrier.retire(id));
         let kit = LaneKit { gear: &gear, look, barrier: &barrier, landed: &landed, named: &named };
         let first = launch(&place, options, &gear, ids, |bells| {
-            let connected = sockets.into_iter().enumerate().filter_map(|(id, socket)| socket.map(|socket| (id, socket)));
-            let role = |(own, (id, socket)): (usize, (usize, Socket))| {
+            let connected = streams.into_iter().enumerate().filter_map(|(id, stream)| stream.map(|stream| (id, stream)));
+            let role = |(own, (id, stream)): (usize, (usize, Stream))| {
                 let others = bells.iter().enumerate().filter(|(other, _)| *other != own).map(|(_, bell)| bell.clone());
-                RecvRole::new(kit.of(id, socket, false), others.collect())
+                RecvRole::new(kit.of(id, stream, false), others.collect())
             };
             connected.enumerate().map(role).collect()
         })?;
@@ -101,7 +101,7 @@ impl Lanes {
 
     /// Puts a lane into the set that counts as having passed nothing, and then starts it: by its first marks the source
     /// says how far it counts as having come.
-    pub fn start(&mut self, channel: ChannelId, generation: Generation, socket: Socket) -> Result<(), Failure> {
+    pub fn start(&mut self, channel: ChannelId, generation: Generation, stream: Stream) -> Result<(), Failure> {
         let id = usize::from(channel.0);
         self.barrier.join(id, 0, 0);
         let kit = LaneKit {
@@ -118,7 +118,7 @@ impl Lanes {
             Place::First | Place::Nowhere => None,
         }));
         let started = launch(&self.place, &self.options, &self.gear, vec![id], |_| {
-            vec![RecvRole::new(kit.of(id, socket, true), others)]
+            vec![RecvRole::new(kit.of(id, stream, true), others)]
         });
         let crew = match started {
             Ok(crew) => crew,
@@ -169,22 +169,17 @@ impl Lanes {
         }
     }
 
-    /// What has changed in the barrier since the last look.
-    pub fn poll_moved(&mut self) -> Vec<TargetEvent> {
+    /// A lane that has moved since the last look. Ask until there is none: one by one, as what is done about the first can
+    /// end the lanes behind it.
+    pub fn poll_moved(&mut self) -> Option<TargetEvent> {
         // Ordered reads first: what the lanes landed and recorded before their marks is seen from here on.
         let (_, _) = (self.barrier.all_passed(), self.barrier.all_flushed());
-        let mut events = Vec::new();
-        for (index, lane) in self.lanes.iter_mut().enumerate() {
-            let now = (self.barrier.passed(index), self.barrier.flushed(index));
-            if now != lane.seen {
-                lane.seen = now;
-                events.push(TargetEvent::LaneMoved { channel: ChannelId(index as u8), rounds: now.0, epochs: now.1 });
-            }
-        }
-        if !events.is_empty() {
-            self.wake_late();
-        }
-        events
+        let now = |index: usize| (self.barrier.passed(index), self.barrier.flushed(index));
+        let index = (0..self.lanes.len()).find(|index| now(*index) != self.lanes[*index].seen)?;
+        let (rounds, epochs) = now(index);
+        self.lanes[index].seen = (rounds, epochs);
+        self.wake_late();
+        Some(TargetEvent::LaneMoved { channel: ChannelId(index as u8), rounds, epochs })
     }
 
     /// A lane that has ended by itself since this was last asked, why, and whether another connection would not help. No
@@ -267,10 +262,10 @@ struct LaneKit<'a> {
 }
 
 impl LaneKit<'_> {
-    fn of(&self, id: usize, socket: Socket, joins_late: bool) -> RecvGear {
+    fn of(&self, id: usize, stream: Stream, joins_late: bool) -> RecvGear {
         RecvGear {
             channel: ChannelId(id as u8),
-            socket: Arc::new(socket),
+            stream,
             ram: self.gear.ram.clone(),
             landed: self.landed.clone(),
             named: self.named.clone(),

@@ -10,7 +10,7 @@ use crate::cancel::CancelHandle;
 use crate::config::YEAR;
 use crate::error::{Failure, Outcome};
 use crate::gate::Gate;
-use crate::net::{Control, Greeting, Listener, Lobby};
+use crate::net::{Control, Greeting, Listener, Lobby, Stream, Tls};
 use crate::poll::PollSleeper;
 use crate::session::source::FIRST_GENERATION;
 use crate::sys::socket::Socket;
@@ -34,6 +34,18 @@ pub(super) struct Testimony {
     /// Its control connection: it may still say that it knows.
     pub source: Option<Control<TargetFrame, SourceFrame>>,
     pub hello: Duration,
+    pub tls: Option<Tls>,
+}
+
+impl Testimony {
+    /// Hears a connection, in the way that the target took its own.
+    fn enter(&mut self, socket: Socket) -> std::io::Result<()> {
+        let stream = match &self.tls {
+            None => Stream::from(socket),
+            Some(tls) => tls.accept(socket, false)?,
+        };
+        self.lobby.enter(stream, self.hello)
+    }
 }
 
 /// Whether a source that was told Loaded may wait for an answer to Commit: unless it said afterwards that it had ended
@@ -111,7 +123,7 @@ impl Witness {
     /// # Errors
     /// What the system says of a descriptor that is no stream socket.
     pub fn admit(&mut self, connection: OwnedFd) -> std::io::Result<()> {
-        self.known.lobby.enter(Socket::from_fd(connection)?, self.known.hello)
+        self.known.enter(Socket::from_fd(connection)?)
     }
 
     /// Answers queries for so long; comes back sooner when the source is known to know, or when cancelled. Says how many
@@ -176,13 +188,12 @@ impl Witness {
             return;
         }
         self.accept_again = None;
-        let Testimony { listener, lobby, hello, .. } = &mut self.known;
         for _ in 0..ACCEPTS_MAX {
-            match listener.accept().and_then(|socket| socket.map(|s| lobby.enter(s, *hello)).transpose()) {
+            match self.known.listener.accept().and_then(|socket| socket.map(|s| self.known.enter(s)).transpose()) {
                 Ok(Some(())) => {}
                 Ok(None) => return,
                 Err(_) => {
-                    lobby.make_room();
+                    self.known.lobby.make_room();
                     self.accept_again = Some(Instant::now() + ACCEPT_PAUSE);
                     return;
                 }

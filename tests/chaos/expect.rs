@@ -44,13 +44,10 @@ pub fn must(plan: &Plan) -> Must {
     let excused = match plan.class {
         // A target that cannot be reached is no target; and with one channel, that one has to be made.
         DropAtAccept => plan.drops.contains(&0) || plan.channels == 1,
-        // Where all wait for a lane that lags at the same barrier, or for the word of a target that is not heard, what
-        // stalls is the migration.
-        StallData | StallControl => true,
+        // Where the only channel stalls, what stalls is the migration.
+        StallData => plan.channels == 1,
         // Before the two sides have met there is nothing to resume.
-        HalfClose | CutControl | FlipFrame => is_early(plan),
-        // Nor is one who is turned away on the way back let in later.
-        KillAll => is_early(plan) || plan.faults.iter().any(|fault| matches!(fault.act, Act::ResetAll { refuse: 1.. })),
+        StallControl | HalfClose | CutControl | FlipFrame | KillAll => is_early(plan) || may_hit_commit(plan),
         _ => false,
     };
     if excused { EndTruthfully } else { listed }
@@ -66,6 +63,11 @@ const EARLY_BYTES: u64 = 500;
 fn is_early(plan: &Plan) -> bool {
     let mut control = plan.faults.iter().filter(|fault| touches_control(fault));
     control.any(|fault| fault.since == Since::Start && fault.bytes < EARLY_BYTES)
+}
+
+/// A Commit that is lost is not said again: a target that is asked and has not read it gives the guest up.
+fn may_hit_commit(plan: &Plan) -> bool {
+    plan.faults.iter().any(|fault| touches_control(fault) && fault.since == Since::Pause)
 }
 
 /// Whether the source may not know what became of its guest: only where its word with the target can have been lost.

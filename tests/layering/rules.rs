@@ -1,7 +1,7 @@
 //! The rules of the source tree, each a pure function from a file to its findings.
 
 use super::lexer::{CodePath, code_of, paths, tokens};
-use super::{LAYERS, MAX_LINES, MAY_BE_UNSAFE, MAY_NAME_LOOM, PAGE_PATH};
+use super::{LAYERS, MAX_LINES, MAY_BE_UNSAFE, MAY_NAME_LOOM, MAY_NAME_RUSTLS, PAGE_PATH};
 
 /// What is wrong, and where: `path:line: what`.
 pub type Finding = String;
@@ -163,6 +163,14 @@ pub fn loom_behind_the_facade(file: &Source) -> Vec<Finding> {
         return Vec::new();
     }
     file.bad_tokens("only src/sync.rs and the module lists know it", |word, _| word == "loom")
+}
+
+/// Only the folder that is left out without its feature knows rustls.
+pub fn rustls_in_its_folder(file: &Source) -> Vec<Finding> {
+    if file.is_under(MAY_NAME_RUSTLS) {
+        return Vec::new();
+    }
+    file.bad_tokens("only src/net/tls knows it: without its feature it is not there", |word, _| word == "rustls")
 }
 
 /// Atomics come from the facade, and so does every ordering that is stronger than Relaxed.

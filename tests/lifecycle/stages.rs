@@ -112,8 +112,8 @@ fn befall(peer: Peer, target: FakeTarget, reading: &AtomicBool) -> Option<FakeTa
             target.data.iter().for_each(vmm::vanish);
         }
         Peer::Dead => {
-            target.data.iter().for_each(vmm::reset_when_closed);
-            vmm::reset_when_closed(&target.control.stream);
+            target.data.iter().for_each(vmm::reset_on_close);
+            vmm::reset_on_close(&target.control.stream);
             return None;
         }
     }
@@ -349,7 +349,7 @@ fn cancel_target(at: At, peer: Peer) -> Duration {
                 Peer::Alive | Peer::Stalled => {}
                 Peer::Gone => source.data.iter().chain([&source.control.stream]).for_each(vmm::vanish),
                 Peer::Dead => {
-                    source.data.iter().chain([&source.control.stream]).for_each(vmm::reset_when_closed);
+                    source.data.iter().chain([&source.control.stream]).for_each(vmm::reset_on_close);
                     drop(source);
                     return tell.send(()).unwrap();
                 }

@@ -13,13 +13,11 @@ pub struct Pipe<T> {
     closed: bool,
     /// Nobody takes anything out any more.
     deaf: bool,
-    /// Something that was sent was lost on the way.
-    lost: bool,
 }
 
 impl<T> Default for Pipe<T> {
     fn default() -> Self {
-        Pipe { queue: VecDeque::new(), closed: false, deaf: false, lost: false }
+        Pipe { queue: VecDeque::new(), closed: false, deaf: false }
     }
 }
 
@@ -29,8 +27,6 @@ impl<T> Pipe<T> {
     pub fn send(&mut self, item: T) {
         if self.takes() {
             self.queue.push_back(item);
-        } else {
-            self.lost = true;
         }
     }
 
@@ -47,6 +43,23 @@ impl<T> Pipe<T> {
         &self.queue
     }
 
+    /// What the reader finds next.
+    pub fn next(&self) -> Option<&T> {
+        self.queue.front()
+    }
+
+    /// What arrives next is not what was sent.
+    pub fn replace_next(&mut self, item: T) {
+        if let Some(next) = self.queue.front_mut() {
+            *next = item;
+        }
+    }
+
+    /// Whether the reader has left.
+    pub fn is_deaf(&self) -> bool {
+        self.deaf
+    }
+
     /// Whether a reader finds the end of the stream.
     pub fn at_end(&self) -> bool {
         self.closed && self.queue.is_empty()
@@ -59,7 +72,6 @@ impl<T> Pipe<T> {
 
     /// The reader leaves: what is on its way arrives nowhere.
     pub fn deafen(&mut self) {
-        self.lost |= !self.queue.is_empty();
         self.queue.clear();
         self.deaf = true;
     }
@@ -72,11 +84,6 @@ impl<T> Pipe<T> {
     /// Loses all that has not arrived. As it can come after any delivery, every beginning of the stream may arrive.
     pub fn lose(&mut self) {
         self.queue.clear();
-        self.lost = true;
-    }
-
-    pub fn has_lost(&self) -> bool {
-        self.lost
     }
 }
 
@@ -96,7 +103,32 @@ impl Control {
     pub fn is_cut(&self) -> bool {
         !self.to_target.takes() || !self.to_source.takes()
     }
+
+    /// The source leaves it.
+    pub fn source_leaves(&mut self) {
+        self.to_target.close();
+        self.to_source.deafen();
+    }
+
+    /// The target leaves it.
+    pub fn target_leaves(&mut self) {
+        self.to_source.close();
+        self.to_target.deafen();
+    }
 }
+
+/// The latest connection of a data channel. One before it has ended at the target: a channel is connected again only when
+/// its lane was retired.
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
+pub struct Wire {
+    pub generation: u32,
+    pub pipe: Pipe<Packet>,
+}
+
+/// A page of which a part has landed, and then its channel died.
+pub const TORN: u8 = 255;
+/// A page that was damaged on its way.
+pub const DAMAGED: u8 = 254;
 
 /// What a data channel carries. Its round is that of the marks before it: packets of any other round are refused.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]

@@ -20,9 +20,11 @@ pub const UNCERTAIN_IS_RARE: &str = "INV-9: uncertain only after Commit";
 pub const TARGET_SAYS_TRUE: &str = "INV-9: the target completes if and only if it ran";
 pub const CANCEL_IS_KEPT: &str = "a cancel that was accepted keeps the guest at the source";
 pub const TWO_EPOCHS: &str = "at most two epochs are outstanding";
+pub const EPOCHS_ARE_TOLD: &str = "an epoch that every lane of the set has flushed is acknowledged";
 pub const ACKS_FIND_MARKS: &str = "the mark of an acknowledged epoch is in the journal";
 pub const DIGESTS_AGREE: &str = "the digests of an honest run agree";
 pub const DISCARDED_ONCE: &str = "what was prepared and did not run is discarded, once";
+pub const SURVIVES: &str = "what can be survived is survived";
 pub const LOADS_IN_PEACE: &str = "no page lands while load_state runs";
 pub const NOBODY_HANGS: &str = "whoever is alive can go on";
 
@@ -35,7 +37,14 @@ pub fn properties(bounds: &Bounds) -> Vec<Property<Ferry>> {
             broken(m, w) || differing(&m.0, w).all(|page| waits(w, page) || travels(w, page))
         }),
         Property::always(JOURNAL_KEEPS, |m: &Ferry, w: &World| {
-            !m.0.journals() || !w.source.ships() || differing(&m.0, w).all(|page| can_be_given_back(w, page))
+            let owed = |page| w.seen.damaged[page] || can_be_given_back(w, page);
+            !m.0.journals() || !w.source.ships() || w.seen.commit_sent || differing(&m.0, w).all(owed)
+        }),
+        Property::always(SURVIVES, |m: &Ferry, w: &World| {
+            let gone = matches!(w.source.verdict, Some(Verdict::Failed | Verdict::Cancelled | Verdict::Uncertain));
+            // Its last words may be lost with the target that ran.
+            let in_doubt = w.seen.commit_sent && (w.target.ran || m.0.kinds.contains(&Fault::Cut));
+            !m.0.survives || in_doubt || !gone
         }),
         Property::always(RUNS_AFTER_COMMIT, |_, w: &World| !w.target.ran || w.seen.commit_sent),
         Property::always(COMPLETED_IS_TRUE, |_, w: &World| {
@@ -53,6 +62,11 @@ pub fn properties(bounds: &Bounds) -> Vec<Property<Ferry>> {
         }),
         Property::always(CANCEL_IS_KEPT, |_, w: &World| w.source.gate != Gate::Cancelled || !may_ever_run(w)),
         Property::always(TWO_EPOCHS, |_, w: &World| w.seen.epochs_closed <= w.seen.epochs_acked + 2),
+        Property::always(EPOCHS_ARE_TOLD, |m: &Ferry, w: &World| {
+            let (target, mut lanes) = (&w.target, m.0.channels());
+            let busy = !target.listens() || target.session.waits_for() != "pages or Final";
+            busy || lanes.any(|c| target.has_moved(&m.0, c)) || target.all_flushed(&m.0) <= w.seen.epochs_told
+        }),
         Property::always(ACKS_FIND_MARKS, |_, w: &World| !w.seen.mark_missing),
         Property::always(DIGESTS_AGREE, |_, w: &World| !w.seen.digests_differed),
         Property::always(LOADS_IN_PEACE, |_, w: &World| !w.seen.landed_under_load),
@@ -92,7 +106,35 @@ fn examples(bounds: &Bounds) -> Vec<Property<Ferry>> {
             w.source.overruns_left == 0 && w.source.verdict.is_none() && w.target.ran
         }));
     }
-    if bounds.kinds.contains(&Fault::Cut) {
+    if bounds.redials > 0 && bounds.kinds.contains(&Fault::ChannelDeath) {
+        all.push(Property::sometimes("a channel that was lost carries again", |_, w: &World| {
+            w.seen.rejoined && !w.seen.resumed && w.source.verdict == Some(Verdict::Completed)
+        }));
+    }
+    if bounds.kinds.contains(&Fault::ChannelDeath) && bounds.survives && bounds.resumes == 0 {
+        all.push(Property::sometimes("a channel is lost behind Final, and it completes", |_, w: &World| {
+            w.seen.voided && w.source.verdict == Some(Verdict::Completed)
+        }));
+    }
+    if bounds.kinds.contains(&Fault::Damage) {
+        all.push(Property::sometimes("what was damaged is repaired", |_, w: &World| {
+            w.seen.repaired && w.source.verdict == Some(Verdict::Completed)
+        }));
+    }
+    if bounds.resumes > 0 && bounds.kinds.contains(&Fault::Cut) {
+        all.push(Property::sometimes("a session is taken up again and completes", |_, w: &World| {
+            w.seen.resumed && w.source.verdict == Some(Verdict::Completed)
+        }));
+    }
+    if bounds.kinds.contains(&Fault::Cut) && bounds.resumes > 0 {
+        all.push(Property::sometimes("a Query is answered with yes", |_, w: &World| {
+            !w.visitors.is_empty() && w.source.verdict == Some(Verdict::Completed)
+        }));
+        all.push(Property::sometimes("a Query is answered with no", |_, w: &World| {
+            w.seen.commit_sent && w.source.verdict == Some(Verdict::Failed) && source_runs(w)
+        }));
+    }
+    if bounds.kinds.contains(&Fault::Cut) && !bounds.patient {
         all.push(Property::sometimes("uncertain, and the target runs", |_, w: &World| {
             w.source.verdict == Some(Verdict::Uncertain) && w.target.ran
         }));
@@ -118,19 +160,24 @@ fn differing<'a>(bounds: &Bounds, w: &'a World) -> impl Iterator<Item = usize> +
     (0..bounds.pages).filter(|page| w.source.version[*page] != w.target.memory[*page])
 }
 
-/// Whether what is on its way may be gone: then the migration ends, and nothing more is to be said of pages.
+/// Whether what is on its way may be gone, or damaged: then only journals, and digests, know what is to travel again.
 fn broken(m: &Ferry, w: &World) -> bool {
-    !w.source.ships() || w.target.process != Process::Alive || m.0.channels().any(|c| w.wires[c].has_lost())
+    !w.source.ships() || w.target.process != Process::Alive || w.faults_left < m.0.faults
 }
 
 fn is_run_of(item: &Item, page: usize) -> bool {
     matches!(item, Item::Run(run) if run.first == page as u64)
 }
 
+/// Whether a round to come takes this page.
+fn will_be_scanned(w: &World, page: usize) -> bool {
+    w.source.dirty[page] || w.source.kept[page] || w.source.returned[page]
+}
+
 /// Whether a write of this page is under way, it is dirty, or it is in a ring or a hand and will be read.
 fn waits(w: &World, page: usize) -> bool {
     w.source.writing == Some(page)
-        || w.source.dirty[page]
+        || will_be_scanned(w, page)
         || w.source.workers.iter().any(|worker| {
             worker.ring.iter().any(|item| is_run_of(item, page))
                 || worker.hand.is_some_and(|run| run.first == page as u64)
@@ -140,13 +187,13 @@ fn waits(w: &World, page: usize) -> bool {
 /// Whether the page as it is now is on its way.
 fn travels(w: &World, page: usize) -> bool {
     let now = Packet::Page { page, version: w.source.version[page] };
-    w.wires.iter().any(|wire| wire.items().contains(&now))
+    w.wires.iter().any(|wire| wire.pipe.items().contains(&now))
 }
 
 /// Whether the page would be sent again if every channel died now: what a worker has in its hand is not given back.
 fn can_be_given_back(w: &World, page: usize) -> bool {
     w.source.writing == Some(page)
-        || w.source.dirty[page]
+        || will_be_scanned(w, page)
         || w.source
             .workers
             .iter()

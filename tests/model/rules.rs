@@ -1,13 +1,17 @@
 //! What can happen next: the transitions of the world, each enabled where the drivers and threads could take it.
 
+use pageferry::Failure;
 use pageferry::session::source::SourceEvent;
 use pageferry::session::target::TargetEvent;
 use pageferry::units::Item;
+use pageferry::wire::control::TargetFrame;
 use stateright::{Model, Property};
 
+use crate::link::Packet;
+use crate::mutants::Mutant;
 use crate::oracle;
-use crate::source_side::{Guest, Step, connection_lost, silence};
-use crate::world::{Bounds, Fault, Gate, Mutant, Process, Side, World};
+use crate::source_side::{Guest, Line, Step, connection_lost, silence};
+use crate::world::{Bounds, Fault, Gate, Process, Side, World, channel};
 
 /// One step of the world.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -32,7 +36,13 @@ pub enum Action {
     SendPage(usize),
     SendMark(usize),
     Clear(usize),
-    WorkerFails(usize),
+    ChannelFails(usize),
+    // The source's way back.
+    Dial(usize),
+    NoChannelLeft,
+    MoreRounds,
+    ComeBack,
+    WindowEnds(Side),
     // Whoever writes the source's RAM.
     Write(usize),
     Mark,
@@ -46,17 +56,24 @@ pub enum Action {
     LaneFails(usize),
     LanesMoved,
     LosePackets(usize),
+    TearPage(usize),
+    ZombieReads(usize),
     HookReturns(bool),
+    CheckReturns,
+    HearVisitor,
+    DropVisitor,
+    ActOnQuery,
     // What goes wrong.
     Crash(Side),
+    PutBack,
     Cut,
     ChannelDies(usize),
+    TakeForDead(usize),
+    Damage(usize),
     Deadline(Side),
     /// Somebody asks the gate to cancel; the driver sees it later.
     AskCancel(Side),
     SeesCancel(Side),
-    /// The lanes have not joined in time.
-    JoinDeadline,
 }
 
 /// The model: the bounds, and the world within them.
@@ -81,12 +98,14 @@ impl Ferry {
     fn source_progress(&self, w: &World, out: &mut Vec<Action>) {
         let (bounds, source) = (&self.0, &w.source);
         match source.step {
+            _ if source.is_away() => {}
             Step::Connect => out.push(Action::Connect),
             Step::Round(page) | Step::First(page) | Step::Last(page) if page < bounds.pages => {
-                if source.dirty[page] {
+                if source.dirty[page] || source.kept[page] {
                     let rings = bounds.channels().filter(|c| source.has_room_for_run(bounds, *c));
                     // Until the first run is pushed the channels are alike: one choice stands for both.
-                    let alike = usize::from(source.step != Step::Round(0) || source.round().0 > 0);
+                    let alike =
+                        usize::from(source.step != Step::Round(0) || source.round().0 > 0 || !w.is_fresh(bounds));
                     out.extend(rings.take_while(|c| *c == 0 || alike == 1).map(|c| Action::Scan { to: Some(c) }));
                 } else {
                     out.push(Action::Scan { to: None });
@@ -99,9 +118,15 @@ impl Ferry {
             }
             Step::Decide => out.push(Action::SwitchOver),
             Step::Pause if source.writing.is_none() => out.push(Action::PauseReturns(true)),
-            Step::Drain if bounds.is(Mutant::FinalBeforeDrained) || source.all_sent(bounds) => {
-                out.push(Action::Drained);
+            Step::Drain if source.session.channels_are_settled() || bounds.is(Mutant::FinalBeforeDrained) => {
+                if source.has_more() {
+                    out.push(Action::MoreRounds);
+                } else if bounds.is(Mutant::FinalBeforeDrained) || source.all_sent(bounds) {
+                    out.push(Action::Drained);
+                }
             }
+            // What was said of Final came to nothing.
+            Step::HandOver if source.session.is_paused() => out.push(Action::MoreRounds),
             Step::Gate => out.push(Action::AskGate),
             Step::Withdraw if !source.session.is_withdrawing() || bounds.is(Mutant::RoundsBeforeTheAnswer) => {
                 out.push(Action::RoundsGoOn);
@@ -115,25 +140,44 @@ impl Ferry {
             out.push(Action::Mark);
         }
         if source.listens() {
-            if !w.control.to_source.items().is_empty() {
-                out.push(Action::FrameTo(Side::Source));
-            } else if w.control.to_source.at_end() {
-                out.push(Action::EndOfStreamAt(Side::Source));
+            self.source_listens(w, out);
+        }
+    }
+
+    fn source_listens(&self, w: &World, out: &mut Vec<Action>) {
+        let (bounds, source) = (&self.0, &w.source);
+        if source.online && !w.line().to_source.items().is_empty() {
+            out.push(Action::FrameTo(Side::Source));
+        } else if source.online && w.line().to_source.at_end() {
+            out.push(Action::EndOfStreamAt(Side::Source));
+        }
+        for c in bounds.channels().filter(|c| source.workers[*c].joining && !w.wires[*c].pipe.takes()) {
+            out.push(Action::ChannelFails(c));
+        }
+        let wants = source.ships() && !source.is_away() && source.session.wants_channels();
+        let down = |c: &usize| source.workers[*c].line == Line::Down && source.session.is_down(channel(*c));
+        if wants && source.redials_left > 0 {
+            out.extend(bounds.channels().filter(down).map(Action::Dial));
+        } else if wants && source.session.live_channels() == 0 && source.session.channels_are_settled() {
+            out.push(Action::NoChannelLeft);
+        }
+        let nobody = w.target.process == Process::Crashed;
+        if source.session.wants_control() {
+            if source.resumes_left > 0 && !nobody {
+                out.push(Action::ComeBack);
             }
-            // Only where it must come; that any deadline may come too early is a fault of its own.
-            let lost = bounds.channels().any(|c| w.target.lobby[c] && !w.wires[c].takes());
-            if source.session.awaits_lanes() && lost {
-                out.push(Action::JoinDeadline);
+            if !bounds.patient || source.resumes_left == 0 || nobody {
+                out.push(Action::WindowEnds(Side::Source));
             }
-            if source.gate == Gate::Cancelled && !source.session.is_committed() {
-                out.push(Action::SeesCancel(Side::Source));
-            }
+        }
+        if source.gate == Gate::Cancelled && !source.session.is_committed() {
+            out.push(Action::SeesCancel(Side::Source));
         }
     }
 
     fn worker_progress(&self, w: &World, out: &mut Vec<Action>) {
-        for c in self.0.channels() {
-            let (worker, wire) = (&w.source.workers[c], &w.wires[c]);
+        for c in self.0.channels().filter(|c| w.source.workers[*c].line == Line::Up) {
+            let (worker, pipe) = (&w.source.workers[c], &w.wires[c].pipe);
             let mark_next = matches!(worker.ring.front(), Some(Item::RoundEnd(_) | Item::Flush(_)));
             if worker.to_clear.is_some() {
                 out.push(Action::Clear(c));
@@ -141,12 +185,13 @@ impl Ferry {
                 if !worker.ring.is_empty() {
                     out.push(Action::Pop(c));
                 }
-            } else if !wire.takes() {
+            } else if !pipe.takes() {
                 // A worker learns that its channel is dead when it sends, and not before.
-                if w.source.listens() {
-                    out.push(Action::WorkerFails(c));
+                let told = !w.source.session.is_live(channel(c)) && !w.source.workers[c].joining;
+                if w.source.listens() && !w.source.is_away() && !w.source.session.is_committed() && !told {
+                    out.push(Action::ChannelFails(c));
                 }
-            } else if wire.items().len() < self.0.wire_slots {
+            } else if pipe.items().len() < self.0.wire_slots {
                 out.push(if mark_next && worker.hand.is_none() { Action::SendMark(c) } else { Action::SendPage(c) });
             }
         }
@@ -158,31 +203,57 @@ impl Ferry {
             out.push(Action::HookReturns(true));
         }
         for c in bounds.channels() {
-            let reads = target.reads(bounds, c);
-            if reads && !w.wires[c].items().is_empty() {
+            let (reads, pipe) = (target.reads(bounds, c), &w.wires[c].pipe);
+            let same = target.lanes[c].generation == w.wires[c].generation;
+            if reads && same && !pipe.items().is_empty() {
                 out.push(Action::LaneReads(c));
             }
+            if !w.zombies[c].items().is_empty() {
+                out.push(Action::ZombieReads(c));
+            }
             if target.listens() {
-                if target.lobby[c] && w.wires[c].takes() {
+                if target.lobby[c].first().is_some_and(|g| *g < w.wires[c].generation || pipe.takes()) {
                     out.push(Action::ChannelArrives(c));
                 }
-                if reads && w.wires[c].at_end() {
+                if reads && (!same || pipe.at_end()) {
                     out.push(Action::LaneFails(c));
                 }
             }
         }
         if target.listens() {
-            if bounds.channels().any(|c| target.has_moved(bounds, c)) {
-                out.push(Action::LanesMoved);
+            self.target_listens(w, out);
+        }
+    }
+
+    fn target_listens(&self, w: &World, out: &mut Vec<Action>) {
+        let (bounds, target) = (&self.0, &w.target);
+        if bounds.channels().any(|c| target.has_moved(bounds, c)) {
+            out.push(Action::LanesMoved);
+        }
+        if target.check.is_some() {
+            out.push(Action::CheckReturns);
+        }
+        if target.online && !w.control.to_target.items().is_empty() {
+            out.push(Action::FrameTo(Side::Target));
+        } else if target.online && w.control.to_target.at_end() && !bounds.is(Mutant::NobodyAtTheTarget) {
+            out.push(Action::EndOfStreamAt(Side::Target));
+        }
+        if let Some(visitor) = w.visitor().map(|at| &w.visitors[at]) {
+            if !visitor.to_target.items().is_empty() {
+                out.push(Action::HearVisitor);
+            } else if visitor.to_target.at_end() {
+                out.push(Action::DropVisitor);
             }
-            if !w.control.to_target.items().is_empty() {
-                out.push(Action::FrameTo(Side::Target));
-            } else if w.control.to_target.at_end() && !bounds.is(Mutant::NobodyAtTheTarget) {
-                out.push(Action::EndOfStreamAt(Side::Target));
-            }
-            if target.gate == Gate::Cancelled {
-                out.push(Action::SeesCancel(Side::Target));
-            }
+        }
+        if target.query {
+            out.push(Action::ActOnQuery);
+        }
+        let hopeless = w.source.process != Process::Alive;
+        if target.session.is_dormant() && (!bounds.patient || hopeless) {
+            out.push(Action::WindowEnds(Side::Target));
+        }
+        if target.gate == Gate::Cancelled {
+            out.push(Action::SeesCancel(Side::Target));
         }
     }
 
@@ -195,23 +266,34 @@ impl Ferry {
         if source.may_write() {
             out.extend((0..bounds.pages).map(Action::Write));
         }
-        if source.step == Step::Decide && source.round().0 < bounds.live_rounds {
+        if source.step == Step::Decide && !source.is_away() && source.round().0 < bounds.live_rounds {
             out.push(Action::AnotherRound);
         }
         if source.may_overrun(bounds) {
             out.push(Action::Overrun);
         }
         let marks_due = source.scans().is_some() && w.seen.epochs_closed < u64::from(bounds.epochs);
-        if marks_due && source.has_room_for_marks(bounds) {
+        if marks_due && source.session.may_close_epoch() && source.has_room_for_marks(bounds) {
             out.push(Action::EpochDue);
         }
-        if w.control.to_source.may_lose() {
+        if source.online && w.line().to_source.may_lose() {
             out.push(Action::LoseFramesTo(Side::Source));
         }
-        if w.control.to_target.may_lose() {
+        if w.target.online && w.control.to_target.may_lose() {
             out.push(Action::LoseFramesTo(Side::Target));
         }
-        out.extend(bounds.channels().filter(|c| w.wires[*c].may_lose()).map(Action::LosePackets));
+        if let Some(at) = w.visitor().filter(|_| w.target.listens()) {
+            if at + 1 < w.visitors.len() || w.visitors[at].to_target.may_lose() {
+                out.push(Action::DropVisitor);
+            }
+        }
+        for c in bounds.channels().filter(|c| w.wires[*c].pipe.may_lose()) {
+            out.push(Action::LosePackets(c));
+            let reads = w.target.process == Process::Alive && w.target.reads(bounds, c);
+            if reads && matches!(w.wires[c].pipe.next(), Some(Packet::Page { .. })) {
+                out.push(Action::TearPage(c));
+            }
+        }
         if w.faults_left > 0 {
             bounds.kinds.iter().for_each(|kind| self.fault(w, *kind, out));
         }
@@ -225,14 +307,27 @@ impl Ferry {
         let sides = [Side::Source, Side::Target].into_iter().filter(alive);
         match kind {
             Fault::Crash => out.extend(sides.map(Action::Crash)),
-            Fault::Cut if !w.control.is_cut() => out.push(Action::Cut),
+            // An image of a guest that runs is another matter.
+            Fault::PutBack if w.target.prepared && alive(&Side::Target) && w.target.hook.is_none() => {
+                out.push(Action::PutBack);
+            }
+            Fault::Cut if w.source.online && !w.line().is_cut() => out.push(Action::Cut),
             Fault::ChannelDeath => {
-                out.extend(self.0.channels().filter(|c| w.wires[*c].takes()).map(Action::ChannelDies))
+                let stands = |c: &usize| w.wires[*c].generation > 0 && w.wires[*c].pipe.takes();
+                out.extend(self.0.channels().filter(stands).map(Action::ChannelDies));
+            }
+            Fault::Stall if w.source.listens() && !w.source.is_away() => {
+                let live = |c: &usize| w.source.session.is_live(channel(*c));
+                out.extend(self.0.channels().filter(live).map(Action::TakeForDead));
+            }
+            Fault::Damage => {
+                let page = |c: &usize| matches!(w.wires[*c].pipe.next(), Some(Packet::Page { .. }));
+                out.extend(self.0.channels().filter(page).map(Action::Damage));
             }
             Fault::Deadline => {
                 let listens = |side: &Side| match side {
-                    Side::Source => w.source.listens(),
-                    Side::Target => w.target.listens(),
+                    Side::Source => w.source.listens() && w.source.online,
+                    Side::Target => w.target.listens() && w.target.online,
                 };
                 out.extend(sides.filter(listens).map(Action::Deadline));
             }
@@ -255,7 +350,7 @@ impl Ferry {
                     out.push(Action::AskCancel(Side::Target));
                 }
             }
-            Fault::Cut => {}
+            Fault::Cut | Fault::PutBack | Fault::Stall => {}
         }
     }
 
@@ -278,12 +373,24 @@ impl Ferry {
             Action::SendPage(c) => w.sends_page(bounds, c),
             Action::SendMark(c) => w.sends_mark(bounds, c),
             Action::Clear(c) => w.clears(c),
-            Action::WorkerFails(c) => w.worker_fails(bounds, c),
+            Action::ChannelFails(c) | Action::TakeForDead(c) => w.channel_fails(bounds, c),
+            Action::Dial(c) => w.dials(bounds, c),
+            Action::NoChannelLeft => {
+                w.source_event(bounds, SourceEvent::Failed(Failure::Worker(String::new())));
+            }
+            Action::MoreRounds => w.source.step = if w.source.has_more() { Step::Last(0) } else { Step::Drain },
+            Action::ComeBack => w.comes_back(bounds),
+            Action::WindowEnds(Side::Source) => {
+                w.source_event(bounds, SourceEvent::Failed(Failure::NotResumed { ms: 0, lost: String::new() }));
+            }
+            Action::WindowEnds(Side::Target) => {
+                w.target_event(bounds, TargetEvent::Failed(Failure::NotResumed { ms: 0, lost: String::new() }));
+            }
             Action::Write(page) => w.writes(bounds, page),
             Action::Mark => w.marks(bounds),
             Action::FrameTo(Side::Source) => {
-                if let Some(frame) = w.control.to_source.receive() {
-                    w.source_event(bounds, SourceEvent::Frame(frame));
+                if let Some(frame) = w.line_mut().to_source.receive() {
+                    w.source_hears(bounds, frame);
                 }
             }
             Action::FrameTo(Side::Target) => {
@@ -291,26 +398,37 @@ impl Ferry {
                     w.target_hears(bounds, frame);
                 }
             }
-            Action::EndOfStreamAt(Side::Source) => w.source_event(bounds, SourceEvent::Failed(connection_lost())),
-            Action::EndOfStreamAt(Side::Target) => {
-                w.target_event(bounds, TargetEvent::Failed(connection_lost()));
+            Action::EndOfStreamAt(Side::Source) if bounds.is(Mutant::NoAnswerIsNo) && w.asks() => {
+                w.source_event(bounds, SourceEvent::Frame(TargetFrame::QueryAnswer { running: false }));
             }
-            Action::LoseFramesTo(Side::Source) => w.control.to_source.lose(),
+            Action::EndOfStreamAt(Side::Source) => {
+                w.source_event(bounds, SourceEvent::ControlLost(connection_lost()));
+            }
+            Action::EndOfStreamAt(Side::Target) => {
+                w.target_event(bounds, TargetEvent::ControlLost(connection_lost()));
+            }
+            Action::LoseFramesTo(Side::Source) => w.line_mut().to_source.lose(),
             Action::LoseFramesTo(Side::Target) => w.control.to_target.lose(),
             Action::ChannelArrives(c) => w.channel_arrives(bounds, c),
-            Action::LaneReads(c) => w.lane_reads(c),
+            Action::LaneReads(c) => w.lane_reads(bounds, c),
             Action::LaneFails(c) => w.lane_fails(bounds, c),
             Action::LanesMoved => w.tells_of_lanes(bounds),
-            Action::LosePackets(c) => w.wires[c].lose(),
+            Action::LosePackets(c) => w.wires[c].pipe.lose(),
+            Action::TearPage(c) => w.tears(c),
+            Action::ZombieReads(c) => w.zombie_reads(c),
             Action::HookReturns(good) => w.hook_returns(bounds, good),
+            Action::CheckReturns => w.check_returns(bounds),
+            Action::HearVisitor => w.hears_visitor(bounds),
+            Action::DropVisitor => w.drops_visitor(),
+            Action::ActOnQuery => w.target_event(bounds, TargetEvent::QueryAsked),
             Action::Crash(Side::Source) => w.source_crashes(),
             Action::Crash(Side::Target) => w.target_crashes(),
-            Action::Cut => w.control.cut(),
-            Action::ChannelDies(c) => w.wires[c].close(),
-            Action::Deadline(Side::Source) | Action::JoinDeadline => {
-                w.source_event(bounds, SourceEvent::Failed(silence()))
-            }
-            Action::Deadline(Side::Target) => w.target_event(bounds, TargetEvent::Failed(silence())),
+            Action::PutBack => w.target_is_put_back(bounds),
+            Action::Cut => w.line_mut().cut(),
+            Action::ChannelDies(c) => w.wires[c].pipe.close(),
+            Action::Damage(c) => w.damages(c),
+            Action::Deadline(Side::Source) => w.source_event(bounds, SourceEvent::ControlLost(silence())),
+            Action::Deadline(Side::Target) => w.target_event(bounds, TargetEvent::ControlLost(silence())),
             Action::AskCancel(Side::Source) => w.source.gate = Gate::Cancelled,
             Action::AskCancel(Side::Target) => w.target.gate = Gate::Cancelled,
             Action::SeesCancel(Side::Source) => w.source_event(bounds, SourceEvent::CancelAsked),
@@ -323,9 +441,8 @@ impl Action {
     /// Whether it is one of the faults that are counted.
     fn is_fault(self) -> bool {
         match self {
-            Action::Crash(_) | Action::Cut | Action::ChannelDies(_) | Action::Deadline(_) | Action::AskCancel(_) => {
-                true
-            }
+            Action::Crash(_) | Action::PutBack | Action::Cut | Action::Deadline(_) | Action::AskCancel(_) => true,
+            Action::ChannelDies(_) | Action::TakeForDead(_) | Action::Damage(_) => true,
             Action::PauseReturns(good) | Action::SaveReturns(good) | Action::HookReturns(good) => !good,
             _ => false,
         }
@@ -337,7 +454,15 @@ impl Model for Ferry {
     type Action = Action;
 
     fn init_states(&self) -> Vec<World> {
-        vec![World::new(&self.0)]
+        let mut w = World::new(&self.0);
+        // What happens before rounds begin is a matter of its own: here, the channels join without a hitch.
+        while self.0.under_way && w.source.step != Step::Round(0) {
+            let mut next = Vec::new();
+            self.progress(&w, &mut next);
+            let Some(action) = next.first() else { break };
+            self.apply(&mut w, *action);
+        }
+        vec![w]
     }
 
     fn actions(&self, w: &World, out: &mut Vec<Action>) {
@@ -354,6 +479,20 @@ impl Model for Ferry {
 
     fn properties(&self) -> Vec<Property<Ferry>> {
         oracle::properties(&self.0)
+    }
+}
+
+impl World {
+    /// Whether nothing has happened to a channel yet that would tell it from the others.
+    fn is_fresh(&self, bounds: &Bounds) -> bool {
+        let stands = |c: usize| self.wires[c].generation == 1 && self.wires[c].pipe.takes();
+        let up = |c: usize| self.source.workers[c].line == Line::Up && self.target.lanes[c].up;
+        bounds.channels().all(|c| stands(c) && up(c)) && self.source.workers.windows(2).all(|two| two[0] == two[1])
+    }
+
+    /// Whether the source has sent a Query, and waits for the answer.
+    fn asks(&self) -> bool {
+        self.source.session.is_committed() && !self.visitors.is_empty()
     }
 }
 

@@ -4,13 +4,15 @@ use std::collections::VecDeque;
 
 use pageferry::barrier::{LaneWord, min_over_set};
 use pageferry::journal;
-use pageferry::session::source::{FIRST_GENERATION, Facts, SourceAction, SourceEvent, SourceSession};
+use pageferry::session::FEATURE_RESUME;
+use pageferry::session::source::{Facts, SourceAction, SourceEvent, SourceSession};
 use pageferry::units::{BlockId, Item, Round, Run, Verify};
-use pageferry::wire::control::{Setup, SourceFrame};
+use pageferry::wire::control::{Setup, SourceFrame, TargetFrame};
 use pageferry::{Failure, Outcome};
 
 use crate::link::Packet;
-use crate::world::{Bounds, CHANNELS, Entry, Gate, Mutant, PAGES, Process, Verdict, World, after, channel, digest};
+use crate::mutants::Mutant;
+use crate::world::{Bounds, CHANNELS, Entry, Gate, PAGES, Process, Verdict, World, after, channel, digest, index};
 
 /// Where the driver stands: `Driver::flow` of the source, line by line.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -28,7 +30,7 @@ pub enum Step {
     First(usize),
     /// That round is pushed, and `save_state` still runs.
     Save,
-    /// In the round after `save_state`.
+    /// In the round after `save_state`, or one for what came back since.
     Last(usize),
     /// Waits until every ring and hand is empty.
     Drain,
@@ -50,13 +52,26 @@ pub enum Guest {
     Gone,
 }
 
+/// Whether a channel has a worker.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub enum Line {
+    #[default]
+    Down,
+    Up,
+    /// The worker was joined. What it left behind is not given back yet.
+    Closed,
+}
+
 /// One channel's ring, the worker that empties it, and its journal.
 #[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
 pub struct Worker {
+    pub line: Line,
+    /// Connected, and not yet in the set.
+    pub joining: bool,
     pub ring: VecDeque<Item>,
     pub hand: Option<Run>,
     pub journal: VecDeque<Item>,
-    /// Rounds whose end has been sent.
+    /// Rounds whose end has been sent; retired where there is no worker.
     pub sent: LaneWord,
     /// Only with [`Mutant::ClearAfterRead`]: a page that was read, and whose bit is to be cleared.
     pub to_clear: Option<usize>,
@@ -75,11 +90,21 @@ pub struct SourceSide {
     /// What is in each page, as a number that grows with every write.
     pub version: [u8; PAGES],
     pub dirty: [bool; PAGES],
+    /// Pages that the scanner puts into the next round whether they are dirty or not; and those that were given back while a
+    /// round was being filled, which are not for that one.
+    pub kept: [bool; PAGES],
+    pub returned: [bool; PAGES],
     /// A page that is written and not yet marked, or the other way round with [`Mutant::MarkBeforeWrite`].
     pub writing: Option<usize>,
     pub writes_left: u8,
     pub save_writes_left: u8,
     pub overruns_left: u8,
+    pub redials_left: u8,
+    pub resumes_left: u8,
+    /// Whether there is a control connection.
+    pub online: bool,
+    /// Only with [`Mutant::LateLoadedCounts`]: a Loaded that was for nothing.
+    pub late_loaded: bool,
     pub workers: [Worker; CHANNELS],
     /// What was sent, as the digest table remembers it.
     pub digest: [Entry; PAGES],
@@ -97,10 +122,16 @@ impl SourceSide {
             guest: Guest::Running,
             version: [1; PAGES],
             dirty: [false; PAGES],
+            kept: [false; PAGES],
+            returned: [false; PAGES],
             writing: None,
             writes_left: bounds.writes,
             save_writes_left: bounds.save_writes,
             overruns_left: bounds.overruns,
+            redials_left: bounds.redials,
+            resumes_left: bounds.resumes,
+            online: true,
+            late_loaded: false,
             workers: Default::default(),
             digest: Default::default(),
         }
@@ -116,9 +147,15 @@ impl SourceSide {
         self.process == Process::Alive && !matches!(self.step, Step::Connect | Step::Await)
     }
 
+    /// Whether the driver is on its way back to the target, and does nothing else.
+    pub fn is_away(&self) -> bool {
+        self.session.wants_control() || self.session.awaits_resumed()
+    }
+
     /// The page the scanner looks at next, where it is in a round.
     pub fn scans(&self) -> Option<usize> {
         match self.step {
+            _ if self.is_away() => None,
             Step::Round(page) | Step::First(page) | Step::Last(page) => Some(page),
             _ => None,
         }
@@ -140,19 +177,24 @@ impl SourceSide {
             Step::Drain => self.saved,
             // In the middle of a round: it is ended where it stands.
             Step::First(_) | Step::Last(_) => self.saved && self.has_room_for_marks(bounds),
-            Step::HandOver => self.session.awaits_loaded(),
+            Step::HandOver => !self.session.is_committed() && !self.session.is_paused(),
             Step::Gate => true,
             _ => false,
         };
-        looks && self.overruns_left > 0
+        looks && !self.is_away() && self.overruns_left > 0
     }
 
     pub fn has_room_for_marks(&self, bounds: &Bounds) -> bool {
-        bounds.channels().all(|c| self.workers[c].ring.len() < bounds.ring_slots)
+        self.workers.iter().all(|worker| worker.line != Line::Up || worker.ring.len() < bounds.ring_slots)
     }
 
     pub fn has_room_for_run(&self, bounds: &Bounds, c: usize) -> bool {
-        self.workers[c].ring.len() + 1 < bounds.ring_slots
+        self.workers[c].line == Line::Up && self.workers[c].ring.len() + 1 < bounds.ring_slots
+    }
+
+    /// Whether what was given back waits for a round.
+    pub fn has_more(&self) -> bool {
+        self.kept.contains(&true) || self.returned.contains(&true)
     }
 
     /// Whether the last round's end has been sent on every channel: the rule that ships, over this world's workers.
@@ -166,7 +208,7 @@ fn setup(bounds: &Bounds) -> Setup {
     Setup {
         verify: Verify::Wire,
         channels: bounds.channels as u8,
-        features: 0,
+        features: if bounds.resumes > 0 { FEATURE_RESUME } else { 0 },
         state_bytes_max: 0,
         blocks: Vec::new(),
         opaque: Vec::new(),
@@ -189,27 +231,54 @@ impl World {
         match action {
             SourceAction::Send(frame) => {
                 self.seen.commit_sent |= frame == SourceFrame::Commit;
-                self.control.to_target.send(frame);
+                if source.online {
+                    self.line_mut().to_target.send(frame);
+                }
             }
-            SourceAction::OpenChannels => self.target.lobby = std::array::from_fn(|c| c < bounds.channels),
+            SourceAction::OpenChannels => {
+                for c in bounds.channels() {
+                    source.workers[c].joining = true;
+                    source.workers[c].line = Line::Up;
+                    self.wires[c].generation = 1;
+                    self.target.lobby[c] = vec![1];
+                }
+            }
             SourceAction::StartRounds => {
                 // Armed, and round 0 takes every page there is.
                 source.dirty = std::array::from_fn(|page| page < bounds.pages);
                 source.step = Step::Round(0);
+                source.workers.iter_mut().for_each(|worker| worker.joining = false);
             }
             SourceAction::PushMark(mark) => {
-                for c in bounds.channels() {
-                    source.workers[c].ring.push_back(mark);
+                for worker in source.workers.iter_mut().filter(|worker| worker.line == Line::Up) {
+                    worker.ring.push_back(mark);
                 }
                 self.seen.epochs_closed += u64::from(matches!(mark, Item::Flush(_)));
             }
-            SourceAction::FreeJournal { channel, through } => {
-                self.seen.epochs_acked = through.0 + 1;
-                let journal = &mut source.workers[usize::from(channel.0)].journal;
-                if bounds.journals() && !bounds.is(Mutant::FreeAtFlush) {
-                    self.seen.mark_missing |= !journal::free_through(journal, through);
-                }
+            SourceAction::FreeJournal { channel, through } => self.frees_journal(bounds, index(channel), through),
+            SourceAction::CloseChannel { channel, .. } => {
+                self.seen.voided |= source.step == Step::HandOver;
+                self.closes_channel(index(channel));
             }
+            SourceAction::GiveBack { channel } => self.gives_back(bounds, index(channel)),
+            SourceAction::StartChannel { channel, round, epoch, .. } => {
+                self.starts_channel(bounds, index(channel), round, epoch);
+            }
+            SourceAction::HangUp { channel } => self.hangs_up(index(channel)),
+            SourceAction::FindDamage { block, chunk_digests } => {
+                let own = source.digest.iter().take(bounds.pages).zip(&chunk_digests).enumerate();
+                let chunks = own.filter(|(_, (own, there))| own.digest() != **there).map(|(page, _)| page as u32);
+                let chunks = chunks.collect();
+                self.source_event(bounds, SourceEvent::Damaged { block, chunks });
+            }
+            SourceAction::ShipAgain { chunks, .. } => {
+                for page in chunks.into_iter().filter(|_| !bounds.is(Mutant::RepairNotShipped)) {
+                    source.returned[page as usize] = true;
+                }
+                self.seen.repaired = true;
+                self.takes_back(bounds);
+            }
+            SourceAction::Reconnect => self.loses_everything(bounds),
             SourceAction::PauseGuest => source.step = Step::Pause,
             SourceAction::AskCommit => source.step = Step::Gate,
             SourceAction::End(outcome) => self.source_ends(bounds, &outcome),
@@ -241,13 +310,16 @@ impl World {
         source.session = SourceSession::new(0);
         source.step = Step::Over;
         source.dirty = [false; PAGES];
+        (source.kept, source.returned, source.late_loaded) = ([false; PAGES], [false; PAGES], false);
+        (source.redials_left, source.resumes_left) = (0, 0);
         source.digest = Default::default();
         source.workers = Default::default();
         (source.writing, source.writes_left, source.save_writes_left) = (None, 0, 0);
         source.overruns_left = 0;
-        self.control.to_target.close();
-        self.control.to_source.deafen();
-        self.wires.iter_mut().for_each(|wire| wire.close());
+        if std::mem::take(&mut self.source.online) {
+            self.line_mut().source_leaves();
+        }
+        self.wires.iter_mut().for_each(|wire| wire.pipe.close());
     }
 
     pub fn connects(&mut self, bounds: &Bounds) {
@@ -291,6 +363,7 @@ impl World {
             if !bounds.is(Mutant::ClearAfterRead) {
                 source.dirty[page] = false;
             }
+            source.kept[page] = false;
             let run = Run { block: BlockId(0), first: page as u64, pages: 1 };
             source.workers[c].ring.push_back(Item::Run(run));
         }
@@ -310,6 +383,7 @@ impl World {
             Step::First(_) => Step::Save,
             _ => Step::Drain,
         };
+        self.takes_back(bounds);
     }
 
     pub fn pause_returns(&mut self, bounds: &Bounds, good: bool) {
@@ -327,7 +401,9 @@ impl World {
             return self.source_event(bounds, SourceEvent::Failed(hook_failure("save_state")));
         }
         self.source.saved = true;
-        self.control.to_target.send(SourceFrame::State { offset: 0, bytes: vec![7] });
+        if self.source.online {
+            self.line_mut().to_target.send(SourceFrame::State { offset: 0, bytes: vec![7] });
+        }
         if self.source.step == Step::Save {
             self.source.step = self.source.after_save(bounds);
         }
@@ -338,6 +414,10 @@ impl World {
         let block_digests = vec![digest(&self.source.digest)];
         let facts = Facts { block_digests, state_bytes: 1, ..Facts::default() };
         self.source_event(bounds, SourceEvent::Drained(facts));
+        if std::mem::take(&mut self.source.late_loaded) {
+            let round = Round(self.source.session.round().0 - 1);
+            self.source_event(bounds, SourceEvent::Frame(TargetFrame::Loaded { round }));
+        }
     }
 
     pub fn asks_gate(&mut self, bounds: &Bounds) {
@@ -355,6 +435,7 @@ impl World {
             self.source_event(bounds, SourceEvent::RoundPushed);
         }
         self.source.step = Step::Withdraw;
+        self.takes_back(bounds);
         self.source_event(bounds, SourceEvent::Overran);
     }
 
@@ -375,7 +456,7 @@ impl World {
         let worker = &mut self.source.workers[c];
         let Some(run) = worker.hand.take() else { return };
         let page = run.first as usize;
-        self.wires[c].send(Packet::Page { page, version: self.source.version[page] });
+        self.wires[c].pipe.send(Packet::Page { page, version: self.source.version[page] });
         if bounds.journals() && bounds.is(Mutant::JournalAfterSend) {
             worker.journal.push_back(Item::Run(run));
         }
@@ -393,11 +474,11 @@ impl World {
         }
         match mark {
             Item::RoundEnd(round) => {
-                self.wires[c].send(Packet::RoundEnd(round));
+                self.wires[c].pipe.send(Packet::RoundEnd(round));
                 worker.sent = after(round);
             }
             Item::Flush(epoch) => {
-                self.wires[c].send(Packet::Flush(epoch));
+                self.wires[c].pipe.send(Packet::Flush(epoch));
                 if bounds.is(Mutant::FreeAtFlush) {
                     journal::free_through(&mut worker.journal, epoch);
                 }
@@ -412,8 +493,10 @@ impl World {
         }
     }
 
-    pub fn worker_fails(&mut self, bounds: &Bounds, c: usize) {
-        let (channel, generation, reason) = (channel(c), FIRST_GENERATION, String::new());
+    /// A worker ends with an error, or the connection that was to join is gone, or the source takes it for dead.
+    pub fn channel_fails(&mut self, bounds: &Bounds, c: usize) {
+        let (channel, reason) = (channel(c), String::new());
+        let generation = self.source.session.generation(channel);
         self.source_event(bounds, SourceEvent::ChannelFailed { channel, generation, reason });
     }
 }

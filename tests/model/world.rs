@@ -1,9 +1,12 @@
 //! The world that is explored: both sessions as they ship, and around each a driver, workers, lanes and a guest.
 
-use pageferry::barrier::LaneWord;
-use pageferry::units::{ChannelId, Round};
+use std::collections::VecDeque;
 
-use crate::link::{Control, Packet, Pipe};
+use pageferry::barrier::LaneWord;
+use pageferry::units::{ChannelId, Generation, Round};
+
+use crate::link::{Control, Packet, Pipe, Wire};
+use crate::mutants::Mutant;
 use crate::source_side::SourceSide;
 use crate::target_side::TargetSide;
 
@@ -11,48 +14,21 @@ use crate::target_side::TargetSide;
 pub const PAGES: usize = 2;
 pub const CHANNELS: usize = 2;
 
-/// A rule that is broken on purpose, to see that the properties notice.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Mutant {
-    /// The dirty bit is cleared after the page was read.
-    ClearAfterRead,
-    /// The guest's write is marked before it is done.
-    MarkBeforeWrite,
-    /// The lanes do not wait for lane 0 between rounds.
-    BarrierIgnoresLane0,
-    /// A journal is freed when its Flush mark is sent.
-    FreeAtFlush,
-    /// A run enters the journal when it is sent, not when it is popped.
-    JournalAfterSend,
-    /// The target is told that every lane is as far as the furthest.
-    AllLanesAsTheFurthest,
-    /// The target's VMM runs the guest once its state is loaded.
-    RunOnLoaded,
-    /// The source resumes the guest when the control connection is lost after Commit.
-    ResumeAfterCommit,
-    /// Final is sent while pages are still in rings and hands.
-    FinalBeforeDrained,
-    /// The dirty bits are not harvested again after `save_state`.
-    NoHarvestAfterSave,
-    /// Commit is sent without asking the gate.
-    CommitPastTheGate,
-    /// The target says Running before its `run` hook has returned.
-    RunningBeforeRun,
-    /// After an overrun, rounds go on before the target has answered the Final that was withdrawn.
-    RoundsBeforeTheAnswer,
-    /// The target does not notice that the control connection is gone.
-    NobodyAtTheTarget,
-}
-
 /// What may go wrong, beside what the guest and the policy do.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Fault {
     /// A process vanishes.
     Crash,
+    /// The target's process vanishes, and is put back as an image of it says, which is another process.
+    PutBack,
     /// The control connection breaks.
     Cut,
-    /// A data channel breaks.
+    /// A data channel breaks. Each end learns of it for itself, or from the other.
     ChannelDeath,
+    /// The source takes a channel for dead that is only slow.
+    Stall,
+    /// A page is damaged on its way.
+    Damage,
     /// A deadline passes at either side.
     Deadline,
     /// A hook of either VMM fails.
@@ -80,6 +56,18 @@ pub struct Bounds {
     pub ring_slots: usize,
     /// Packets a data channel holds.
     pub wire_slots: usize,
+    /// Whether it begins when the channels have joined; else with the first connection.
+    pub under_way: bool,
+    /// How often a lost channel may be connected again, over all channels.
+    pub redials: u8,
+    /// How often the source may connect anew when the control connection is lost; with 0 there is no resume window.
+    pub resumes: u8,
+    /// Whether a resume window lasts until there is no way back any more.
+    pub patient: bool,
+    /// Whether these faults, however they come, must not end the migration before Commit.
+    pub survives: bool,
+    /// Whether the target hears frames while it checks a Final, as it does where all of RAM is hashed.
+    pub slow_checks: bool,
     /// Faults at the most, of these kinds.
     pub faults: u8,
     pub kinds: &'static [Fault],
@@ -95,9 +83,14 @@ impl Bounds {
         0..self.channels
     }
 
-    /// Journals are kept where epochs free them; where none is ever freed they say nothing, and only make more states.
+    fn has(&self, kind: Fault) -> bool {
+        self.kinds.contains(&kind)
+    }
+
+    /// Journals are kept where epochs free them, or lost channels give them back; elsewhere they say nothing, and only
+    /// make more states.
     pub fn journals(&self) -> bool {
-        self.epochs > 0
+        self.epochs > 0 || self.resumes > 0 || self.has(Fault::ChannelDeath) || self.has(Fault::Stall)
     }
 }
 
@@ -147,26 +140,30 @@ impl Gate {
     }
 }
 
-/// A page's entry in a digest table: an older round never replaces a newer one.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+/// A page's entry in a digest table, which keeps the higher one: of two rounds the later, and of two hashes in one round
+/// whichever happens to be higher. Here that is the older version, so that nothing may hang on luck.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub struct Entry {
     round: u8,
-    version: u8,
+    hash: u8,
 }
 
 impl Entry {
     /// `round` counts from 1 here: 0 is for a page that was never recorded.
     pub fn record(&mut self, rounds_before: LaneWord, version: u8) {
-        let round = rounds_before.count() as u8 + 1;
-        if round >= self.round {
-            *self = Entry { round, version };
-        }
+        let entry = Entry { round: rounds_before.count() as u8 + 1, hash: u8::MAX - version };
+        *self = entry.max(*self);
+    }
+
+    /// The digest of a chunk of this page alone.
+    pub fn digest(self) -> u64 {
+        u64::from(self.round) << 8 | u64::from(self.hash)
     }
 }
 
-/// The digest of a block. It knows nothing of rounds, and no two memories of this size have the same.
+/// The digest of a block: no two tables of this size have the same.
 pub fn digest(entries: &[Entry; PAGES]) -> u64 {
-    entries.iter().fold(0, |sum, entry| sum << 8 | u64::from(entry.version))
+    entries.iter().fold(0, |sum, entry| sum << 16 | entry.digest())
 }
 
 /// Everything there is.
@@ -174,8 +171,13 @@ pub fn digest(entries: &[Entry; PAGES]) -> u64 {
 pub struct World {
     pub source: SourceSide,
     pub target: TargetSide,
+    /// The control connection that the target listens to. The source speaks on the newest there is.
     pub control: Control,
-    pub wires: [Pipe<Packet>; CHANNELS],
+    /// Newer ones, of which the target has not yet heard what they want, or that it has turned away; the newest last.
+    pub visitors: VecDeque<Control>,
+    pub wires: [Wire; CHANNELS],
+    /// Only with mutants: what a lane that was not joined goes on reading.
+    pub zombies: [Pipe<Packet>; CHANNELS],
     pub faults_left: u8,
     pub seen: Seen,
 }
@@ -184,26 +186,38 @@ pub struct World {
 #[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
 pub struct Seen {
     pub commit_sent: bool,
-    /// Epochs whose Flush marks were pushed, and those acknowledged.
+    /// Epochs whose Flush marks were pushed, and those acknowledged, or given back.
     pub epochs_closed: u64,
     pub epochs_acked: u64,
+    /// Epochs that the target has said to be applied, or that the source said need not be.
+    pub epochs_told: u64,
     /// An acknowledged epoch's mark was not in a journal.
     pub mark_missing: bool,
-    /// The digests were compared and differed.
+    /// The digests were compared and differed, without damage.
     pub digests_differed: bool,
+    /// Pages that were damaged on their way, and may still be.
+    pub damaged: [bool; PAGES],
     /// A page's older version replaced a newer one at the target.
     pub went_back: bool,
     /// A page landed while `load_state` ran.
     pub landed_under_load: bool,
+    /// A channel that had been lost carries again; a session was taken up again; a page was repaired.
+    pub rejoined: bool,
+    pub resumed: bool,
+    pub repaired: bool,
+    /// A channel was lost behind Final.
+    pub voided: bool,
 }
 
 impl World {
     pub fn new(bounds: &Bounds) -> World {
         World {
             source: SourceSide::new(bounds),
-            target: TargetSide::new(),
+            target: TargetSide::new(bounds.resumes > 0),
             control: Control::default(),
+            visitors: VecDeque::new(),
             wires: Default::default(),
+            zombies: Default::default(),
             faults_left: bounds.faults,
             seen: Seen::default(),
         }
@@ -211,6 +225,15 @@ impl World {
 
     pub fn is_over(&self) -> bool {
         self.source.process != Process::Alive && self.target.process != Process::Alive
+    }
+
+    /// The control connection as the source has it.
+    pub fn line(&self) -> &Control {
+        self.visitors.back().unwrap_or(&self.control)
+    }
+
+    pub fn line_mut(&mut self) -> &mut Control {
+        self.visitors.back_mut().unwrap_or(&mut self.control)
     }
 }
 
@@ -223,6 +246,14 @@ pub enum Side {
 
 pub fn channel(index: usize) -> ChannelId {
     ChannelId(index as u8)
+}
+
+pub fn index(channel: ChannelId) -> usize {
+    channel.0.into()
+}
+
+pub fn generation(number: u32) -> Generation {
+    Generation(number)
 }
 
 pub fn rounds(count: u64) -> LaneWord {

@@ -1,5 +1,6 @@
 //! The target's process of `demo`, seen from the one that started it: it never outlives its starter.
 
+use std::ffi::OsString;
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::CommandExt;
@@ -42,7 +43,7 @@ pub struct Child {
 
 impl Child {
     /// Starts it, and waits until it listens.
-    pub fn start(arguments: &[String]) -> Result<Child, String> {
+    pub fn start(arguments: &[OsString]) -> Result<Child, String> {
         let cannot = |what: &str, e: &dyn std::fmt::Display| format!("cannot {what} the target's process: {e}");
         let program = std::env::current_exe().map_err(|e| cannot("find the program of", &e))?;
         let mut command = Command::new(program);

@@ -1,5 +1,6 @@
 //! `pageferry demo`: migrates a made-up guest to another process on this machine, and proves that it arrived.
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -20,6 +21,7 @@ use crate::progress::{Side, Watch};
 use crate::report::{DemoPart, End, Report, TargetPart};
 use crate::send::VerifyArg;
 use crate::sizes::{Cpus, human, ms, parse_ram_size};
+use crate::tls::TlsToArgs;
 use crate::writers::{Work, Writers};
 use crate::zero_copy::ZeroCopyArg;
 
@@ -59,6 +61,8 @@ pub struct Args {
     /// links of 25 Gbit/s and more to another host, whose pages count against the limit on locked memory (ulimit -l)
     #[arg(long, value_name = "HOW", default_value = "auto")]
     zero_copy: ZeroCopyArg,
+    #[command(flatten)]
+    tls: TlsToArgs,
     /// What proves that everything arrived
     #[arg(long, value_name = "HOW", default_value = "full")]
     verify: VerifyArg,
@@ -122,6 +126,7 @@ pub fn run(args: &Args) -> ExitCode {
 
 fn migrate(args: &Args, out: Output) -> Result<Report, String> {
     let interrupt = Interrupt::listen();
+    let tls = args.tls.load()?;
     let (ram, page_bytes) = ram(args.ram)?;
     let plan = Plan::new(ram.pages(), args.seed);
     let Some((digest, fill_time)) = fill_ram(&ram, &plan, &interrupt) else {
@@ -156,6 +161,10 @@ fn migrate(args: &Args, out: Output) -> Result<Report, String> {
         .cpus(args.cpus.clone().unwrap_or_default().0)
         .verify(args.verify.into())
         .zero_copy(args.zero_copy.into());
+    let source = match tls {
+        Some(tls) => source.tls(tls),
+        None => source,
+    };
     let source = args.limits.set(source)?.connect(&child.address.to_string()).map_err(|e| e.to_string())?;
     interrupt.attach(source.cancel_handle());
 
@@ -250,15 +259,18 @@ impl Tracker {
     }
 }
 
-fn child_arguments(args: &Args) -> Vec<String> {
-    let mut arguments = vec!["--transport".to_owned(), args.transport.word().to_owned()];
+fn child_arguments(args: &Args) -> Vec<OsString> {
+    let mut arguments = vec![OsString::from("--transport"), args.transport.word().into()];
     if let Some(cpus) = &args.cpus {
         // The receiving threads begin where the sending ones end, so that they share no CPU that they need not share.
         let mut list = cpus.0.clone();
         let taken = usize::from(args.channels) % list.len().max(1);
         list.rotate_left(taken);
         let list: Vec<_> = list.iter().map(usize::to_string).collect();
-        arguments.extend(["--cpus".to_owned(), list.join(",")]);
+        arguments.extend(["--cpus".into(), list.join(",").into()]);
+    }
+    if let Some(dir) = &args.tls.own.tls_dir {
+        arguments.extend(["--tls-dir".into(), dir.into()]);
     }
     arguments
 }

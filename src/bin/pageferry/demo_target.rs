@@ -21,6 +21,7 @@ use crate::receive::listen_advice;
 use crate::report::{Report, TargetPart};
 use crate::sizes::Cpus;
 use crate::state::{TAG, check, decode};
+use crate::tls::TlsArgs;
 
 /// The other side of `demo`, which starts it. Ends when its standard input does.
 #[derive(clap::Args)]
@@ -31,6 +32,8 @@ pub struct Args {
     /// CPUs for the receiving threads
     #[arg(long)]
     cpus: Option<Cpus>,
+    #[command(flatten)]
+    tls: TlsArgs,
 }
 
 pub fn run(args: &Args) -> ExitCode {
@@ -58,7 +61,11 @@ fn take_in(args: &Args, out: Output) -> Result<TargetPart, String> {
         None => "127.0.0.1:0".to_owned(),
     };
     let cpus = args.cpus.clone().unwrap_or_default().0;
-    let target = Target::builder().cpus(cpus).listen(&address).map_err(|e| listen_advice(&e))?;
+    let builder = match args.tls.load()? {
+        Some(tls) => Target::builder().tls(tls),
+        None => Target::builder(),
+    };
+    let target = builder.cpus(cpus).listen(&address).map_err(|e| listen_advice(&e))?;
     end_with_stdin(target.cancel_handle()).map_err(|e| format!("no thread to watch standard input: {e}"))?;
     let addr = target.address().map(|address| address.to_string()).unwrap_or(address);
     out.event(&Said::Listening { addr });

@@ -4,6 +4,7 @@
 mod child;
 mod demo;
 mod demo_target;
+mod encrypted;
 mod fill;
 mod guest;
 mod image;
@@ -18,6 +19,7 @@ mod send;
 mod settle;
 mod sizes;
 mod state;
+mod tls;
 mod writers;
 mod zero_copy;
 

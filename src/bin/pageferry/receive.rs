@@ -18,8 +18,8 @@ use crate::interrupt::Interrupt;
 use crate::output::{Output, on_bus_error_fail};
 use crate::progress::{Side, Watch};
 use crate::report::{End, Report};
-use crate::send::warn_if_open;
 use crate::sizes::{Cpus, human, parse_seconds};
+use crate::tls::{TlsArgs, warn_if_open};
 
 /// Wait for one RAM image from `pageferry send`, and write it to a file.
 ///
@@ -30,8 +30,9 @@ use crate::sizes::{Cpus, human, parse_seconds};
 Examples:
   pageferry receive --listen 0.0.0.0:4444 --ram vm.img
   pageferry receive --listen 127.0.0.1:0 --ram vm.img --json    # the first line tells the port
+  pageferry receive --listen 0.0.0.0:4444 --ram vm.img --tls-dir /etc/pageferry
 
-Anybody who reaches the address can send: listen where only friends are.")]
+Without --tls-dir, anybody who reaches the address can send: listen where only friends are.")]
 pub struct Args {
     /// Where to listen: HOST:PORT (port 0: any that is free) or unix:PATH
     #[arg(long, value_name = "ADDR")]
@@ -53,6 +54,8 @@ pub struct Args {
     /// 0 for not at all
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     answer_queries: u32,
+    #[command(flatten)]
+    tls: TlsArgs,
     /// Print one JSON object a line on standard output: where it listens, progress, then a report
     #[arg(long)]
     json: bool,
@@ -91,10 +94,15 @@ pub fn run(args: &Args) -> ExitCode {
 fn take_in(args: &Args, out: Output, interrupt: &Interrupt) -> Result<(Report, Witness), String> {
     let arriving = Arriving::new(&args.ram, args.force)?;
     let cpus = args.cpus.clone().unwrap_or_default().0;
-    let target = Target::builder().cpus(cpus).resume_window(args.resume_window);
+    let tls = args.tls.load()?;
+    warn_if_open(&args.listen, tls.as_ref());
+    let builder = match tls {
+        Some(tls) => Target::builder().tls(tls),
+        None => Target::builder(),
+    };
+    let target = builder.cpus(cpus).resume_window(args.resume_window);
     let target = target.listen(&args.listen.to_string()).map_err(|e| listen_advice(&e))?;
     interrupt.attach(target.cancel_handle());
-    warn_if_open(&args.listen);
     // A full disk shows itself as a bus error where a hole is read that needs memory: full verification on tmpfs.
     let full = format!("cannot have a page of {}: bus error; its disk may be full, make room", args.ram.display());
     on_bus_error_fail(out, COMMAND, full, arriving.partial_path());

@@ -8,6 +8,7 @@ use pageferry::source::DowntimeParts;
 use pageferry::{Outcome, SourceReport, TargetReport, Verify};
 use serde::{Deserialize, Serialize};
 
+use crate::encrypted::Encrypted;
 use crate::limits::Convergence;
 use crate::mended::Mended;
 use crate::sizes::{Cpus, human, ms};
@@ -94,6 +95,9 @@ pub struct Report {
     /// What became of sending by reference, at a source.
     #[serde(flatten)]
     pub by_reference: Option<ByReference>,
+    /// How the connections were encrypted, at a source.
+    #[serde(flatten)]
+    pub encrypted: Option<Encrypted>,
     /// What it took to let the rounds of a guest that keeps writing end.
     #[serde(flatten)]
     pub convergence: Option<Convergence>,
@@ -201,6 +205,7 @@ impl Report {
             remarks: Vec::new(),
             mended: None,
             by_reference: None,
+            encrypted: None,
             convergence: None,
             demo: None,
             file: None,
@@ -216,6 +221,7 @@ impl Report {
             downtime_parts: Some(PartsMs::from(report.downtime_parts)),
             mended: Some(Mended::from(&report)),
             by_reference: Some(ByReference::from(&report.zero_copy)),
+            encrypted: Some(Encrypted::from(report.tls)),
             convergence,
             session: Some(report.session.to_string()),
             verify: verify_word(report.verify),
@@ -333,6 +339,9 @@ impl fmt::Display for Report {
         }
         if let Some(by_reference) = &self.by_reference {
             by_reference.fmt(f)?;
+        }
+        if let Some(encrypted) = &self.encrypted {
+            encrypted.fmt(f)?;
         }
         if let Some(mended) = &self.mended {
             mended.fmt(f)?;

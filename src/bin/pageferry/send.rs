@@ -13,10 +13,11 @@ use pageferry::{Guest, HookError, Ram, Source, StateWriter, Timeouts, Verify};
 
 use crate::image::{Stamp, block, check_kind, encode_length, sentence};
 use crate::interrupt::Interrupt;
-use crate::output::{Output, complain, on_bus_error_fail};
+use crate::output::{Output, on_bus_error_fail};
 use crate::progress::{Side, Watch};
 use crate::report::{End, Report};
 use crate::sizes::{Cpus, parse_seconds, parse_size};
+use crate::tls::{TlsToArgs, warn_if_open};
 use crate::zero_copy::ZeroCopyArg;
 
 /// Send a RAM image that lies still to `pageferry receive`.
@@ -27,10 +28,11 @@ use crate::zero_copy::ZeroCopyArg;
 #[command(after_help = "\
 Examples:
   pageferry send --to 10.0.0.2:4444 --ram vm.img
+  pageferry send --to target.example:4444 --ram vm.img --tls-dir /etc/pageferry
   pageferry send --to unix:/run/ferry --ram vm.img --channels 4 --verify full --json
   pageferry send --to 10.0.0.2:4444 --to 10.1.0.2:4444 --ram vm.img --channels 4 --resume-window 60
 
-Nothing is encrypted: across machines, use a network that you trust, or a tunnel.")]
+Across machines, use --tls-dir, or a network that you trust.")]
 pub struct Args {
     /// Where `pageferry receive` listens: HOST:PORT or unix:PATH. Several times for a receiver with several networks: the
     /// channels are spread over them, and one that fails costs only its own
@@ -57,6 +59,8 @@ pub struct Args {
     /// links of 25 Gbit/s and more to another host, whose pages count against the limit on locked memory (ulimit -l)
     #[arg(long, value_name = "HOW", default_value = "auto")]
     zero_copy: ZeroCopyArg,
+    #[command(flatten)]
+    tls: TlsToArgs,
     /// What proves that everything arrived
     #[arg(long, value_name = "HOW", default_value = "wire")]
     verify: VerifyArg,
@@ -102,21 +106,25 @@ fn ship(args: &Args, out: Output) -> Result<Report, String> {
     let mut image = Image::open(&args.ram)?;
     let block = block(&image.file, image.bytes, None, false).map_err(|e| e.to_string())?;
     let ram = Ram::new([block]).map_err(|e| e.to_string())?;
-    args.to.iter().for_each(warn_if_open);
+    let tls = args.tls.load()?;
+    args.to.iter().for_each(|to| warn_if_open(to, tls.as_ref()));
     let to: Vec<_> = args.to.iter().map(Address::to_string).collect();
     // A file that is cut short while it is mapped shows itself as a bus error.
     let cut = format!("{} was cut short while it was sent, or its disk failed; let it lie still", args.ram.display());
     on_bus_error_fail(out, COMMAND, cut.clone(), None);
-    let source = Source::builder(ram)
+    let builder = Source::builder(ram)
         .channels(args.channels)
         .cpus(args.cpus.clone().unwrap_or_default().0)
         .verify(args.verify.into())
         .zero_copy(args.zero_copy.into())
         .bandwidth_max(args.bandwidth_max.unwrap_or(0))
         .timeouts(Timeouts { hook: SYNC_TIME, ..Timeouts::default() })
-        .resume_window(args.resume_window)
-        .connect_any(to.iter().map(String::as_str))
-        .map_err(|e| e.to_string())?;
+        .resume_window(args.resume_window);
+    let builder = match tls {
+        Some(tls) => builder.tls(tls),
+        None => builder,
+    };
+    let source = builder.connect_any(to.iter().map(String::as_str)).map_err(|e| e.to_string())?;
     interrupt.attach(source.cancel_handle());
     let watch = Watch::start(source.progress(), Side::Source, out);
     let report = source.migrate(&mut Still::new(), &mut image);
@@ -144,15 +152,6 @@ fn ship(args: &Args, out: Output) -> Result<Report, String> {
         }
     }
     Ok(report)
-}
-
-/// One warning, where what is sent can be read on its way.
-pub fn warn_if_open(address: &Address) {
-    if !address.is_local() {
-        complain(format_args!(
-            "warning: {address} may leave this machine, and nothing is encrypted: anybody on the way can read and change RAM"
-        ));
-    }
 }
 
 /// The image, in the place of a guest: it never runs.

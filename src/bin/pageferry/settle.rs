@@ -4,12 +4,13 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use pageferry::net::{Address, Endpoint};
-use pageferry::settle::{Settled, settle};
+use pageferry::settle::{Settled, settle, settle_over_tls};
 use pageferry::units::SessionId;
 use pageferry::{Failure, Timeouts};
 use serde::Serialize;
 
 use crate::output::{Output, complain};
+use crate::tls::TlsToArgs;
 
 /// Ask the receiving side how an uncertain migration ended.
 ///
@@ -33,6 +34,8 @@ pub struct Args {
     /// Seconds to wait for the answer, once connected: a receiver that is busy taking over answers after it
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     timeout: u32,
+    #[command(flatten)]
+    tls: TlsToArgs,
     /// Print one JSON object on standard output
     #[arg(long)]
     json: bool,
@@ -57,7 +60,12 @@ struct Answer {
 pub fn run(args: &Args) -> ExitCode {
     let out = Output::new(args.json);
     let timeouts = Timeouts { hook: Duration::from_secs(args.timeout.into()), ..Timeouts::default() };
-    let settled = settle(Endpoint::Addresses(args.to.clone()), args.session, &timeouts);
+    let target = Endpoint::Addresses(args.to.clone());
+    let settled = match args.tls.load().map_err(Failure::Config) {
+        Ok(Some(tls)) => settle_over_tls(target, args.session, &timeouts, &tls),
+        Ok(None) => settle(target, args.session, &timeouts),
+        Err(why) => Err(why),
+    };
     let word = match settled {
         Ok(Settled::RunsThere) => "runs-there",
         Ok(Settled::NeverWillRunThere) => "never-will-run-there",

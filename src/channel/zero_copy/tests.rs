@@ -140,7 +140,7 @@ const HEAD: &[u8] = b"head";
 
 /// A channel over loopback, its peer, and a packet of half a MiB of guest RAM.
 struct Bench {
-    socket: Socket,
+    stream: Stream,
     peer: TcpStream,
     ram: Ram,
     packet: Gather,
@@ -151,20 +151,20 @@ impl Bench {
     fn new(asked: ZeroCopy) -> Bench {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let socket = Socket::from_fd(near.into()).unwrap();
+        let stream = Stream::from(Socket::from_fd(near.into()).unwrap());
         let (peer, _) = listener.accept().unwrap();
         let block = RamBlock::anonymous("ram", 0, PAYLOAD as u64, PageSize::SIZE_4K, Backing::Base).unwrap();
         let ram = Ram::new([block]).unwrap();
         (0..PAGES).for_each(|page| write(&ram, page, 1));
-        let by_reference = ByReference::new(asked, &socket).unwrap();
-        Bench { packet: Gather::new(ram.clone(), 64), socket, peer, ram, by_reference }
+        let by_reference = ByReference::new(asked, &stream).unwrap();
+        Bench { packet: Gather::new(ram.clone(), 64), stream, peer, ram, by_reference }
     }
 
     fn send(&mut self) -> Sent {
         self.packet.clear();
         assert!(self.packet.push(&Run { block: BlockId(0), first: 0, pages: PAGES as u32 }));
         self.packet.head_mut()[..HEAD.len()].copy_from_slice(HEAD);
-        let sent = self.by_reference.send(&mut self.packet, HEAD.len(), &self.socket).unwrap();
+        let sent = self.by_reference.send(&mut self.packet, HEAD.len(), &mut self.stream).unwrap();
         // The next packet's header comes here while this one may still be on its way.
         self.packet.head_mut().fill(0xee);
         assert_eq!(sent.bytes, HEAD.len() + PAYLOAD);
@@ -211,7 +211,7 @@ fn settling_waits_for_the_peer_and_learns_that_loopback_copies() {
                 read.fetch_add(bytes as u64, Relaxed);
             }
         });
-        bench.by_reference.settle(&bench.socket).unwrap();
+        bench.by_reference.settle(bench.stream.socket()).unwrap();
         // What the peer's kernel has taken need not have been read by the peer.
         assert!(read.load(Relaxed) >= PAYLOAD as u64 / 4, "settled after {} bytes", read.load(Relaxed));
     });
@@ -225,7 +225,7 @@ fn a_shutdown_ends_the_wait_for_a_peer_that_does_not_read() {
     let mut bench = Bench::new(ZeroCopy::On);
     bench.send();
     std::thread::scope(|scope| {
-        let (by_reference, socket) = (&mut bench.by_reference, &bench.socket);
+        let (by_reference, socket) = (&mut bench.by_reference, &**bench.stream.socket());
         let settling = scope.spawn(move || by_reference.settle(socket));
         std::thread::park_timeout(Duration::from_millis(50));
         assert!(!settling.is_finished(), "nobody reads, and it settled");
@@ -242,8 +242,8 @@ fn a_peer_that_resets_ends_the_wait_and_the_next_send_fails() {
     let mut part = [0; 1];
     bench.peer.read_exact(&mut part).unwrap();
     drop(bench.peer);
-    let _ = bench.by_reference.settle(&bench.socket);
-    assert!(bench.by_reference.send(&mut bench.packet, HEAD.len(), &bench.socket).is_err());
+    let _ = bench.by_reference.settle(bench.stream.socket());
+    assert!(bench.by_reference.send(&mut bench.packet, HEAD.len(), &mut bench.stream).is_err());
 }
 
 #[test]
@@ -251,7 +251,7 @@ fn auto_leaves_this_host_and_unix_sockets_alone_and_on_says_what_cannot_be() {
     assert_eq!(Bench::new(ZeroCopy::Auto).by_reference.why_copied(), Some(WhyCopied::PeerIsHere));
     assert_eq!(Bench::new(ZeroCopy::Off).by_reference.why_copied(), Some(WhyCopied::Asked));
     let (near, _far) = UnixStream::pair().unwrap();
-    let socket = Socket::from_fd(near.into()).unwrap();
-    assert_eq!(ByReference::new(ZeroCopy::Auto, &socket).unwrap().why_copied(), Some(WhyCopied::NotTcp));
-    assert_eq!(ByReference::new(ZeroCopy::On, &socket).unwrap_err(), WhyCopied::NotTcp);
+    let stream = Stream::from(Socket::from_fd(near.into()).unwrap());
+    assert_eq!(ByReference::new(ZeroCopy::Auto, &stream).unwrap().why_copied(), Some(WhyCopied::NotTcp));
+    assert_eq!(ByReference::new(ZeroCopy::On, &stream).unwrap_err(), WhyCopied::NotTcp);
 }

@@ -81,7 +81,7 @@ fn a_query_before_commit_was_read_is_a_fence() {
         assert_eq!(place(&TargetAction::DropControl), Some(0), "a Commit in it is never read: {at:?}");
         assert!(place(&answer) > place(&TargetAction::Discard), "it answers when it is done: {at:?}");
         assert_eq!(place(&TargetAction::Discard).is_some(), at > Target::Preparing, "{at:?}");
-        assert!(matches!(actions.last(), Some(TargetAction::End(Outcome::Failed(Failure::CancelledBySource(_))))));
+        assert!(matches!(actions.last(), Some(TargetAction::End(Outcome::Failed(Failure::Fenced)))));
         assert_eq!(session.on(target::frame(SourceFrame::Commit)), [], "{at:?}");
     }
 }

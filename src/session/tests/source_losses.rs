@@ -313,6 +313,20 @@ fn after_commit_no_channel_matters() {
     }
 }
 
+#[test]
+fn the_only_channel_may_join_after_the_guest_was_paused() {
+    let mut session = down_to_one(Live);
+    session.on(failed(named(0, 1)));
+    session.on(frame(retired(named(0, 1))));
+    session.on(opened(named(0, 2)));
+    session.on(SourceEvent::RoundPushed);
+    session.on(SourceEvent::SwitchOver);
+    assert_eq!(session.on(SourceEvent::GuestPaused), []);
+    let (channel, generation) = named(0, 2);
+    let start = SourceAction::StartChannel { channel, generation, round: Some(Round(0)), epoch: None };
+    assert_eq!(session.on(frame(joined(named(0, 2)))), [start]);
+}
+
 fn damaged(chunks: Vec<u32>) -> SourceEvent {
     SourceEvent::Damaged { block: BlockId(4), chunks }
 }

@@ -321,7 +321,11 @@ impl World {
             SourceAction::ShipAgain { .. } => assert!(matches!(event, SourceEvent::Damaged { .. })),
             SourceAction::OpenChannels => assert!(matches!(event, SourceEvent::Frame(TargetFrame::Ready { .. }))),
             SourceAction::StartRounds => {
-                let SourceEvent::Frame(TargetFrame::ChannelJoined { .. }) = event else { panic!("{event:?}") };
+                // The last that was waited for has joined, or is out.
+                let SourceEvent::Frame(TargetFrame::ChannelJoined { .. } | TargetFrame::ChannelRetired { .. }) = event
+                else {
+                    panic!("{event:?}")
+                };
                 assert!(!self.joined.is_empty());
                 self.stage = Stage::Live;
             }
