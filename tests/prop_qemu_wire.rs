@@ -8,7 +8,7 @@
 mod checks;
 #[path = "support/qemu_plans.rs"]
 mod plans;
-#[path = "fuzz/harness/script.rs"]
+#[path = "support/script.rs"]
 #[allow(dead_code)] // The fuzz targets use all of it.
 mod script;
 #[path = "support/qemu_streams.rs"]

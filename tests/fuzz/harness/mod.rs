@@ -16,6 +16,7 @@ mod peer;
 mod plans;
 mod qemu_channel;
 mod qemu_main;
+#[path = "../../support/script.rs"]
 mod script;
 mod source_session;
 mod source_wire;

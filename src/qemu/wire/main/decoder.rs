@@ -29,7 +29,8 @@ use crate::qemu::wire::{Barrier, Dialect, Fault, Stream, StreamError};
 /// assert_eq!(decoder.pull(&mut piece)?, Some(Record::Machine(Name::new("pc-q35-10.0").unwrap())));
 /// assert_eq!(decoder.pull(&mut piece)?, None);
 /// let error = decoder.pull(&mut &b"\x2a"[..]).unwrap_err();
-/// # assert_eq!(decoder.pull(&mut &b""[..]).unwrap_err(), error);
+/// let words = "main stream, byte 25: the command is 42 (0x2a), expected 1 (OPEN_RETURN_PATH) to 11 (SWITCHOVER_START)";
+/// assert_eq!(error.to_string(), words);
 /// # Ok::<(), pageferry::qemu::wire::StreamError>(())
 /// ```
 #[derive(Debug)]

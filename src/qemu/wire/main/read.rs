@@ -114,24 +114,20 @@ fn subsection(from: &mut Reader<'_>) -> Result<Subsection, Stop> {
 
 fn command(from: &mut Reader<'_>) -> Result<Command, Stop> {
     let number = from.u16()?;
+    if !(1..=11).contains(&number) {
+        let (field, found, expected) = ("command", number.into(), "1 (OPEN_RETURN_PATH) to 11 (SWITCHOVER_START)");
+        return Err(from.bad(2, Fault::Value { field, found, expected }));
+    }
     let length = from.u16()?;
-    let wrong = |expected: u64| {
-        let (field, found) = ("length of a command", length.into());
-        from.bad(2, Fault::Length { field, found, expected })
-    };
     let fixed = match number {
         1 | 4 | 5 | 8 | 9 | 11 => Some(0),
         2 | 7 => Some(4),
         3 if length > 0 => Some(16),
         3 => Some(0),
-        6 | 10 => None,
-        _ => {
-            let (field, found, expected) = ("command", number.into(), "1 (OPEN_RETURN_PATH) to 11 (SWITCHOVER_START)");
-            return Err(from.bad(4, Fault::Value { field, found, expected }));
-        }
+        _ => None,
     };
     if let Some(expected) = fixed.filter(|expected| *expected != u64::from(length)) {
-        return Err(wrong(expected));
+        return Err(from.bad(2, Fault::Length { field: "length of a command", found: length.into(), expected }));
     }
     Ok(match number {
         1 => Command::OpenReturnPath,
