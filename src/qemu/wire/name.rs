@@ -57,7 +57,7 @@ impl Name {
     /// The text before the first zero byte of a field that is filled up with them.
     pub(super) fn check_padded<'a>(field: &'static str, bytes: &'a [u8], stale: bool) -> Result<&'a str, Fault> {
         let end = bytes.iter().position(|byte| *byte == 0);
-        let padding = end.filter(|end| stale || bytes[*end..].iter().all(|byte| *byte == 0));
+        let padding = end.filter(|end| stale || bytes[*end..].iter().fold(0, |any, byte| any | byte) == 0);
         let end = padding.ok_or(Fault::Text { field, expected: "a name and zero bytes to the end of the field" })?;
         Name::check(field, &bytes[..end])
     }

@@ -143,7 +143,7 @@ impl<'a> Offsets<'a> {
 
     /// One after the other.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = u64> + Clone + use<'a> {
-        self.0.chunks_exact(8).map(|bytes| bytes.iter().fold(0, |offset, byte| offset << 8 | u64::from(*byte)))
+self.0.chunks_exact(8).map(|bytes| bytes.first_chunk().map_or(0, |bytes| u64::from_be_bytes(*bytes)))
     }
 }
 
@@ -220,7 +220,7 @@ impl<'a> RamPacket<'a> {
             0 => None,
             _ => Some(Name::check_padded("ramblock", name, stale).map_err(|fault| fields.bad(256, fault))?),
         };
-        if pages == 0 && !stale && name.iter().any(|byte| *byte != 0) {
+        if pages == 0 && !stale && name.iter().fold(0, |any, byte| any | byte) != 0 {
             return Err(fields.bad(256, Fault::Text { field: "ramblock", expected: "empty in a packet without pages" }));
         }
         let normal = Offsets(fields.bytes(8 * normal as usize)?);
