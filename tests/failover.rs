@@ -1,6 +1,9 @@
 //! Channels die, and all connections with them: the migration goes on over what is left, and nothing is lost.
 #![cfg(not(loom))]
 
+#[cfg(feature = "tls")]
+#[path = "support/certs.rs"]
+mod certs;
 #[path = "failover/cutter.rs"]
 mod cutter;
 #[path = "support/vmm.rs"]
@@ -193,4 +196,24 @@ fn where_no_network_answers_the_first_address_is_not_blamed_for_all() {
     assert!(matches!(&report.outcome, Outcome::Failed(Failure::Connect { .. })), "{}", report.outcome);
     let none: [&str; 0] = [];
     assert!(matches!(Source::builder(guest.ram.clone()).connect_any(none), Err(Failure::Config(_))));
+}
+
+#[test]
+#[cfg(feature = "tls")]
+fn a_session_of_which_everything_is_lost_is_taken_up_again_encrypted() {
+    let ca = certs::Ca::new("ca");
+    let ram = ram(32);
+    let mut guest = guest_of(&ram);
+    guest.start(100);
+    let window = Duration::from_secs(10);
+    let trip = travel(
+        &mut guest,
+        Box::new(|_| None),
+        |s| s.resume_window(window).bandwidth_max(60 * MIB).tls(ca.side(&["source"])),
+        |t| t.resume_window(window).tls(ca.side(&["127.0.0.1"])),
+        |_, _, cutter| cutter.cut_after(10 * MIB, cutter.scissors()),
+    );
+    vmm::assert_arrived(&guest, &trip);
+    assert_eq!((trip.sent.resumes, trip.received.resumes), (1, 1), "{:?}", trip.sent.remarks);
+    assert!(trip.sent.tls.is_some());
 }

@@ -159,23 +159,6 @@ fn channels_that_are_lost_come_back_encrypted_and_resume_the_session() {
 }
 
 #[test]
-fn a_session_of_which_everything_is_lost_is_taken_up_again_encrypted() {
-    let ca = Ca::new("ca");
-    let mut guest = guest(8192);
-    guest.start(100);
-    let window = Duration::from_secs(10);
-    let target = Target::builder().tls(ca.side(&[HERE])).resume_window(window).listen("127.0.0.1:0").unwrap();
-    let cutter = Cutter::before(&target.address().unwrap().to_string(), Box::new(|_| None));
-    cutter.cut_after(10 << 20, cutter.scissors());
-    let source = Source::builder(guest.ram.clone()).channels(4).tls(ca.side(&["source"])).resume_window(window);
-    let source = source.bandwidth_max(60 << 20).connect(cutter.address()).unwrap();
-    let trip = travel(source, &mut guest, target);
-    assert_arrived(&guest, &trip);
-    assert_eq!((trip.sent.resumes, trip.received.resumes), (1, 1), "{:?}", trip.sent.remarks);
-    assert!(trip.sent.tls.is_some());
-}
-
-#[test]
 fn device_state_of_any_size_travels_encrypted() {
     let ca = Ca::new("ca");
     let mut guest = guest(16);
