@@ -48,6 +48,8 @@ pub fn must(plan: &Plan) -> Must {
         StallData => plan.channels == 1,
         // Before the two sides have met there is nothing to resume.
         StallControl | HalfClose | CutControl | FlipFrame | KillAll => is_early(plan) || may_hit_commit(plan),
+        // A channel that dies before it has joined is not made again where it is the only one.
+        ResetData | CloseData | FlipHeader | Mixed if plan.channels == 1 => is_early_on_data(plan),
         _ => false,
     };
     if excused { EndTruthfully } else { listed }
@@ -63,6 +65,12 @@ const EARLY_BYTES: u64 = 500;
 fn is_early(plan: &Plan) -> bool {
     let mut control = plan.faults.iter().filter(|fault| touches_control(fault));
     control.any(|fault| fault.since == Since::Start && fault.bytes < EARLY_BYTES)
+}
+
+/// Whether something happens to a data connection before its channel has joined.
+fn is_early_on_data(plan: &Plan) -> bool {
+    let early = |fault: &Fault| fault.link != Link::Control && fault.since == Since::Start && fault.bytes < EARLY_BYTES;
+    plan.faults.iter().any(early)
 }
 
 /// A Commit that is lost is not said again: a target that is asked and has not read it gives the guest up.
