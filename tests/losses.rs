@@ -187,11 +187,13 @@ fn cpu_time(thread: libc::pid_t) -> Duration {
 #[test]
 fn nobody_spins_while_a_lost_channel_is_not_yet_retired() {
     let ram = ram(64);
+    // Longer than the target's word is held back.
+    let patient = Timeouts { hello: 5000 * MS, ..timeouts() };
     let mut guest = guest_of(&ram);
-    let target = Target::builder().timeouts(timeouts()).listen("127.0.0.1:0").unwrap();
+    let target = Target::builder().timeouts(patient).listen("127.0.0.1:0").unwrap();
     let net = Net::default();
     let address = net.before(target.address().unwrap().to_string());
-    let builder = Source::builder(ram).channels(2).timeouts(timeouts()).bandwidth_max(8 * MIB);
+    let builder = Source::builder(ram).channels(2).timeouts(patient).bandwidth_max(8 * MIB);
     let source = builder.connect(&address).unwrap();
     // SAFETY: takes nothing, gives a number.
     let migrating = unsafe { libc::gettid() };
