@@ -12,8 +12,9 @@ use crate::setting;
 /// Bytes after which an epoch ends, and epochs that may be outstanding, the open one among them.
 const EPOCH_BYTES: u64 = 128 << 20;
 const EPOCHS: u64 = 3;
-/// Bytes that a channel has taken and that have not come to the proxy: its hand, and both sockets' buffers.
-const ON_THE_WAY_BYTES: u64 = 16 << 20;
+/// Bytes that a channel has taken and that have not come to the proxy: its hand, and what both sockets' buffers grow to
+/// (4 and 32 MiB by `net.ipv4.tcp_wmem` and `tcp_rmem`).
+const ON_THE_WAY_BYTES: u64 = 40 << 20;
 
 /// The most that may travel again: of each channel that was killed what it had carried, as far as that can be in epochs
 /// that were not applied.
