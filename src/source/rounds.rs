@@ -101,7 +101,8 @@ impl Driver<'_> {
             // A target may be heard all the time and never say what it was asked for.
             if asked.elapsed() > self.settings.timeouts.silence {
                 let ms = asked.elapsed().as_millis() as u64;
-                return self.fail(Failure::Silent { waiting_for: "the answer to a Ping", ms });
+                let why = Failure::Silent { waiting_for: "the answer to a Ping", ms };
+                return if self.session.resumes() { self.control_lost(why) } else { self.fail(why) };
             }
         }
         Ok(())

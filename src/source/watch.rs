@@ -41,8 +41,9 @@ impl Driver<'_> {
             let waited = now.saturating_duration_since(since);
             if waited > limit {
                 let why = Failure::Silent { waiting_for, ms: waited.as_millis() as u64 };
-                // Silence may be the network's; a target that talks and does not do its part is at fault itself.
-                return if owed.is_none() { self.control_lost(why) } else { self.fail(why) };
+                // Silence may be the network's. So may be a word that does not come, if one before it was damaged such that
+                // it seems to go on: where the session can be taken up again, that shows.
+                return if owed.is_none() || self.session.resumes() { self.control_lost(why) } else { self.fail(why) };
             }
         }
         self.check_retired(now)?;

@@ -270,7 +270,7 @@ fn whatever_a_run_leaves_behind_is_found() {
             std::mem::forget(std::net::TcpListener::bind("127.0.0.1:0").unwrap());
         }),
         ("a mapping", "mapped memory grew from ", || std::mem::forget(vmm::ram(PageSize::SIZE_64K, &[1000]))),
-        ("memory", "resident memory grew from ", || std::mem::forget(vec![1u8; 20 << 20])),
+        ("memory", "resident memory grew from ", || std::mem::forget(std::hint::black_box(vec![1u8; 20 << 20]))),
     ];
     if leaks::is_child(TEST) {
         let name = std::env::var("PAGEFERRY_LEAK").unwrap();
