@@ -107,6 +107,7 @@ with_a_kernel! {
     pub mod config;
     pub mod dirty;
     pub mod error;
+    pub mod framing;
     pub mod guide;
     pub mod journal;
     pub mod memory;
@@ -134,6 +135,7 @@ with_a_kernel! {
     pub use dirty::write_protect::WriteProtect;
     pub use dirty::{DirtyError, DirtySource};
     pub use error::{Failure, HookError, Outcome};
+    pub use framing::Framing;
     pub use gate::CancelAnswer;
     #[cfg(feature = "vm-memory")]
     pub use memory::vm_memory::GuestRam;

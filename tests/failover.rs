@@ -149,20 +149,32 @@ fn without_a_window_the_loss_of_the_control_connection_ends_it_and_the_guest_sta
 
 #[test]
 fn when_the_window_ends_both_sides_say_so_and_the_guest_stays() {
-    let ram = ram(16);
-    let mut guest = guest_of(&ram);
-    let window = Duration::from_millis(700);
-    // The control connection is cut, and every connection that comes later.
-    let plan = |number: usize| match number {
-        0 => Some(600),
-        1..=4 => None,
-        _ => Some(0),
-    };
-    let trip =
-        travel(&mut guest, Box::new(plan), |s| s.resume_window(window), |t| t.resume_window(window), |_, _, _| {});
-    assert!(matches!(trip.sent.outcome, Outcome::Failed(Failure::NotResumed { .. })), "{}", trip.sent.outcome);
-    assert!(matches!(trip.received.outcome, Outcome::Failed(Failure::NotResumed { .. })), "{}", trip.received.outcome);
-    assert_eq!((guest.resumed, trip.incoming.runs), (guest.paused, 0));
+    for paused in [false, true] {
+        let ram = ram(16);
+        let mut guest = guest_of(&ram);
+        let window = Duration::from_millis(700);
+        // All that there is is cut, in the middle of it all, and every connection that comes later.
+        let plan = |number: usize| (number > 4).then_some(0);
+        let cap = if paused { 0 } else { 40 * MIB };
+        let trip = travel(
+            &mut guest,
+            Box::new(plan),
+            |s| s.resume_window(window).bandwidth_max(cap),
+            |t| t.resume_window(window),
+            |guest, _, cutter| {
+                let cut = cutter.scissors();
+                if paused {
+                    guest.on_pause = Some(Box::new(cut));
+                } else {
+                    cutter.cut_after(4 * MIB, cut);
+                }
+            },
+        );
+        let not_resumed = |outcome: &Outcome| matches!(outcome, Outcome::Failed(Failure::NotResumed { .. }));
+        assert!(not_resumed(&trip.sent.outcome), "{}", trip.sent.outcome);
+        assert!(not_resumed(&trip.received.outcome), "{}", trip.received.outcome);
+        assert_eq!((guest.paused, guest.resumed, trip.incoming.runs), (u32::from(paused), u32::from(paused), 0));
+    }
 }
 
 #[test]

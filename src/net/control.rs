@@ -2,28 +2,32 @@
 //! The control connection: frames in and out of a non-blocking socket.
 
 use std::io;
+use std::ops::{ControlFlow, Range};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use crate::error::{Failure, OsReason};
+use crate::framing::{Dialogue, Garbled, Heard, NativeDialogue};
 use crate::net::stream::{Stream, is_tls};
 use crate::sys::event::PollSet;
-use crate::wire::WireError;
-use crate::wire::control::{Frame, FrameDecoder, FrameEncoder};
+use crate::wire::control::Frame;
 use crate::wire::hello::{HELLO_BYTES, Hello, Side};
 
 /// A control connection that sends frames of type `Out` and receives frames of type `In`.
 #[derive(Debug)]
 pub struct Control<Out, In> {
     stream: Stream,
-    encoder: FrameEncoder<Out>,
-    decoder: FrameDecoder<In>,
+    dialogue: Box<dyn Dialogue<Out, In>>,
     hello: [u8; HELLO_BYTES],
     hello_got: usize,
     outbox: Vec<u8>,
     sent: usize,
     /// What was received last: allocated once.
     inbox: Box<[u8]>,
+    /// The part of it that has not been heard yet.
+    unheard: Range<usize>,
+    /// The peer has ended the stream, and nothing more is to come.
+    over: bool,
     heard: Instant,
     wire_bytes: u64,
 }
@@ -42,18 +46,28 @@ const fn outbox_bytes_max(sender: Side) -> usize {
 }
 
 impl<Out: Frame, In: Frame> Control<Out, In> {
-    /// Takes a connection whose Hellos have been exchanged.
+    /// Takes a connection that speaks this library's own wire, and whose Hellos have been exchanged.
     ///
     /// # Errors
     /// What fcntl(2) says.
     pub fn new(stream: impl Into<Stream>) -> io::Result<Self> {
+        Control::speaking(stream, Box::new(NativeDialogue::new()))
+    }
+}
+
+impl<Out: Frame, In: Frame> Control<Out, In> {
+    /// Takes a connection that speaks this.
+    ///
+    /// # Errors
+    /// What fcntl(2) says.
+    pub fn speaking(stream: impl Into<Stream>, dialogue: Box<dyn Dialogue<Out, In>>) -> io::Result<Self> {
         let mut stream = stream.into();
         stream.set_nonblocking(true)?;
-        let (encoder, decoder) = (FrameEncoder::new(), FrameDecoder::new());
         let (outbox, sent, heard, wire_bytes) = (Vec::new(), 0, Instant::now(), 0);
         let (hello, hello_got) = ([0; HELLO_BYTES], 0);
         let inbox = vec![0; RECEIVE_BYTES_MAX].into_boxed_slice();
-        Ok(Control { stream, encoder, decoder, hello, hello_got, outbox, sent, inbox, heard, wire_bytes })
+        let (unheard, over) = (0..0, false);
+        Ok(Control { stream, dialogue, hello, hello_got, outbox, sent, inbox, unheard, over, heard, wire_bytes })
     }
 
     /// The socket, to wait for.
@@ -91,7 +105,7 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
     /// # Errors
     /// A frame that version 1 cannot carry, or what send(2) says.
     pub fn send(&mut self, frame: &Out) -> Result<(), ControlError> {
-        self.encoder.encode(frame, &mut self.outbox)?;
+        self.dialogue.say(frame, &mut self.outbox)?;
         self.flush().map_err(ControlError::Io)
     }
 
@@ -146,7 +160,7 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
                 Err(e) => return Err(ControlError::Io(e)),
             }
         }
-        Ok(Some(Hello::decode(&self.hello)?))
+        Ok(Some(Hello::decode(&self.hello).map_err(Garbled::from)?))
     }
 
     /// Whether the peer has begun to speak TLS on a connection that has none.
@@ -160,30 +174,75 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
     /// The end of the stream, what recv(2) says, or what the peer's bytes are not. Frames that were complete before it
     /// are given first, through `frames`.
     pub fn receive(&mut self, frames: &mut Vec<In>) -> Result<(), ControlError> {
+        self.hear(|heard| {
+            if let Heard::Frame(frame) = heard {
+                frames.push(frame);
+            }
+            ControlFlow::Continue(())
+        })
+    }
+
+    /// Receives what is there, up to a bound, and hands over what it says, one by one, until `take` breaks off: what comes
+    /// after that waits for the next call.
+    ///
+    /// # Errors
+    /// As [`Control::receive`]. What was known before it has been handed over.
+    pub fn hear(&mut self, mut take: impl FnMut(Heard<'_, In>) -> ControlFlow<()>) -> Result<(), ControlError> {
         loop {
+            if self.hear_inbox(&mut take)?.is_break() || self.over {
+                return Ok(());
+            }
             match self.stream.recv(&mut self.inbox) {
                 Ok(0) => {
-                    self.decoder.finish()?;
-                    return Err(ControlError::Closed);
+                    self.over = self.dialogue.ended()?;
+                    if !self.over {
+                        return Err(ControlError::Closed);
+                    }
                 }
                 Ok(n) => {
                     self.heard = Instant::now();
                     self.wire_bytes += n as u64;
-                    let mut input = &self.inbox[..n];
-                    while let Some(frame) = self.decoder.pull(&mut input)? {
-                        frames.push(frame);
+                    self.unheard = 0..n;
+                    if self.hear_inbox(&mut take)?.is_break() {
+                        return Ok(());
                     }
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
                 Err(e) => return Err(ControlError::Io(e)),
             }
             // What is here and not in the socket would be waited for in vain. It is no more than was received at once.
-            if !self.stream.has_received() {
+            if !self.stream.has_received() && !self.over {
                 break;
             }
         }
         // What is left makes the next wait return at once.
         Ok(())
+    }
+
+    /// Hands over what the inbox says, and what is known without it.
+    fn hear_inbox(
+        &mut self,
+        take: &mut impl FnMut(Heard<'_, In>) -> ControlFlow<()>,
+    ) -> Result<ControlFlow<()>, ControlError> {
+        loop {
+            let mut input = &self.inbox[self.unheard.clone()];
+            let heard = self.dialogue.hear(&mut input);
+            self.unheard.start = self.unheard.end - input.len();
+            let Some(heard) = heard? else { return Ok(ControlFlow::Continue(())) };
+            if take(heard).is_break() {
+                return Ok(ControlFlow::Break(()));
+            }
+        }
+    }
+
+    /// Whether the next call of [`Control::hear`] has something to hand over, whatever the socket says.
+    pub fn has_news(&self) -> bool {
+        !self.unheard.is_empty() || self.dialogue.has_news()
+    }
+
+    /// Whether the peer has said all that it had to say, and has ended its direction: nothing more is to be waited for.
+    pub fn is_over(&self) -> bool {
+        self.over
     }
 }
 
@@ -212,8 +271,10 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
                     self.wire_bytes += n as u64;
                     // What makes no sense is no last word, and nobody is left to complain to.
                     let mut input = &self.inbox[..n];
-                    while let Ok(Some(frame)) = self.decoder.pull(&mut input) {
-                        last = Some(frame);
+                    while let Ok(Some(heard)) = self.dialogue.hear(&mut input) {
+                        if let Heard::Frame(frame) = heard {
+                            last = Some(frame);
+                        }
                     }
                     continue;
                 }
@@ -239,12 +300,12 @@ pub enum ControlError {
     /// A system call failed.
     Io(io::Error),
     /// The bytes make no sense.
-    Wire(WireError),
+    Garbled(Garbled),
 }
 
-impl From<WireError> for ControlError {
-    fn from(e: WireError) -> ControlError {
-        ControlError::Wire(e)
+impl From<Garbled> for ControlError {
+    fn from(e: Garbled) -> ControlError {
+        ControlError::Garbled(e)
     }
 }
 
@@ -252,7 +313,7 @@ impl ControlError {
     /// As the reason why a frame could not be sent, where the peer has no part in it.
     pub fn own_mistake(&self) -> Option<Failure> {
         match self {
-            ControlError::Wire(e) => Some(Failure::Config(format!("this cannot be sent: {e}"))),
+            ControlError::Garbled(e) => Some(Failure::Config(format!("this cannot be sent: {e}"))),
             ControlError::Closed | ControlError::SpeaksTls | ControlError::Io(_) => None,
         }
     }
@@ -268,7 +329,7 @@ impl ControlError {
                 Failure::Control { doing, reason: OsReason { errno: None, text } }
             }
             ControlError::Io(e) => Failure::Control { doing, reason: e.into() },
-            ControlError::Wire(e) => Failure::Protocol(e.to_string()),
+            ControlError::Garbled(e) => Failure::Protocol(e.to_string()),
         }
     }
 }
@@ -278,7 +339,7 @@ mod tests {
     use super::*;
     use crate::sys::event::EventFd;
     use crate::sys::socket::Socket;
-    use crate::wire::control::{SourceFrame, TargetFrame};
+    use crate::wire::control::{FrameEncoder, SourceFrame, TargetFrame};
     use std::io::Write;
     use std::os::unix::net::UnixStream;
     use std::sync::Arc;

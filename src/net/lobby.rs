@@ -5,11 +5,13 @@ use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, Ipv6Addr};
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::framing::{Framing, Native};
 use crate::net::stream::{Stream, is_tls};
 use crate::sys::event::PollSet;
-use crate::wire::hello::{HELLO_BYTES, HELLO_MAGIC, Hello};
+use crate::wire::hello::{HELLO_BYTES, Hello};
 
 /// Connections that have not yet said who they are. Nobody waits for any of them, and there is room for a few only.
 ///
@@ -18,8 +20,9 @@ use crate::wire::hello::{HELLO_BYTES, HELLO_MAGIC, Hello};
 /// 63 bytes of a Hello as well as none. Among guests of one address, and where many addresses have a few each, the oldest
 /// leaves: and as no more than [`ENTRANTS_MAX`] are let in each [`CROWD_PAUSE`], every guest has 70 ms at the least, while
 /// an honest peer's Hello comes right behind its connection.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Lobby {
+    framing: Arc<dyn Framing>,
     /// From the oldest to the newest.
     guests: Vec<Guest>,
     /// How many there are of each origin; none of zero.
@@ -73,7 +76,18 @@ pub const CROWD_PAUSE: Duration = Duration::from_millis(10);
 /// Connections of one origin that are no crowd: a source opens its channels one after the other.
 const COMPANY_MAX: usize = 8;
 
+impl Default for Lobby {
+    fn default() -> Lobby {
+        Lobby::new(Arc::new(Native))
+    }
+}
+
 impl Lobby {
+    /// An empty one, for guests who speak this.
+    pub fn new(framing: Arc<dyn Framing>) -> Lobby {
+        Lobby { framing, guests: Vec::new(), crowds: BTreeMap::new(), turned_away: 0 }
+    }
+
     /// Lets a connection in. If there is no room, one leaves: the oldest of the largest crowd.
     ///
     /// # Errors
@@ -142,7 +156,7 @@ impl Lobby {
         let now = Instant::now();
         let mut index = 0;
         while index < self.guests.len() {
-            match self.guests[index].hear(set, now) {
+            match self.guests[index].hear(&*self.framing, set, now) {
                 None => index += 1,
                 Some(heard) => {
                     let guest = self.leave(index);
@@ -166,12 +180,13 @@ enum Heard {
 }
 
 impl Guest {
-    fn hear(&mut self, set: &PollSet, now: Instant) -> Option<Heard> {
+    fn hear(&mut self, framing: &dyn Framing, set: &PollSet, now: Instant) -> Option<Heard> {
         let ready = self.place.take().map(|place| set.ready(place));
         // One that is to be told something first, in a handshake, may be ready to hear it.
         let spoke = ready.is_some_and(|ready| ready.readable || ready.writable);
-        while spoke && self.got < HELLO_BYTES {
-            match self.stream.recv(&mut self.hello[self.got..]) {
+        let mut wanted = framing.hello_bytes(&self.hello[..self.got]).min(HELLO_BYTES);
+        while spoke && self.got < wanted {
+            match self.stream.recv(&mut self.hello[self.got..wanted]) {
                 Ok(0) => return Some(Heard::Nothing),
                 Ok(n) => self.got += n,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
@@ -180,18 +195,18 @@ impl Guest {
                 Err(e) if e.raw_os_error().is_none() => return Some(Heard::Nonsense(e.to_string())),
                 Err(_) => return Some(Heard::Nothing),
             }
+            wanted = framing.hello_bytes(&self.hello[..self.got]).min(HELLO_BYTES);
         }
-        // Whoever speaks another language is not waited for.
-        let foreign = self.got >= HELLO_MAGIC.len() && !self.hello.starts_with(&HELLO_MAGIC);
-        if self.got < HELLO_BYTES && !foreign {
+        if self.got < wanted {
             return (now >= self.until).then_some(Heard::Nothing);
         }
-        Some(match Hello::decode(&self.hello) {
+        let said = &self.hello[..self.got];
+        Some(match framing.who(said) {
             Ok(hello) => Heard::All(hello),
-            Err(_) if is_tls(&self.hello) => {
+            Err(_) if is_tls(said) => {
                 Heard::Nonsense("it speaks TLS, and this side does not; give --tls-dir here, too".to_owned())
             }
-            Err(e) => Heard::Nonsense(e.to_string()),
+            Err(why) => Heard::Nonsense(why),
         })
     }
 }

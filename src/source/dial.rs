@@ -12,7 +12,6 @@ use crate::crew::{Crew, Cx, Exit, Interrupt, Launch, Role, Starting};
 use crate::error::Failure;
 use crate::net::{Address, Endpoint, Opening, Stream, Tls, open};
 use crate::poll::PollSleeper;
-use crate::wire::hello::{HELLO_BYTES, Hello};
 
 /// Where to, and how it is encrypted.
 pub(super) struct Destination {
@@ -24,18 +23,18 @@ pub(super) struct Destination {
 pub(super) struct Dial(Crew<DialRole>);
 
 impl Dial {
-    /// Starts to connect, and says `hello` when there is a connection.
+    /// Starts to connect, and says this hello when there is a connection.
     pub fn start(
         number: usize,
         to: Destination,
         opening: Opening,
-        hello: &Hello,
+        hello: Vec<u8>,
         limit: Duration,
         options: &CrewOptions,
         controller: &Ringer<PollSleeper>,
     ) -> Result<Dial, Failure> {
         let bell = PollSleeper::bell().map_err(|e| Failure::Worker(format!("no eventfd to connect again: {e}")))?;
-        let role = DialRole { bell, to, opening, hello: hello.encode(), until: Instant::now() + limit };
+        let role = DialRole { bell, to, opening, hello, until: Instant::now() + limit };
         let options_of_thread = options.clone();
         let start = move |starting: &Starting<'_>| options_of_thread.own_hook(starting).map(|()| None);
         let launch =
@@ -61,7 +60,7 @@ struct DialRole {
     bell: Bell<PollSleeper>,
     to: Destination,
     opening: Opening,
-    hello: [u8; HELLO_BYTES],
+    hello: Vec<u8>,
     until: Instant,
 }
 
@@ -94,9 +93,9 @@ impl Role for DialRole {
 }
 
 /// Says Hello on a fresh connection, whose buffer takes so few bytes at once: no need to wait for room.
-pub(super) fn say_hello(stream: &mut Stream, hello: &[u8; HELLO_BYTES]) -> io::Result<()> {
+pub(super) fn say_hello(stream: &mut Stream, hello: &[u8]) -> io::Result<()> {
     match stream.send(hello)? {
-        HELLO_BYTES if stream.unsent_bytes() == 0 => Ok(()),
+        sent if sent == hello.len() && stream.unsent_bytes() == 0 => Ok(()),
         _ => Err(io::ErrorKind::WriteZero.into()),
     }
 }

@@ -122,7 +122,7 @@ pub(super) fn migrate(source: Source, dirty: &mut dyn DirtySource, guest: &mut d
         session: SourceSession::new(channels),
         id: SessionId([0; 16]),
         control: None,
-        greeted: false,
+        greeted: !settings.framing.answers_hello(),
         lanes: None,
         digests: None,
         dirty,

@@ -16,7 +16,7 @@ use crate::source::lanes::Lanes;
 use crate::source::ways::{Joining, TRIES_MAX, WayBack, wait_before};
 use crate::units::{BlockId, ChannelId, Epoch, Generation, Round, Run};
 use crate::wire::crc::Crc32c;
-use crate::wire::hello::HelloRole;
+use crate::wire::hello::{Hello, HelloRole};
 
 /// How often in a row a session is taken up again without getting an epoch through.
 const RESUMES_MAX: u32 = 32;
@@ -118,15 +118,15 @@ impl Driver<'_> {
         way.generation = Some(generation);
         way.at = None;
         let opening = Opening::Data { channel, generation };
-        let mut hello = self.hello(HelloRole::Data(channel));
-        hello.generation = generation;
+        let hello = Hello { generation, ..self.hello(HelloRole::Data(channel)) };
+        let hello = self.settings.framing.hello(&hello);
         let limit = self.settings.timeouts.connect;
         match &mut self.endpoint {
             Endpoint::Addresses(addresses) => {
                 let ringer = self.bell.ringer();
                 let to = Destination { addresses: addresses.clone(), tls: self.settings.tls.clone() };
                 let number = channel.0.into();
-                match Dial::start(number, to, opening, &hello, limit, &self.options, &ringer) {
+                match Dial::start(number, to, opening, hello, limit, &self.options, &ringer) {
                     Ok(dial) => {
                         self.losses.ways[usize::from(channel.0)].dial = Some(dial);
                         Ok(())
@@ -138,7 +138,7 @@ impl Driver<'_> {
                 let opened = open(endpoint, opening, self.settings.tls.as_ref(), &mut self.bell, Instant::now() + limit, &|| false);
                 let said = opened.and_then(|stream| {
                     let mut stream = stream.ok_or_else(|| Failure::Config("no connection".to_owned()))?;
-                    let said = say_hello(&mut stream, &hello.encode()).map(|()| stream);
+                    let said = say_hello(&mut stream, &hello).map(|()| stream);
                     said.map_err(|e| Failure::Connect { address: opening.to_string(), reason: e.into() })
                 });
                 if said.is_err() {
@@ -256,14 +256,15 @@ impl Driver<'_> {
     fn control_again(&mut self, until: Instant) -> Result<(), Over> {
         let generation = Generation(self.losses.control_generation.0.saturating_add(1));
         self.losses.control_generation = generation;
-        let hello = crate::wire::hello::Hello { generation, ..self.hello(HelloRole::Control) };
+        let framing = self.settings.framing.clone();
+        let hello = framing.hello(&Hello { generation, ..self.hello(HelloRole::Control) });
         let limit = self.settings.timeouts.connect.min(until.saturating_duration_since(Instant::now()));
         let stream = match &mut self.endpoint {
             Endpoint::Addresses(addresses) => {
                 let ringer = self.bell.ringer();
                 let to = Destination { addresses: addresses.clone(), tls: self.settings.tls.clone() };
                 let number = usize::from(u8::MAX);
-                let started = Dial::start(number, to, Opening::Control, &hello, limit, &self.options, &ringer);
+                let started = Dial::start(number, to, Opening::Control, hello, limit, &self.options, &ringer);
                 match started {
                     Ok(mut dial) => loop {
                         if let Some(result) = dial.poll() {
@@ -282,13 +283,13 @@ impl Driver<'_> {
                     // What the VMM has not got now it will not have later.
                     Err(why) => return self.fail(why),
                 };
-                say_hello(&mut stream, &hello.encode())
+                say_hello(&mut stream, &hello)
                     .map(|()| stream)
                     .map_err(|e| Failure::Connect { address: "the VMM's connector".to_owned(), reason: e.into() })
             }
         };
         let control = stream.and_then(|stream| {
-            Control::new(stream).map_err(|e| Failure::Control { doing: "setting it up", reason: e.into() })
+            Control::speaking(stream, framing.at_source()).map_err(|e| Failure::Control { doing: "setting it up", reason: e.into() })
         });
         match control {
             Ok(control) => self.control = Some(control),

@@ -30,6 +30,7 @@ use crate::config::{CrewOptions, Pin, Timeouts, WhyCopied, YEAR, ZeroCopy};
 use crate::crew::{Spawn, StartHook};
 use crate::dirty::DirtySource;
 use crate::error::{Failure, HookError, Outcome};
+use crate::framing::{Framing, Native};
 use crate::gate::Gate;
 use crate::memory::Ram;
 use crate::net::{Address, Connector, Endpoint, Stream, Tls};
@@ -221,6 +222,7 @@ pub(crate) struct Settings {
     pub zero_test: bool,
     pub zero_copy: ZeroCopy,
     pub tls: Option<Tls>,
+    pub framing: Arc<dyn Framing>,
     pub limits: Limits,
     pub timeouts: Timeouts,
     /// For how long the session is kept when all connections are lost; zero is not at all.
@@ -299,6 +301,13 @@ impl SourceBuilder {
     #[cfg(feature = "tls")]
     pub fn tls(mut self, tls: Tls) -> Self {
         self.settings.tls = Some(tls);
+        self
+    }
+
+    /// What is spoken on all connections; this library's own wire unless told otherwise. The other side must speak the
+    /// same.
+    pub fn framing(mut self, framing: impl Framing + 'static) -> Self {
+        self.settings.framing = Arc::new(framing);
         self
     }
 
@@ -479,6 +488,7 @@ impl Source {
             zero_test: true,
             zero_copy: ZeroCopy::default(),
             tls: None,
+            framing: Arc::new(Native),
             limits: Limits::default(),
             timeouts: Timeouts::default(),
             resume_window: Duration::ZERO,

@@ -52,11 +52,12 @@ impl Driver<'_> {
         }
         let stream = self.open(Opening::Control)?;
         self.tls = TlsReport::of(&stream);
-        let mut control = match Control::new(stream) {
+        let framing = self.settings.framing.clone();
+        let mut control = match Control::speaking(stream, framing.at_source()) {
             Ok(control) => control,
             Err(e) => return self.fail(Failure::Control { doing: "setting it up", reason: e.into() }),
         };
-        control.send_raw(&self.hello(HelloRole::Control).encode());
+        control.send_raw(&framing.hello(&self.hello(HelloRole::Control)));
         self.control = Some(control);
         let blocks = self.ram.iter().map(|(id, b)| BlockInfo {
             id,
@@ -70,12 +71,17 @@ impl Driver<'_> {
         let setup = Setup {
             verify: self.settings.verify,
             channels: self.settings.channels,
-            features: if self.settings.resume_window.is_zero() { 0 } else { FEATURE_RESUME },
+            features: if self.keeps_session() { FEATURE_RESUME } else { 0 },
             state_bytes_max: 0,
             blocks: blocks.collect(),
             opaque,
         };
         self.event(SourceEvent::Connected(setup))
+    }
+
+    /// Whether this side would keep the session when all connections are lost.
+    fn keeps_session(&self) -> bool {
+        self.settings.framing.mends() && !self.settings.resume_window.is_zero()
     }
 
     pub fn hello(&self, role: HelloRole) -> Hello {
@@ -162,7 +168,7 @@ impl Driver<'_> {
         let opening = Opening::Data { channel, generation };
         match open(&mut self.endpoint, opening, self.settings.tls.as_ref(), &mut self.bell, until, &|| gate.is_cancelled()) {
             Ok(Some(mut stream)) => {
-                let hello = self.hello(HelloRole::Data(channel)).encode();
+                let hello = self.settings.framing.hello(&self.hello(HelloRole::Data(channel)));
                 let said = say_hello(&mut stream, &hello).and_then(|()| stream.set_nonblocking(false));
                 let reason = |e| Failure::Channel { channel, generation, reason: format!("saying Hello: {e}") };
                 Ok(said.map(|()| stream).map_err(reason))

@@ -132,15 +132,11 @@ impl Driver<'_> {
 
     /// Answers a control connection's Hello.
     pub fn welcome(&self, stream: Stream, hello: &Hello) -> io::Result<Control<TargetFrame, SourceFrame>> {
-        let mut control = Control::new(stream)?;
-        let own = Hello {
-            role: HelloRole::Control,
-            side: Side::Target,
-            generation: hello.generation,
-            session: hello.session,
-            features: 0,
-        };
-        control.send_raw(&own.encode());
+        let framing = &self.settings.framing;
+        let mut control = Control::speaking(stream, framing.at_target())?;
+        if framing.answers_hello() {
+            control.send_raw(&framing.hello(&Hello { side: Side::Target, features: 0, ..*hello }));
+        }
         Ok(control)
     }
 

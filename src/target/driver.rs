@@ -71,7 +71,9 @@ pub(super) struct Driver<'a> {
 
 pub(super) fn receive(target: Target, incoming: &mut dyn Incoming) -> (TargetReport, Witness) {
     let Target { settings, crew, listener, bell, gate, progress } = target;
-    let session = TargetSession::new(settings.state_bytes_max, !settings.resume_window.is_zero());
+    let resumes = settings.framing.mends() && !settings.resume_window.is_zero();
+    let session = TargetSession::new(settings.state_bytes_max, resumes);
+    let lobby = Lobby::new(settings.framing.clone());
     let mut driver = Driver {
         incoming,
         settings,
@@ -81,7 +83,7 @@ pub(super) fn receive(target: Target, incoming: &mut dyn Incoming) -> (TargetRep
         gate,
         progress,
         session,
-        lobby: Lobby::default(),
+        lobby,
         accept_again: None,
         turned_away: 0,
         control: None,

@@ -18,6 +18,7 @@ use crate::cancel::CancelHandle;
 use crate::config::{CrewOptions, Pin, Timeouts, YEAR};
 use crate::crew::{Spawn, StartHook};
 use crate::error::{Failure, HookError, Outcome};
+use crate::framing::{Framing, Native};
 use crate::gate::Gate;
 use crate::memory::Ram;
 use crate::net::{Address, Listener, Tls};
@@ -122,6 +123,7 @@ pub(crate) struct Settings {
     pub timeouts: Timeouts,
     pub state_bytes_max: u64,
     pub tls: Option<Tls>,
+    pub framing: Arc<dyn Framing>,
     /// For how long the session is kept when the control connection is lost; zero is not at all.
     pub resume_window: Duration,
 }
@@ -171,6 +173,13 @@ impl TargetBuilder {
     #[cfg(feature = "tls")]
     pub fn tls(mut self, tls: Tls) -> Self {
         self.settings.tls = Some(tls);
+        self
+    }
+
+    /// What is spoken on all connections; this library's own wire unless told otherwise. The other side must speak the
+    /// same.
+    pub fn framing(mut self, framing: impl Framing + 'static) -> Self {
+        self.settings.framing = Arc::new(framing);
         self
     }
 
@@ -246,6 +255,7 @@ impl Target {
             timeouts: Timeouts::default(),
             state_bytes_max: STATE_BYTES_MAX,
             tls: None,
+            framing: Arc::new(Native),
             resume_window: Duration::ZERO,
         };
         TargetBuilder { settings, crew: CrewOptions::default() }

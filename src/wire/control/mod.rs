@@ -57,7 +57,7 @@ const CRC_AT: usize = FRAME_HEADER_BYTES - 4;
 /// assert_eq!(SourceFrame::Commit.name(), "Commit");
 /// assert_eq!(TargetFrame::Running.name(), "Running");
 /// ```
-pub trait Frame: message::Message {
+pub trait Frame: message::Message + std::fmt::Debug + 'static {
     /// What the frame is called, for errors and traces.
     fn name(&self) -> &'static str {
         Self::name_of(self.frame_type()).unwrap_or("control frame")

@@ -1,0 +1,128 @@
+#![forbid(unsafe_code)]
+//! What is spoken on a migration's connections: a plug between the sessions, which know frames, rounds and runs, and the
+//! bytes of one wire.
+//!
+//! A [`Framing`] says who a connection is that has just come in, what a source says first on one that it has made, and
+//! makes a [`Dialogue`] for the control connection. It does no I/O, has no clock and no thread. Nothing else in this
+//! library knows which wire it is: `Source` and `Target` take one, and speak [`Native`], version 1 of this library's
+//! own, unless told otherwise.
+
+mod native;
+
+use std::fmt;
+
+use crate::wire::WireError;
+use crate::wire::control::{SourceFrame, TargetFrame};
+use crate::wire::hello::Hello;
+use crate::units::{BlockId, Round};
+
+pub use native::{Native, NativeDialogue};
+
+/// What is spoken on all connections of a migration.
+///
+/// # When not to use it
+/// To change single messages: a framing is a whole language, and the peer must speak the same.
+pub trait Framing: fmt::Debug + Send + Sync {
+    /// How many bytes, in all, it takes to tell who is on a connection that has said this so far: no more than
+    /// [`HELLO_BYTES`](crate::wire::hello::HELLO_BYTES), and as soon as it can be told no more than have been said.
+    /// Nothing behind them is read before who it is has been told: what follows is for whoever gets the connection.
+    fn hello_bytes(&self, said: &[u8]) -> usize;
+
+    /// Who is on a connection that has said this much.
+    ///
+    /// # Errors
+    /// Somebody who has no business here: why.
+    fn who(&self, said: &[u8]) -> Result<Hello, String>;
+
+    /// What a source says first on a connection that it has made.
+    fn hello(&self, hello: &Hello) -> Vec<u8>;
+
+    /// Whether a target answers the control connection's hello with one of its own.
+    fn answers_hello(&self) -> bool;
+
+    /// How many data channels there are, where both sides have agreed on that elsewhere, and data channels may come
+    /// before the control connection; `None` where Setup says it.
+    fn channels(&self) -> Option<u8>;
+
+    /// Whether what is lost can be told from what has landed: then a channel may be lost, and a session resumed.
+    fn mends(&self) -> bool;
+
+    /// The control connection at a source.
+    fn at_source(&self) -> Box<dyn Dialogue<SourceFrame, TargetFrame>>;
+
+    /// The control connection at a target, from behind what [`Framing::who`] has seen.
+    fn at_target(&self) -> Box<dyn Dialogue<TargetFrame, SourceFrame>>;
+}
+
+/// One end of a control connection: puts this side's frames into bytes, and the peer's bytes into frames. A frame of
+/// which the wire knows nothing is answered by the dialogue itself, as a peer would.
+pub trait Dialogue<Out, In>: fmt::Debug + Send {
+    /// Appends what this frame is on the wire to `out`: nothing, where the wire has no word for it.
+    ///
+    /// # Errors
+    /// A frame that cannot be put into bytes. Then `out` is as it was.
+    fn say(&mut self, frame: &Out, out: &mut Vec<u8>) -> Result<(), Garbled>;
+
+    /// Takes bytes from the front of `input` until something is known; `None` once all of them are taken and nothing
+    /// more is known.
+    ///
+    /// # Errors
+    /// Bytes that make no sense: from then on, always the same.
+    fn hear<'i>(&mut self, input: &mut &'i [u8]) -> Result<Option<Heard<'i, In>>, Garbled>;
+
+    /// Whether something is known that [`Dialogue::hear`] would give without a single byte.
+    fn has_news(&self) -> bool {
+        false
+    }
+
+    /// The peer has ended the stream. `true` where that is how it is to end: what is known by now is asked for once more,
+    /// and nothing else is waited for on this connection.
+    ///
+    /// # Errors
+    /// A stream that ends in the middle of something.
+    fn ended(&mut self) -> Result<bool, Garbled>;
+}
+
+/// What has come on a control connection.
+#[derive(Debug)]
+pub enum Heard<'i, In> {
+    /// A frame.
+    Frame(In),
+    /// Some bytes of a page: they belong at this offset of the block, and lie within one page.
+    Page {
+        /// The block.
+        block: BlockId,
+        /// Where in the block, in bytes.
+        offset: u64,
+        /// The bytes.
+        bytes: &'i [u8],
+    },
+    /// A page of zeros.
+    Zero {
+        /// The block.
+        block: BlockId,
+        /// The page.
+        page: u64,
+    },
+    /// The end of a round on this connection: nothing behind it may land before everything of that round has landed, on
+    /// all connections; and nothing of the next round may land elsewhere before this one has come.
+    Barrier(Round),
+}
+
+/// Bytes that make no sense, or a frame that cannot be put into bytes: why, in words.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Garbled(pub String);
+
+impl fmt::Display for Garbled {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Garbled {}
+
+impl From<WireError> for Garbled {
+    fn from(e: WireError) -> Garbled {
+        Garbled(e.to_string())
+    }
+}
