@@ -1,8 +1,9 @@
 #![forbid(unsafe_code)]
 //! This library's own wire, version 1: a hello on each connection, control frames, packets.
 
-use super::{Dialogue, Framing, Garbled, Heard};
-use crate::wire::control::{Frame, FrameDecoder, FrameEncoder, SourceFrame, TargetFrame};
+use super::read::PacketReader;
+use super::{Dialogue, Framing, Garbled, Heard, NativeReader};
+use crate::wire::control::{BlockInfo, Frame, FrameDecoder, FrameEncoder, SourceFrame, TargetFrame};
 use crate::wire::hello::{HELLO_BYTES, HELLO_MAGIC, Hello};
 
 /// Version 1 of this library's own wire ([`crate::wire`]).
@@ -44,6 +45,10 @@ impl Framing for Native {
 
     fn at_target(&self) -> Box<dyn Dialogue<TargetFrame, SourceFrame>> {
         Box::new(NativeDialogue::new())
+    }
+
+    fn reader(&self, blocks: &[BlockInfo], joins_late: bool) -> Box<dyn PacketReader> {
+        Box::new(NativeReader::new(blocks, joins_late))
     }
 }
 

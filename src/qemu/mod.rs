@@ -5,6 +5,7 @@
 
 mod framing;
 mod seen;
+mod target;
 pub mod wire;
 
 pub use framing::Qemu;
