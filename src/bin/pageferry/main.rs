@@ -19,6 +19,7 @@ mod send;
 mod settle;
 mod sizes;
 mod state;
+mod store;
 mod tls;
 mod writers;
 mod zero_copy;
