@@ -12,6 +12,7 @@ use crate::encrypted::Encrypted;
 use crate::limits::Convergence;
 use crate::mended::Mended;
 use crate::sizes::{Cpus, human, ms};
+use crate::store::Counters;
 use crate::zero_copy::ByReference;
 
 /// How it ended.
@@ -106,6 +107,12 @@ pub struct Report {
     /// A file that was written.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub file: Option<String>,
+    /// How long its disk took: no part of the time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fsync_ms: Option<f64>,
+    /// What was counted of a migration by QEMU.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub counters: Option<Counters>,
 }
 
 /// What only `demo` has to say.
@@ -209,6 +216,8 @@ impl Report {
             convergence: None,
             demo: None,
             file: None,
+            fsync_ms: None,
+            counters: None,
         }
     }
 
