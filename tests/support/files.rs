@@ -1,0 +1,49 @@
+//! Files of RAM, compared and weighed.
+#![allow(dead_code)]
+#![forbid(unsafe_code)]
+
+use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+
+/// The byte where the two files differ first. Reads both in step, so that a difference has a place.
+pub fn first_difference(left: &Path, right: &Path) -> Option<u64> {
+    let open = |path: &Path| File::open(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let (left, right) = (open(left), open(right));
+    let lengths = [&left, &right].map(|file| file.metadata().expect("an open file has metadata").len());
+    let (mut ours, mut theirs) = (vec![0; 1 << 20], vec![0; 1 << 20]);
+    let common = lengths[0].min(lengths[1]);
+    let mut at = 0;
+    while at < common {
+        let chunk = (common - at).min(1 << 20) as usize;
+        left.read_exact_at(&mut ours[..chunk], at).expect("as long as it says");
+        right.read_exact_at(&mut theirs[..chunk], at).expect("as long as it says");
+        if ours[..chunk] != theirs[..chunk] {
+            let offset = (0..chunk).find(|&i| ours[i] != theirs[i]).expect("they differ");
+            return Some(at + offset as u64);
+        }
+        at += chunk as u64;
+    }
+    (lengths[0] != lengths[1]).then_some(common)
+}
+
+/// How many bytes of the file exist on the disk.
+pub fn bytes_on_disk(path: &Path) -> u64 {
+    let file = File::open(path).expect("the file is there");
+    // Some file systems count blocks only once they are written out.
+    file.sync_all().expect("the file can be written out");
+    file.metadata().expect("an open file has metadata").blocks() * 512
+}
+
+/// How many pages of the file hold something but zeros.
+pub fn pages_in_use(path: &Path) -> u64 {
+    let file = File::open(path).expect("the file is there");
+    let bytes = file.metadata().expect("an open file has metadata").len();
+    let (mut page, mut used) = ([0; 4096], 0);
+    for at in (0..bytes).step_by(page.len()) {
+        let length = (bytes - at).min(page.len() as u64) as usize;
+        file.read_exact_at(&mut page[..length], at).expect("as long as it says");
+        used += u64::from(page[..length] != [0; 4096][..length]);
+    }
+    used
+}
