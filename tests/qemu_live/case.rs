@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::files::{bytes_on_disk, first_difference, pages_in_use};
 use crate::forwarder::Forwarder;
-use crate::machine::{Lacking, Machine, RAM, Scratch, Setup, Wire};
+use crate::machine::{Lacking, Machine, RAM, Scratch, Setup, Version, Wire};
 use crate::program::{self, Ended};
 
 /// How the guest travels.
@@ -28,6 +28,8 @@ pub enum Way {
 pub struct Counted {
     pub main: u64,
     pub channels: u64,
+    /// With data, and of zeros; where somebody has looked into the stream.
+    pub pages: Option<(u64, u64)>,
 }
 
 #[derive(Clone, Debug)]
@@ -95,10 +97,10 @@ impl Case {
             destination.errors()
         );
         let counted = forwarder.map(|forwarder| forwarder.bytes());
-        let counted = counted.map(|(main, channels)| Counted { main, channels });
+        let counted = counted.map(|(main, channels)| Counted { main, channels, pages: None });
         let counted = relay.map(|relay| counters(relay.end().expect(0, "completed"))).or(counted);
         if let Some(counted) = counted {
-            agree(&self.wire, counted, &source.query());
+            agree(&self.setup, &self.wire, counted, &source.query());
         }
         let (ram, said) = source.quit();
         goes_on(destination, &ram, &said);
@@ -127,7 +129,7 @@ impl Case {
         self.source_completes(&mut source)?;
         let ended = receive.end();
         holds(&store, &ended, &source);
-        agree(&self.wire, counters(ended.expect(0, "completed")), &source.query());
+        agree(&self.setup, &self.wire, counters(ended.expect(0, "completed")), &source.query());
         let (ram, said) = source.quit();
 
         let (mut destination, address) = self.destination()?;
@@ -150,7 +152,7 @@ impl Case {
 }
 
 /// The judge of a destination: its RAM is the source's to the byte, and its guest goes on with the number that comes next.
-fn goes_on(mut destination: Machine, ram: &File, said: &[u8]) {
+pub fn goes_on(mut destination: Machine, ram: &File, said: &[u8]) {
     let numbers = destination.setup.guest.numbers();
     let left = numbers.count(said).unwrap_or_else(|error| panic!("at the source: {error}"));
     assert!(left > 0, "the guest had counted");
@@ -205,17 +207,40 @@ fn block_of_ram(manifest: &Value) -> &Value {
     blocks.iter().find(|block| block["name"] == RAM).unwrap_or_else(|| panic!("no block {RAM}: {manifest}"))
 }
 
+/// What a report of the program's counted.
 fn counters(report: &Value) -> Counted {
     let number = |name: &str| {
         let number = report["counters"][name].as_u64();
         number.unwrap_or_else(|| panic!("counters.{name} is no whole number in {report}"))
     };
-    Counted { main: number("main_bytes"), channels: number("channel_bytes") }
+    let pages = Some((number("normal_pages"), number("zero_pages")));
+    Counted { main: number("main_bytes"), channels: number("channel_bytes"), pages }
 }
 
-/// QEMU's own counters say the same.
-fn agree(wire: &Wire, counted: Counted, said: &Value) {
-    eprintln!("{wire:?} {counted:?} {}", said["ram"]);
+/// What a channel says before its first packet.
+const INIT_BYTES: u64 = 64;
+
+/// QEMU's own counters say the same, to the byte.
+///
+/// 10.0 counts in `transferred` every byte of every connection, and in `multifd-bytes` those of the channels. 7.2 leaves
+/// the first packets of the channels out of both, of the main stream all that is not RAM out of the first, and counts
+/// pages that were compressed as if they were not.
+fn agree(setup: &Setup, wire: &Wire, counted: Counted, said: &Value) {
     let number = |name: &str| said["ram"][name].as_u64().unwrap_or_else(|| panic!("no ram.{name} in {said}"));
-    let _ = number;
+    let told = format!("{counted:?} where QEMU says {}", said["ram"]);
+    let inits = if setup.version == Version::V7_2 { INIT_BYTES * u64::from(wire.channels) } else { 0 };
+    if setup.version == Version::V7_2 && wire.compression != "none" {
+        assert!(counted.channels < number("multifd-bytes"), "bytes of all channels: {told}");
+    } else {
+        assert_eq!(counted.channels, number("multifd-bytes") + inits, "bytes of all channels: {told}");
+    }
+    let main = number("transferred") - number("multifd-bytes");
+    match setup.version {
+        Version::V10_0 => assert_eq!(counted.main, main, "bytes of the main stream: {told}"),
+        // What is left out is the state of the devices: some kilobytes, and never as much as RAM.
+        Version::V7_2 => assert!((main..main + (1 << 20)).contains(&counted.main), "bytes of the main stream: {told}"),
+    }
+    if let Some(pages) = counted.pages {
+        assert_eq!(pages, (number("normal"), number("duplicate")), "pages with data and of zeros: {told}");
+    }
 }

@@ -196,6 +196,11 @@ impl Machine {
         std::fs::read_to_string(self.scratch.file("stderr")).unwrap_or_default()
     }
 
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Ends it as a crash does.
     pub fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
