@@ -186,10 +186,10 @@ fn the_plainest_receiver_finds_the_meaning_of_a_migration_and_none_in_a_cut_one(
 #[test]
 fn some_damage_leaves_a_meaning_and_some_does_not() {
     let mut meant = 0;
-    for seed in 0..1000 {
+    for seed in 0..200 {
         let (mutant, _) = mutant(seed);
         let streams: Vec<Vec<u8>> = mutant.streams.iter().map(|records| records.concat()).collect();
         meant += u32::from(meaning(&streams, mutant.dialect).is_ok());
     }
-    assert!((50..500).contains(&meant), "{meant} of 1000");
+    assert!((10..100).contains(&meant), "{meant} of 200");
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use crate::files::{bytes_on_disk, first_difference, pages_in_use};
+use crate::files::{bytes_on_disk, demand_same, pages_in_use};
 use crate::forwarder::Forwarder;
 use crate::machine::{Lacking, Machine, RAM, Scratch, Setup, Version, Wire};
 use crate::program::{self, Ended};
@@ -157,11 +157,7 @@ pub fn goes_on(mut destination: Machine, ram: &File, said: &[u8]) {
     let left = numbers.count(said).unwrap_or_else(|error| panic!("at the source: {error}"));
     assert!(left > 0, "the guest had counted");
     let before = PathBuf::from(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(ram)));
-    assert_eq!(
-        first_difference(&before, &destination.ram_path()),
-        None,
-        "the byte of RAM where the destination differs"
-    );
+    demand_same("the RAM of source and destination", &before, &destination.ram_path());
     assert_eq!(destination.serial.bytes(), 0, "a guest that is paused prints nothing");
     destination.qmp.run("cont", json!({}));
     // Often enough for every page that the guest looks at to have its turn.
@@ -180,7 +176,7 @@ pub fn holds(store: &str, ended: &Ended, source: &Machine) {
     let block = block_of_ram(&manifest);
     assert_eq!(block["bytes"], source.setup.ram_mib << 20, "{manifest}");
     let file = store.join(block["file"].as_str().unwrap_or_else(|| panic!("a block without a file: {block}")));
-    assert_eq!(first_difference(&source.ram_path(), &file), None, "the byte of RAM where the store differs");
+    demand_same("the RAM of source and store", &source.ram_path(), &file);
     let (spent, allowed) = (bytes_on_disk(&file), pages_in_use(&file) * 4096 + EXTENT_MAP_SLACK);
     assert!(spent <= allowed, "{spent} bytes on disk where {allowed} are enough: holes were filled");
 

@@ -27,6 +27,34 @@ pub fn first_difference(left: &Path, right: &Path) -> Option<u64> {
     (lengths[0] != lengths[1]).then_some(common)
 }
 
+/// Panics where two files of RAM differ, with what each holds there, and how many pages differ.
+pub fn demand_same(what: &str, left: &Path, right: &Path) {
+    let Some(at) = first_difference(left, right) else { return };
+    let show = |path: &Path| {
+        let mut bytes = [0; 32];
+        let file = File::open(path).expect("the file is there");
+        let read = file.read_at(&mut bytes, at & !15).expect("a readable file");
+        format!("{:02x?}", &bytes[..read])
+    };
+    let differing = differing_pages(left, right);
+    let some: Vec<_> = differing.iter().take(8).map(|page| format!("{:#x}", page * 4096)).collect();
+    let pages = differing.len();
+    panic!("{what} differs at byte {at:#x}: {} and {}; {pages} pages differ: {some:?}", show(left), show(right));
+}
+
+/// Which pages differ, of two files that may differ in length.
+fn differing_pages(left: &Path, right: &Path) -> Vec<u64> {
+    let open = |path: &Path| File::open(path).expect("the file is there");
+    let (left, right) = (open(left), open(right));
+    let bytes = [&left, &right].map(|file| file.metadata().expect("an open file has metadata").len());
+    let page = |file: &File, page: &u64| {
+        let mut bytes = [0; 4096];
+        let read = file.read_at(&mut bytes, page * 4096).expect("a readable file");
+        (read, bytes)
+    };
+    (0..bytes[0].max(bytes[1]).div_ceil(4096)).filter(|at| page(&left, at) != page(&right, at)).collect()
+}
+
 /// How many bytes of the file exist on the disk.
 pub fn bytes_on_disk(path: &Path) -> u64 {
     let file = File::open(path).expect("the file is there");
