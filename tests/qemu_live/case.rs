@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use crate::files::{bytes_on_disk, demand_same, pages_in_use};
+use crate::files::{bytes_on_disk, demand_same, differing_pages, pages_in_use};
 use crate::forwarder::Forwarder;
 use crate::machine::{Lacking, Machine, RAM, Scratch, Setup, Version, Wire};
 use crate::program::{self, Ended};
@@ -40,21 +40,66 @@ pub struct Case {
     /// What the sender of a store does, where that differs from the source.
     pub send_channels: Option<u8>,
     pub send_compression: Option<&'static str>,
+    /// Whether the guest stands still from before the first page on, so that nothing can be lost at the source.
+    pub paused: bool,
 }
+
+/// Why a case has no outcome.
+#[derive(Debug)]
+pub enum Unsaid {
+    /// This machine cannot run it.
+    Lacking(Lacking),
+    /// A few pages arrived older than they were.
+    Lost(String),
+}
+
+impl From<Lacking> for Unsaid {
+    fn from(lacking: Lacking) -> Unsaid {
+        Unsaid::Lacking(lacking)
+    }
+}
+
+/// QEMU under TCG loses a write now and then: a virtual CPU says that a page is dirty, a sync takes note of that, and only
+/// then the CPU stops telling. Between two QEMUs that was seen in one of ten migrations of Linux with two CPUs, on two busy
+/// cores, and never were it more than four pages. So few are taken for that, and the case runs again.
+const LOST_PAGES_MAX: usize = 16;
+
+/// As often as this in a row it is no accident.
+const ATTEMPTS: u32 = 3;
 
 /// What a file system may spend on the map of a file's extents, more for one file than for another.
 const EXTENT_MAP_SLACK: u64 = 1 << 20;
 
 impl Case {
     pub fn new(setup: Setup, wire: Wire, way: Way) -> Case {
-        Case { setup, wire, way, send_channels: None, send_compression: None }
+        Case { setup, wire, way, send_channels: None, send_compression: None, paused: false }
     }
 
-    /// Runs it to its end. Panics with what is wrong; `Err` is what this machine lacks.
+    /// Runs it to its end, again if pages were lost where a guest wrote. Panics with what is wrong; `Err` is what this
+    /// machine lacks.
     pub fn run(&self) -> Result<(), Lacking> {
+        let mut lost = Vec::new();
+        while lost.len() < ATTEMPTS as usize {
+            match self.attempt() {
+                Ok(()) => return Ok(()),
+                Err(Unsaid::Lacking(why)) => return Err(why),
+                Err(Unsaid::Lost(what)) => {
+                    assert!(!self.paused, "nobody wrote, and yet {what}");
+                    println!("ONCE MORE: {what}");
+                    lost.push(what);
+                }
+            }
+        }
+        panic!("lost pages each time: {lost:#?}")
+    }
+
+    fn attempt(&self) -> Result<(), Unsaid> {
         let mut source = Machine::start(self.setup, false)?;
         self.wire.set(&mut source)?;
         source.wait_for_number(40);
+        if self.paused {
+            source.qmp.run("stop", json!({}));
+        }
         if self.way == Way::Stored { self.through_a_store(source) } else { self.live(source) }
     }
 
@@ -74,7 +119,7 @@ impl Case {
         Ok((destination, address))
     }
 
-    fn live(&self, mut source: Machine) -> Result<(), Lacking> {
+    fn live(&self, mut source: Machine) -> Result<(), Unsaid> {
         let (mut destination, address) = self.destination()?;
         let channels = self.wire.channels.to_string();
         let mut relay = None;
@@ -103,8 +148,7 @@ impl Case {
             agree(&self.setup, &self.wire, counted, &source.query());
         }
         let (ram, said) = source.quit();
-        goes_on(destination, &ram, &said);
-        Ok(())
+        goes_on(destination, &ram, &said)
     }
 
     /// Waits until the source says so, and its guest stands still.
@@ -119,7 +163,7 @@ impl Case {
         Ok(())
     }
 
-    fn through_a_store(&self, mut source: Machine) -> Result<(), Lacking> {
+    fn through_a_store(&self, mut source: Machine) -> Result<(), Unsaid> {
         let folder = Scratch::new();
         let store = folder.file("store");
         let channels = self.wire.channels.to_string();
@@ -128,7 +172,7 @@ impl Case {
         source.migrate_to(&receive.address());
         self.source_completes(&mut source)?;
         let ended = receive.end();
-        holds(&store, &ended, &source);
+        holds(&store, &ended, &source)?;
         agree(&self.setup, &self.wire, counters(ended.expect(0, "completed")), &source.query());
         let (ram, said) = source.quit();
 
@@ -146,18 +190,17 @@ impl Case {
             "{}",
             destination.errors()
         );
-        goes_on(destination, &ram, &said);
-        Ok(())
+        goes_on(destination, &ram, &said)
     }
 }
 
 /// The judge of a destination: its RAM is the source's to the byte, and its guest goes on with the number that comes next.
-pub fn goes_on(mut destination: Machine, ram: &File, said: &[u8]) {
+pub fn goes_on(mut destination: Machine, ram: &File, said: &[u8]) -> Result<(), Unsaid> {
     let numbers = destination.setup.guest.numbers();
     let left = numbers.count(said).unwrap_or_else(|error| panic!("at the source: {error}"));
     assert!(left > 0, "the guest had counted");
     let before = PathBuf::from(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(ram)));
-    demand_same("the RAM of source and destination", &before, &destination.ram_path());
+    same("the RAM of source and destination", &before, &destination.ram_path())?;
     assert_eq!(destination.serial.bytes(), 0, "a guest that is paused prints nothing");
     destination.qmp.run("cont", json!({}));
     // Often enough for every page that the guest looks at to have its turn.
@@ -166,17 +209,30 @@ pub fn goes_on(mut destination: Machine, ram: &File, said: &[u8]) {
     let whole = [said, &after].concat();
     let went = numbers.count(&whole).unwrap_or_else(|error| panic!("after it has moved, from {left} on: {error}"));
     assert!(went > left, "it stopped at {left} and has come to {went}");
+    Ok(())
+}
+
+/// Panics if the two differ; but for a few pages, which are [`Unsaid::Lost`].
+fn same(what: &str, left: &Path, right: &Path) -> Result<(), Unsaid> {
+    let differing = differing_pages(left, right);
+    if differing.is_empty() {
+        return Ok(());
+    }
+    if differing.len() > LOST_PAGES_MAX {
+        demand_same(what, left, right);
+    }
+    let places: Vec<_> = differing.iter().map(|page| format!("{:#x}", page * 4096)).collect();
+    Err(Unsaid::Lost(format!("{what} differs in the pages at {places:?}")))
 }
 
 /// The judge of a store: the source's RAM to the byte, holes where there is nothing, a manifest that fits.
-pub fn holds(store: &str, ended: &Ended, source: &Machine) {
+pub fn holds(store: &str, ended: &Ended, source: &Machine) -> Result<(), Unsaid> {
     ended.expect(0, "completed");
     let store = Path::new(store);
     let manifest = manifest(store);
     let block = block_of_ram(&manifest);
     assert_eq!(block["bytes"], source.setup.ram_mib << 20, "{manifest}");
     let file = store.join(block["file"].as_str().unwrap_or_else(|| panic!("a block without a file: {block}")));
-    demand_same("the RAM of source and store", &source.ram_path(), &file);
     let (spent, allowed) = (bytes_on_disk(&file), pages_in_use(&file) * 4096 + EXTENT_MAP_SLACK);
     assert!(spent <= allowed, "{spent} bytes on disk where {allowed} are enough: holes were filled");
 
@@ -191,6 +247,8 @@ pub fn holds(store: &str, ended: &Ended, source: &Machine) {
     let tail = std::fs::read(store.join("device.state")).unwrap();
     assert_eq!(tail.first(), Some(&4), "a tail begins with the section of a device");
     assert_eq!(tail.last(), Some(&b'}'), "and ends with their description");
+    // Last: all else must hold of a store to which a page was lost.
+    same("the RAM of source and store", &source.ram_path(), &file)
 }
 
 pub fn manifest(store: &Path) -> Value {

@@ -43,7 +43,7 @@ pub fn demand_same(what: &str, left: &Path, right: &Path) {
 }
 
 /// Which pages differ, of two files that may differ in length.
-fn differing_pages(left: &Path, right: &Path) -> Vec<u64> {
+pub fn differing_pages(left: &Path, right: &Path) -> Vec<u64> {
     let open = |path: &Path| File::open(path).expect("the file is there");
     let (left, right) = (open(left), open(right));
     let bytes = [&left, &right].map(|file| file.metadata().expect("an open file has metadata").len());

@@ -34,6 +34,7 @@ fn case(number: u64) -> Option<Case> {
     let zero_copy = digits.pick(&[false, true]);
     let send_channels = digits.pick(&[None, Some(1), Some(0), Some(8)]);
     let send_compression = digits.pick(&[None, Some("none"), Some("zlib"), Some("zstd")]);
+    let paused = digits.pick(&[false, true]);
     if digits.0 > 0 {
         return None;
     }
@@ -49,11 +50,11 @@ fn case(number: u64) -> Option<Case> {
     let sent = send_channels.unwrap_or(channels) == 0 && send_compression.unwrap_or(compression) != "none";
     let other = way == Way::Relayed && (send_channels.is_some() || send_compression.is_some());
     let impossible = old || alone || excluded || sent || other;
-    (!impossible).then_some(Case { setup, wire, way, send_channels, send_compression })
+    (!impossible).then_some(Case { setup, wire, way, send_channels, send_compression, paused })
 }
 
 /// How many numbers there are, those of no case included.
-const NUMBERS: u64 = 2 * 5 * 4 * 3 * 4 * 3 * 2 * 2 * 2 * 4 * 4;
+const NUMBERS: u64 = 2 * 5 * 4 * 3 * 4 * 3 * 2 * 2 * 2 * 4 * 4 * 2;
 
 fn setting(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;
@@ -81,7 +82,7 @@ fn cases_drawn_from_all_combinations() {
     for number in numbers {
         let mut case = case(number).unwrap_or_else(|| panic!("{number} is no case"));
         if rehearsal {
-            case = Case::new(case.setup, case.wire, Way::Forwarded);
+            case = Case { paused: case.paused, ..Case::new(case.setup, case.wire, Way::Forwarded) };
         }
         let begun = Instant::now();
         let outcome = catch_unwind(AssertUnwindSafe(|| case.run()));

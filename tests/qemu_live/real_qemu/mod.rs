@@ -1,6 +1,6 @@
 //! All that starts a QEMU: `tests/run` has a stage for it.
 
-use crate::case::Case;
+use crate::case::{Case, Unsaid};
 use crate::guest::{COUNTER, Guest};
 use crate::machine::{RICH, Setup, Version};
 use crate::{program, support};
@@ -26,6 +26,15 @@ fn run(test: &str, body: impl FnOnce() -> Result<(), String>) {
 /// Runs a case that needs the program.
 fn run_case(test: &str, case: &Case) {
     run(test, || speaks_qemu().and_then(|()| case.run()));
+}
+
+/// Of one run that is not repeated, a page that was lost is a failure; the guest of these tests has one CPU.
+fn judged(outcome: Result<(), Unsaid>) -> Result<(), String> {
+    match outcome {
+        Err(Unsaid::Lost(what)) => panic!("{what}"),
+        Err(Unsaid::Lacking(why)) => Err(why),
+        Ok(()) => Ok(()),
+    }
 }
 
 /// Whether the program has the commands at all.

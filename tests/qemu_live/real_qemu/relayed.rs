@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::{LINUX, Q35_7, Q35_10, run, run_case, speaks_qemu};
+use super::{LINUX, Q35_7, Q35_10, judged, run, run_case, speaks_qemu};
 use crate::case::{Case, Way, goes_on};
 use crate::files::pages_in_use;
 use crate::forwarder::Forwarder;
@@ -77,8 +77,7 @@ fn pages_are_there_in_the_first_round(through: impl FnOnce(&str) -> String) -> R
     assert_eq!(source.qmp.wait_for_migration(&["completed", "failed"]), "completed", "{}", source.query());
     assert_eq!(destination.qmp.wait_for_migration(&["completed", "failed"]), "completed", "{}", destination.errors());
     let (ram, said) = source.quit();
-    goes_on(destination, &ram, &said);
-    Ok(())
+    judged(goes_on(destination, &ram, &said))
 }
 
 #[test]

@@ -14,6 +14,12 @@ fn a_guest_of_qemu_10_0_is_stored_and_goes_on() {
 }
 
 #[test]
+fn linux_that_stands_still_is_stored_to_the_byte() {
+    let case = Case { paused: true, ..stored(LINUX, PLAIN) };
+    run_case("linux_that_stands_still_is_stored_to_the_byte", &case);
+}
+
+#[test]
 fn a_guest_of_qemu_7_2_is_stored_and_goes_on() {
     run_case("a_guest_of_qemu_7_2_is_stored_and_goes_on", &stored(Q35_7, Wire { channels: 3, ..PLAIN }));
 }

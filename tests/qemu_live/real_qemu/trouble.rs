@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::{Q35_10, run, speaks_qemu};
+use super::{Q35_10, judged, run, speaks_qemu};
 use crate::case::{goes_on, holds};
 use crate::machine::{Lacking, Machine, PLAIN, RICH, Scratch, Setup, Wire};
 use crate::program::{self, Program};
@@ -153,7 +153,7 @@ fn strangers_at_the_door_cost_nobody_else_anything() {
         let meanwhile = strangers(&address);
         source.qmp.run("migrate-set-parameters", json!({ "max-bandwidth": PLAIN.bandwidth }));
         assert_eq!(source.qmp.wait_for_migration(&["completed", "failed"]), "completed", "{}", source.query());
-        holds(&store, &receive.end(), &source);
+        judged(holds(&store, &receive.end(), &source))?;
         drop((before, meanwhile));
         Ok(())
     });
@@ -166,7 +166,7 @@ fn store(setup: Setup, folder: &Scratch) -> Result<(Machine, String), Lacking> {
     let (receive, address) = receive(&store);
     source.migrate_to(&address);
     source.qmp.wait_for_migration(&["completed", "failed"]);
-    holds(&store, &receive.end(), &source);
+    judged(holds(&store, &receive.end(), &source))?;
     Ok((source, store))
 }
 
@@ -189,8 +189,7 @@ fn a_destination_that_dies_while_it_takes_a_store_is_a_failure_and_the_store_is_
         let address = destination.listen(&PLAIN, "tcp:127.0.0.1:0")?;
         program::run(&["qemu", "send", "--to", &address, "--in", &store]).expect(0, "completed");
         let (ram, said) = source.quit();
-        goes_on(destination, &ram, &said);
-        Ok(())
+        judged(goes_on(destination, &ram, &said))
     });
 }
 
