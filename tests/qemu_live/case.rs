@@ -60,7 +60,7 @@ impl From<Lacking> for Unsaid {
 }
 
 /// Between two QEMUs, with nobody of ours in between, up to four pages of a guest that ran arrived older than they were:
-/// in 3 of 44 migrations of Linux with two CPUs from 7.2 to 7.2 with zlib over three channels, in none of 12 without
+/// in 4 of some 40 migrations of Linux with two CPUs from 7.2 to 7.2 with zlib over three channels, in none of 12 without
 /// compression. So few pages are taken for QEMU's own loss, and the case runs again.
 const LOST_PAGES_MAX: usize = 16;
 
