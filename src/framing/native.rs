@@ -1,7 +1,10 @@
 #![forbid(unsafe_code)]
 //! This library's own wire, version 1: a hello on each connection, control frames, packets.
 
+use super::write::{NativeWriter, PacketWriter};
 use super::{Dialogue, Framing, Garbled, Heard};
+use crate::memory::Ram;
+use crate::units::ChannelId;
 use crate::wire::control::{Frame, FrameDecoder, FrameEncoder, SourceFrame, TargetFrame};
 use crate::wire::hello::{HELLO_BYTES, HELLO_MAGIC, Hello};
 
@@ -40,6 +43,10 @@ impl Framing for Native {
 
     fn at_source(&self) -> Box<dyn Dialogue<SourceFrame, TargetFrame>> {
         Box::new(NativeDialogue::new())
+    }
+
+    fn packets(&self, _: &Ram, _: ChannelId) -> Result<Box<dyn PacketWriter>, Garbled> {
+        Ok(Box::new(NativeWriter::default()))
     }
 
     fn at_target(&self) -> Box<dyn Dialogue<TargetFrame, SourceFrame>> {

@@ -224,6 +224,16 @@ impl Driver<'_> {
 
     /// Tells the session what happened, and does what it says. `Err` when it has ended.
     pub fn event(&mut self, event: SourceEvent) -> Result<(), Over> {
+        let event = match event {
+            // Nobody knows what of it has landed.
+            SourceEvent::ChannelFailed { channel, generation, reason } if !self.settings.framing.mends() => {
+                if self.session.is_committed() {
+                    return Ok(());
+                }
+                SourceEvent::Failed(Failure::Channel { channel, generation, reason })
+            }
+            event => event,
+        };
         for action in self.session.on(event) {
             self.act(action)?;
         }
@@ -308,7 +318,7 @@ impl Driver<'_> {
         self.send_state()?;
         self.heartbeat()?;
         let mut readable = Vec::new();
-        if wait {
+        if wait && !self.control.as_ref().is_some_and(Control::has_news) {
             let channels_wake_at = self.channels_wake_at();
             let mut watched = Vec::new();
             let set = self.bell.sleeper().set();

@@ -418,6 +418,10 @@ impl SourceBuilder {
         if channels == 0 || channels > CHANNELS_MAX {
             return Err(Failure::Config(format!("{channels} channels are not possible; 1 to {CHANNELS_MAX} are")));
         }
+        if !self.settings.framing.mends() && self.settings.verify != Verify::Off {
+            let what = "this framing carries no digests that could be compared; use Verify::Off";
+            return Err(Failure::Config(what.to_owned()));
+        }
         if let Some(tls) = &self.settings.tls {
             if self.settings.zero_copy == ZeroCopy::On {
                 return Err(Failure::Config(format!("no zero copy: {}; use auto or off", WhyCopied::Encrypted)));

@@ -74,6 +74,16 @@ impl Driver<'_> {
         }
     }
 
+    /// Says on the control connection that pages of another round follow, where the wire has a word for it.
+    pub fn say_that_a_round_begins(&mut self) -> Result<(), Over> {
+        let round = self.session.round();
+        // What the socket refuses is found again, by `receive`.
+        match self.control.as_mut().map(|control| control.round_begins(round)) {
+            Some(Err(e)) => e.own_mistake().map_or(Ok(()), |why| self.fail(why)),
+            _ => Ok(()),
+        }
+    }
+
     /// Listens for the target's Hello, which comes before its first frame.
     pub fn hear_hello(&mut self) -> Result<(), Over> {
         let Some(control) = &mut self.control else { return Ok(()) };
