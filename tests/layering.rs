@@ -25,6 +25,7 @@ const LAYERS: &[(u8, &[&str])] = &[
     (1, &["barrier", "journal", "memory", "qemu/mod", "qemu/wire"]),
     (1, &["dirty/mod", "dirty/bitmap"]),
     (2, &["dirty/write_protect", "dirty/combined", "dirty/kvm", "dirty/vm_memory", "session", "poll", "framing"]),
+    (3, &["qemu/framing", "qemu/seen", "qemu/source", "qemu/target"]),
     (3, &["crew", "cancel"]),
     (3, &["net", "config"]),
     (4, &["scanner", "channel"]),

@@ -1,5 +1,11 @@
-//! QEMU's live migration, spoken by this library: so far its [`wire`].
+//! QEMU's live migration, spoken by this library: its [`wire`], and [`Qemu`], which lets a
+//! [`Source`](crate::Source) or a [`Target`](crate::Target) speak it.
 
 #![forbid(unsafe_code)]
 
+mod framing;
+mod seen;
 pub mod wire;
+
+pub use framing::Qemu;
+pub use seen::{Counts, Facts, Seen};

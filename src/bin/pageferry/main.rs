@@ -13,6 +13,8 @@ mod limits;
 mod mended;
 mod output;
 mod progress;
+#[cfg(feature = "qemu")]
+mod qemu;
 mod receive;
 mod report;
 mod send;
@@ -51,6 +53,8 @@ enum Command {
     Send(send::Args),
     Receive(receive::Args),
     Settle(settle::Args),
+    #[cfg(feature = "qemu")]
+    Qemu(qemu::Args),
     #[command(hide = true)]
     DemoTarget(demo_target::Args),
 }
@@ -61,6 +65,8 @@ fn main() -> ExitCode {
         Command::Send(args) => send::run(&args),
         Command::Receive(args) => receive::run(&args),
         Command::Settle(args) => settle::run(&args),
+        #[cfg(feature = "qemu")]
+        Command::Qemu(args) => qemu::run(&args),
         Command::DemoTarget(args) => demo_target::run(&args),
     }
 }

@@ -1,0 +1,104 @@
+//! What was seen of a migration that QEMU sent: for whoever stores it.
+
+#![forbid(unsafe_code)]
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::wire::{Barrier, Block, Compression, Dialect, Name};
+use crate::sync::AtomicU64;
+use crate::sync::Ordering::Relaxed;
+
+/// What was seen, and still is: it may be asked at any time, from any thread.
+///
+/// ```
+/// assert_eq!(pageferry::qemu::Seen::default().facts().machine, None);
+/// ```
+#[derive(Clone, Default, Debug)]
+pub struct Seen(Arc<Inner>);
+
+#[derive(Default, Debug)]
+struct Inner {
+    facts: Mutex<Facts>,
+    main_bytes: AtomicU64,
+    channel_bytes: AtomicU64,
+    normal_pages: AtomicU64,
+    zero_pages: AtomicU64,
+    sync_packets: AtomicU64,
+    barriers: AtomicU64,
+}
+
+/// What is said once.
+#[derive(Clone, Default, Debug)]
+pub struct Facts {
+    /// The machine type.
+    pub machine: Option<Name>,
+    /// The configuration as it came: from its type byte, 07, to the last byte of its last subsection.
+    pub configuration: Vec<u8>,
+    /// The RAM blocks.
+    pub blocks: Vec<Block>,
+    /// The number of the section of RAM.
+    pub section: u32,
+    /// Where the barriers are.
+    pub barrier: Option<Barrier>,
+    /// How the packets are laid out; `None` without channels.
+    pub dialect: Option<Dialect>,
+    /// How pages were compressed, by the last packet that had any; `None` while none was.
+    pub compression: Option<Compression>,
+    /// Whether the source waits for an answer at the end.
+    pub return_path: bool,
+}
+
+/// What was counted.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Counts {
+    /// Bytes of the main connection.
+    pub main_bytes: u64,
+    /// Bytes of all channels, their first packets included.
+    pub channel_bytes: u64,
+    /// Pages whose bytes came, on the channels or on the main connection.
+    pub normal_pages: u64,
+    /// Pages of zeros that were named.
+    pub zero_pages: u64,
+    /// SYNC packets, of all channels together.
+    pub sync_packets: u64,
+    /// Barriers: in as many rounds.
+    pub barriers: u64,
+}
+
+impl Seen {
+    /// What has been said so far.
+    pub fn facts(&self) -> Facts {
+        self.0.facts.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// What has been counted so far.
+    pub fn counts(&self) -> Counts {
+        let of = |count: &AtomicU64| count.load(Relaxed);
+        Counts {
+            main_bytes: of(&self.0.main_bytes),
+            channel_bytes: of(&self.0.channel_bytes),
+            normal_pages: of(&self.0.normal_pages),
+            zero_pages: of(&self.0.zero_pages),
+            sync_packets: of(&self.0.sync_packets),
+            barriers: of(&self.0.barriers),
+        }
+    }
+
+    pub(super) fn learn(&self, change: impl FnOnce(&mut Facts)) {
+        change(&mut self.0.facts.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    pub(super) fn count(&self, more: &Counts) {
+        let add = |count: &AtomicU64, more: u64| {
+            if more > 0 {
+                count.fetch_add(more, Relaxed);
+            }
+        };
+        add(&self.0.main_bytes, more.main_bytes);
+        add(&self.0.channel_bytes, more.channel_bytes);
+        add(&self.0.normal_pages, more.normal_pages);
+        add(&self.0.zero_pages, more.zero_pages);
+        add(&self.0.sync_packets, more.sync_packets);
+        add(&self.0.barriers, more.barriers);
+    }
+}
