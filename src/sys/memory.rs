@@ -66,7 +66,7 @@ pub(crate) unsafe fn is_in_core(page: *mut u8) -> bool {
 }
 
 /// lseek(2) with SEEK_DATA: where the next data at or after `offset` begins, `None` if there is none.
-pub(crate) fn seek_data(fd: BorrowedFd<'_>, offset: u64) -> io::Result<Option<u64>> {
+pub fn seek_data(fd: BorrowedFd<'_>, offset: u64) -> io::Result<Option<u64>> {
     let offset = as_off(offset)?;
     // SAFETY: no pointers.
     match cvt_retry(|| unsafe { libc::lseek(fd.as_raw_fd(), offset, libc::SEEK_DATA) }) {
@@ -78,7 +78,7 @@ pub(crate) fn seek_data(fd: BorrowedFd<'_>, offset: u64) -> io::Result<Option<u6
 }
 
 /// lseek(2) with SEEK_HOLE: where the next hole at or after `offset` begins. The end of the file counts as one.
-pub(crate) fn seek_hole(fd: BorrowedFd<'_>, offset: u64) -> io::Result<u64> {
+pub fn seek_hole(fd: BorrowedFd<'_>, offset: u64) -> io::Result<u64> {
     let offset = as_off(offset)?;
     // SAFETY: no pointers.
     cvt_retry(|| unsafe { libc::lseek(fd.as_raw_fd(), offset, libc::SEEK_HOLE) })

@@ -9,6 +9,8 @@ pub mod kvm;
 pub mod memory;
 pub mod pagemap;
 pub mod random;
+#[cfg(feature = "cli")]
+pub mod rename;
 pub mod socket;
 pub mod thread;
 pub mod userfaultfd;

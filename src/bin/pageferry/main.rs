@@ -21,6 +21,7 @@ mod send;
 mod settle;
 mod sizes;
 mod state;
+mod store;
 mod tls;
 mod writers;
 mod zero_copy;

@@ -1,0 +1,141 @@
+//! `pf-page-hash-v1`: the digest of a file's content, against damage. It is no cryptographic hash, and whoever can write
+//! to the store can write a digest that fits.
+//!
+//! It is what `verify = full` computes of a RAM block, with session and block 0: a sum over all pages of 4096 bytes of a
+//! mix of the page's hash and its number, so that pages may be taken in any order, by several threads, and holes need
+//! not be read. A last page that is not whole is filled up with zeros; the length is no part of it. Its 16 hexadecimal
+//! digits are the same on every machine, for ever: a test keeps them.
+//!
+//! Files are read, not mapped: a disk that fails is an error then and no signal, and holes on tmpfs stay holes.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::thread;
+
+use pageferry::digest::FullDigest;
+use pageferry::memory::hash::{PageHash, ZERO_HASH};
+use pageferry::sys::memory::{seek_data, seek_hole};
+use pageferry::sys::thread::with_signals_blocked;
+use pageferry::units::{BlockId, SessionId};
+
+use super::PAGE_BYTES;
+
+/// What the manifest calls it.
+pub const NAME: &str = "pf-page-hash-v1";
+
+/// Read at once: it stays in the second-level cache until it is hashed.
+const BUFFER_BYTES: usize = 256 << 10;
+
+/// What a thread takes before it looks for more.
+const PART_BYTES: u64 = 16 << 20;
+
+/// More would wait for memory.
+const THREADS_MAX: usize = 8;
+
+/// The digest of the first `bytes` bytes of a file, which nobody may write meanwhile.
+pub fn of_file(file: &File, bytes: u64) -> io::Result<String> {
+    let parts = bytes.div_ceil(PART_BYTES);
+    let cpus = thread::available_parallelism().map_or(1, |cpus| cpus.get()).min(THREADS_MAX) as u64;
+    let of = cpus.min(parts).max(1);
+    let work = |worker: u64| -> io::Result<FullDigest> {
+        let mut digest = empty();
+        let mut buffer = vec![0; BUFFER_BYTES];
+        let mut data = 0..0;
+        for part in (worker..parts).step_by(of as usize) {
+            let from = part * PART_BYTES;
+            take_in(&mut digest, file, from, bytes.min(from + PART_BYTES), &mut data, &mut buffer)?;
+        }
+        Ok(digest)
+    };
+    let sum = thread::scope(|scope| {
+        let others: Vec<_> = (1..of)
+            .map(|worker| {
+                let named = thread::Builder::new().name(format!("pf-digest-{worker}"));
+                (worker, with_signals_blocked(|| named.spawn_scoped(scope, move || work(worker))))
+            })
+            .collect();
+        let mut sum = work(0)?;
+        for (worker, other) in others {
+            // What a thread that could not be had was to do, this one does.
+            sum.merge(match other.map(|thread| thread.join()) {
+                Ok(Ok(digest)) => digest?,
+                Ok(Err(_)) | Err(_) => work(worker)?,
+            });
+        }
+        io::Result::Ok(sum)
+    })?;
+    Ok(text(sum))
+}
+
+/// The digest of bytes in memory: that of a file that holds them.
+pub fn of_bytes(bytes: &[u8]) -> String {
+    let mut digest = empty();
+    hash_pages(&mut digest, 0, bytes);
+    text(digest)
+}
+
+fn empty() -> FullDigest {
+    FullDigest::new(SessionId([0; 16]), BlockId(0))
+}
+
+fn text(digest: FullDigest) -> String {
+    format!("{:016x}", digest.value())
+}
+
+/// Takes in the pages from byte `from` to byte `to`; `from` is a multiple of the page. `data` is the stretch of data
+/// met last: the kernel finds the end of one page by page, and it may be as long as the file.
+fn take_in(
+    digest: &mut FullDigest,
+    file: &File,
+    from: u64,
+    to: u64,
+    data: &mut std::ops::Range<u64>,
+    buffer: &mut [u8],
+) -> io::Result<()> {
+    let mut at = from;
+    while at < to {
+        if !data.contains(&at) {
+            let Some(start) = seek_data(file.as_fd(), at)? else {
+                hash_zeros(digest, at, to);
+                return Ok(());
+            };
+            // From whole page to whole page, whatever the file system's blocks are.
+            let end = seek_hole(file.as_fd(), start)?.max(start + 1).next_multiple_of(PAGE_BYTES);
+            *data = start - start % PAGE_BYTES..end;
+        }
+        if data.start > at {
+            let next = data.start.min(to);
+            hash_zeros(digest, at, next);
+            at = next;
+            continue;
+        }
+        let length = (data.end.min(to) - at).min(buffer.len() as u64) as usize;
+        file.read_exact_at(&mut buffer[..length], at)?;
+        hash_pages(digest, at, &buffer[..length]);
+        at += length as u64;
+    }
+    Ok(())
+}
+
+/// Takes in the bytes of a file from byte `at`, a multiple of the page, on.
+fn hash_pages(digest: &mut FullDigest, at: u64, bytes: &[u8]) {
+    let hash = PageHash::detect();
+    let pages = bytes.chunks_exact(PAGE_BYTES as usize);
+    let rest = pages.remainder();
+    let mut number = at / PAGE_BYTES;
+    for page in pages {
+        digest.page(number, hash.hash_bytes(page));
+        number += 1;
+    }
+    if !rest.is_empty() {
+        let mut page = [0; PAGE_BYTES as usize];
+        page[..rest.len()].copy_from_slice(rest);
+        digest.page(number, hash.hash_bytes(&page));
+    }
+}
+
+fn hash_zeros(digest: &mut FullDigest, from: u64, to: u64) {
+    (from / PAGE_BYTES..to.div_ceil(PAGE_BYTES)).for_each(|page| digest.page(page, ZERO_HASH));
+}
