@@ -241,7 +241,8 @@ impl SendRole {
             Item::RoundEnd(round) => {
                 self.round = Round(round.0 + 1);
                 self.ended = Some(round);
-                if !self.by_reference.is_outstanding() {
+                // Where nothing is mended, the control connection waits for this before it lets the target go on.
+                if !self.by_reference.is_outstanding() || self.journal.is_none() {
                     self.settle_round()?;
                 }
             }

@@ -12,7 +12,7 @@ mod write;
 
 use std::fmt;
 
-use crate::memory::Ram;
+use crate::memory::{Ram, RamBlock};
 use crate::wire::WireError;
 use crate::wire::control::{SourceFrame, TargetFrame};
 use crate::wire::hello::Hello;
@@ -50,6 +50,13 @@ pub trait Framing: fmt::Debug + Send + Sync {
     /// Whether the target says what has landed, and answers Pings: then digests can be compared, and a channel may be
     /// lost, and a session resumed.
     fn mends(&self) -> bool;
+
+    /// Whether pages of this block that nobody has ever touched need not travel: the target's are zero before anything
+    /// comes.
+    fn skips_untouched(&self, block: &RamBlock) -> bool {
+        let _ = block;
+        true
+    }
 
     /// The control connection at a source.
     fn at_source(&self) -> Box<dyn Dialogue<SourceFrame, TargetFrame>>;

@@ -200,7 +200,7 @@ impl Driver<'_> {
     }
 
     fn push_round(&mut self, which: Which, batch_bytes: u64) -> Result<(), Over> {
-        self.say_that_a_round_begins()?;
+        self.round_begins()?;
         let ram = self.ram.clone();
         let mut batch = Vec::with_capacity(PUSH_RUNS_MAX);
         let (mut harvest_time, pushed_before) = (Duration::ZERO, self.pushed_bytes);

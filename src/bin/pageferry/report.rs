@@ -12,6 +12,8 @@ use crate::encrypted::Encrypted;
 use crate::limits::Convergence;
 use crate::mended::Mended;
 use crate::sizes::{Cpus, human, ms};
+#[cfg(feature = "qemu")]
+use crate::store::Counters;
 use crate::zero_copy::ByReference;
 
 /// How it ended.
@@ -106,6 +108,10 @@ pub struct Report {
     /// A file that was written.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub file: Option<String>,
+    /// What travelled, counted as QEMU does, where it was QEMU's wire.
+    #[cfg(feature = "qemu")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub counters: Option<Counters>,
 }
 
 /// What only `demo` has to say.
@@ -209,6 +215,8 @@ impl Report {
             convergence: None,
             demo: None,
             file: None,
+            #[cfg(feature = "qemu")]
+            counters: None,
         }
     }
 
