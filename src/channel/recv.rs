@@ -9,6 +9,8 @@ use crate::channel::{ChannelError, ShutDown};
 use crate::crew::{Cx, Interrupt, Role};
 use crate::digest::DigestTable;
 use crate::dirty::bitmap::DirtyBitmap;
+use crate::framing::Garbled;
+use crate::framing::read::{Mark, Packet, PacketReader, Payload};
 use crate::memory::look::Look;
 use crate::memory::prefault::Prefault;
 use crate::memory::scatter::{Scatter, write_zeros};
@@ -16,24 +18,22 @@ use crate::memory::{Ram, RamBlock};
 use crate::poll::PollSleeper;
 use crate::progress::{ChannelCells, Progress, add};
 use crate::net::Stream;
-use crate::units::{BlockId, ChannelId, Epoch, Round, Run};
-use crate::wire::packet::{
-    PACKET_HEADER_BYTES, PacketHeader, PacketKind, RUN_ENTRY_BYTES, RUNS_PER_PACKET_MAX, RunEntry, RunKind, check_crc,
-    entries, validate_table,
-};
+use crate::units::{BlockId, ChannelId, Round, Run};
+use crate::wire::packet::{RUN_ENTRY_BYTES, RUNS_PER_PACKET_MAX, RunEntry, RunKind};
 
 /// What a lane is given. Everything it needs is allocated before it starts.
 #[derive(Debug)]
 pub struct RecvRole {
     gear: RecvGear,
     peers: Vec<Ringer<Park>>,
-    scatter: Scatter<PACKET_HEADER_BYTES>,
+    scatter: Scatter,
     prefault: Prefault,
+    head: Box<[u8]>,
     table: Vec<u8>,
     runs: Vec<RunEntry>,
-    round: Round,
-    epoch: Epoch,
-    sequence: u64,
+    /// Compressed pages as they came, and what they are. Empty until some come.
+    packed: Vec<u8>,
+    unpacked: Vec<u8>,
 }
 
 /// What [`RecvRole::new`] takes.
@@ -59,9 +59,8 @@ pub struct RecvGear {
     pub controller: Ringer<PollSleeper>,
     /// Counters.
     pub progress: Progress,
-    /// Whether the channel was connected before. Then its first marks say how far it counts as having come: it carries
-    /// nothing of before.
-    pub joins_late: bool,
+    /// What the connection's bytes mean.
+    pub reader: Box<dyn PacketReader>,
 }
 
 impl RecvRole {
@@ -69,111 +68,115 @@ impl RecvRole {
     pub fn new(mut gear: RecvGear, peers: Vec<Ringer<Park>>) -> RecvRole {
         gear.stream.make_room_for_pages();
         RecvRole {
-            scatter: Scatter::new(gear.ram.clone()),
+            scatter: Scatter::new(gear.ram.clone(), gear.reader.header_bytes()),
             prefault: Prefault::new(&gear.ram),
+            head: vec![0; gear.reader.header_bytes()].into_boxed_slice(),
             gear,
             peers,
             table: vec![0; RUNS_PER_PACKET_MAX * RUN_ENTRY_BYTES],
             runs: Vec::with_capacity(RUNS_PER_PACKET_MAX),
-            round: Round(0),
-            epoch: Epoch(0),
-            sequence: 0,
+            packed: Vec::new(),
+            unpacked: Vec::new(),
         }
     }
 
     fn work(&mut self, cx: &mut Cx) -> Result<(), ChannelError> {
-        let mut head = self.read_header()?;
-        loop {
+        let mut has_header = self.read_header()?;
+        while has_header {
             // An abort shuts the socket down, but what had come by then can still be read: megabytes of packets.
             if cx.aborted() {
                 return Err(ChannelError::Aborted);
             }
-            let header = PacketHeader::decode(&head)?;
-            let table_bytes = header.table_bytes();
+            let table_bytes = self.gear.reader.table_bytes(&self.head).map_err(garbled)?;
             self.fill_table(table_bytes)?;
-            check_crc(&head, &self.table[..table_bytes])?;
-            self.in_order(&header)?;
-            self.sequence += 1;
+            self.runs.clear();
+            let packet = self.gear.reader.packet(&self.head, &self.table[..table_bytes], &mut self.runs);
+            let packet = packet.map_err(garbled)?;
             add(&self.cells().packets, 1);
-            head = match header.kind {
-                PacketKind::Pages => self.pages(&header, cx)?,
-                PacketKind::Flush => {
-                    self.gear.barrier.flush(self.gear.channel.0.into(), header.epoch);
-                    self.epoch = Epoch(header.epoch.0.saturating_add(1));
-                    self.round = header.round;
-                    self.ring_controller();
-                    self.read_header()?
-                }
-                PacketKind::RoundEnd => {
-                    self.meet(header.round, cx)?;
-                    self.round = Round(header.round.0 + 1);
-                    self.epoch = header.epoch;
-                    self.read_header()?
-                }
-                PacketKind::Bye => return Ok(()),
-            };
-        }
-    }
-
-    /// The packet must be the next one of this connection, of the round and epoch that the marks so far have led to.
-    fn in_order(&self, header: &PacketHeader) -> Result<(), ChannelError> {
-        let is = (header.sequence, header.round, header.epoch);
-        let expected = (self.sequence, self.round, self.epoch);
-        let bye = header.kind == PacketKind::Bye;
-        if is == expected || (bye && header.sequence == self.sequence) || self.catches_up(header) {
-            return Ok(());
-        }
-        Err(ChannelError::Order(format!(
-            "a {} packet has sequence, round and epoch {}, {}, {} where {}, {}, {} were expected",
-            header.kind, is.0, is.1, is.2, expected.0, expected.1, expected.2
-        )))
-    }
-
-    /// Whether this is the mark with which a channel begins that was connected before: it counts as having passed that
-    /// round, or epoch, and goes on from there.
-    fn catches_up(&self, header: &PacketHeader) -> bool {
-        let is_mark = matches!(header.kind, PacketKind::RoundEnd | PacketKind::Flush);
-        self.gear.joins_late && is_mark && (self.sequence, header.sequence) == (0, 0)
-    }
-
-    /// Lands a packet of pages; gives the header behind it.
-    fn pages(&mut self, header: &PacketHeader, cx: &Cx) -> Result<[u8; PACKET_HEADER_BYTES], ChannelError> {
-        let ram = self.gear.ram.clone();
-        let block = ram
-            .block(header.block)
-            .ok_or_else(|| ChannelError::Order(format!("a packet names block {}, which does not exist", header.block)))?;
-        let table = &self.table[..header.table_bytes()];
-        let sum = validate_table(header, table, block.page_size(), block.pages())?;
-        self.runs.clear();
-        self.scatter.clear();
-        for entry in entries(table) {
-            let entry = entry?;
-            self.gear.named.mark_range(header.block, entry.first, entry.pages.into());
-            if entry.kind == RunKind::Data {
-                // Before the first byte: a page that is torn when its channel dies is no longer known to be zero.
-                self.gear.landed.mark_range(header.block, entry.first, entry.pages.into());
-                let run = Run { block: header.block, first: entry.first, pages: entry.pages };
-                if !self.scatter.push(&run) {
-                    return Err(ChannelError::Order("a packet has more data runs than one call can take".to_owned()));
-                }
+            if packet.payload != Payload::None {
+                self.pages(&packet, cx)?;
             }
-            self.runs.push(entry);
+            match packet.mark {
+                // The header behind the pages has come with them.
+                None => continue,
+                Some(Mark::Flush(epoch)) => {
+                    self.gear.barrier.flush(self.gear.channel.0.into(), epoch);
+                    self.ring_controller();
+                }
+                Some(Mark::RoundEnd(round)) => self.meet(round, cx)?,
+                Some(Mark::Bye) => return Ok(()),
+            }
+            has_header = self.read_header()?;
         }
-        self.zeros(header.block, block, cx)?;
-        let prefaulted = self.prefault.before(header.block, block, &self.scatter);
+        Ok(())
+    }
+
+    /// Lands a packet of pages, and receives the header behind it. Behind a mark none is waited for: the source may wait
+    /// for the mark to be taken note of.
+    fn pages(&mut self, packet: &Packet, cx: &Cx) -> Result<(), ChannelError> {
+        let ram = self.gear.ram.clone();
+        let block = ram.block(packet.block).ok_or(ChannelError::Internal("a packet of no block"))?;
+        self.scatter.clear();
+        let mut zero_pages = 0;
+        for entry in &self.runs {
+            self.gear.named.mark_range(packet.block, entry.first, entry.pages.into());
+            if entry.kind == RunKind::Zero {
+                zero_pages += u64::from(entry.pages);
+                continue;
+            }
+            // Before the first byte: a page that is torn when its channel dies is no longer known to be zero.
+            self.gear.landed.mark_range(packet.block, entry.first, entry.pages.into());
+            let run = Run { block: packet.block, first: entry.first, pages: entry.pages };
+            if !self.scatter.push(&run) {
+                return Err(ChannelError::Order("a packet has more data runs than one call can take".to_owned()));
+            }
+        }
+        self.zeros(packet, block, cx)?;
+        let prefaulted = self.prefault.before(packet.block, block, &self.scatter);
         add(&self.cells().prefaulted_bytes, prefaulted.bytes);
         add(&self.cells().syscalls, prefaulted.calls);
-        self.scatter.expect_header();
-        self.land(header, block)?;
-        self.prefault.after(header.block);
-        add(&self.cells().payload_bytes, header.payload_bytes);
-        add(&self.cells().zero_bytes, sum.zero_pages * block.page_size().bytes());
-        Ok(*self.scatter.header())
+        let payload_bytes = self.scatter.payload_bytes() as u64;
+        match packet.payload {
+            Payload::None => {}
+            Payload::Plain(_) => {
+                if packet.mark.is_none() {
+                    self.scatter.expect_header();
+                }
+                self.land(packet, block)?;
+                let header = self.scatter.header();
+                self.head[..header.len()].copy_from_slice(header);
+            }
+            Payload::Packed(bytes) => {
+                self.unpack(bytes)?;
+                // A digest of it is not kept: nothing that is compressed comes with digests.
+                if packet.mark.is_none() && !self.read_header()? {
+                    return Err(ChannelError::Closed { expected: "a packet" });
+                }
+            }
+        }
+        self.prefault.after(packet.block);
+        add(&self.cells().payload_bytes, payload_bytes);
+        add(&self.cells().zero_bytes, zero_pages * block.page_size().bytes());
+        Ok(())
+    }
+
+    /// Receives compressed pages, and puts them where they belong.
+    fn unpack(&mut self, bytes: usize) -> Result<(), ChannelError> {
+        let (mut packed, mut unpacked) = (std::mem::take(&mut self.packed), std::mem::take(&mut self.unpacked));
+        packed.resize(bytes, 0);
+        unpacked.resize(self.scatter.payload_bytes(), 0);
+        self.read_exact(&mut packed, "the rest of a packet")?;
+        self.gear.reader.unpack(&packed, &mut unpacked).map_err(garbled)?;
+        let filled = self.scatter.fill(&unpacked);
+        (self.packed, self.unpacked) = (packed, unpacked);
+        // What recvmsg(2) says of memory that it may not write.
+        if filled < self.scatter.payload_bytes() { Err(receiving(unwritable())) } else { Ok(()) }
     }
 
     /// Makes the zero runs true. Memory in which nothing has landed reads as zeros since Setup.
-    fn zeros(&self, id: BlockId, block: &RamBlock, cx: &Cx) -> Result<(), ChannelError> {
-        let mut recorder = self.gear.digests.as_ref().map(|table| table.recorder(id, self.round));
+    fn zeros(&self, packet: &Packet, block: &RamBlock, cx: &Cx) -> Result<(), ChannelError> {
+        let id: BlockId = packet.block;
+        let mut recorder = self.gear.digests.as_ref().map(|table| table.recorder(id, packet.round));
         for run in self.runs.iter().filter(|run| run.kind == RunKind::Zero) {
             for page in run.first..run.first + u64::from(run.pages) {
                 // One entry of the table may stand for a whole block: no lane outlives its abort by that.
@@ -191,15 +194,15 @@ impl RecvRole {
         Ok(())
     }
 
-    /// Receives payload and next header; hashes pages as they become whole, while they are in cache.
-    fn land(&mut self, header: &PacketHeader, block: &RamBlock) -> Result<(), ChannelError> {
+    /// Receives the payload, and the next header if it is expected; hashes pages as they become whole, while they are in cache.
+    fn land(&mut self, packet: &Packet, block: &RamBlock) -> Result<(), ChannelError> {
         let page_bytes = block.page_size().bytes() as usize;
         let mut pages = self.runs.iter().filter(|run| run.kind == RunKind::Data).flat_map(|run| {
             let end = run.first + u64::from(run.pages);
             run.first..end
         });
         let digests = self.gear.digests.clone();
-        let mut recorder = digests.as_ref().map(|table| table.recorder(header.block, self.round));
+        let mut recorder = digests.as_ref().map(|table| table.recorder(packet.block, packet.round));
         let mut hashed = 0;
         while !self.scatter.is_complete() {
             let n = self.gear.stream.receive(&mut self.scatter).map_err(receiving)?;
@@ -216,6 +219,9 @@ impl RecvRole {
                 }
             }
             hashed = whole;
+            if !self.scatter.is_complete() && !self.scatter.header().is_empty() {
+                self.gear.reader.glance(self.scatter.header()).map_err(garbled)?;
+            }
         }
         Ok(())
     }
@@ -232,10 +238,27 @@ impl RecvRole {
         }
     }
 
-    fn read_header(&mut self) -> Result<[u8; PACKET_HEADER_BYTES], ChannelError> {
-        let mut head = [0; PACKET_HEADER_BYTES];
-        self.read_exact(&mut head, "a packet")?;
-        Ok(head)
+    /// Receives a header. False if the channel has ended instead, where it may.
+    fn read_header(&mut self) -> Result<bool, ChannelError> {
+        let mut head = std::mem::take(&mut self.head);
+        let mut got = 0;
+        while got < head.len() {
+            let n = self.gear.stream.recv(&mut head[got..]).map_err(receiving)?;
+            if n == 0 && got == 0 && self.gear.reader.may_end() {
+                return Ok(false);
+            }
+            if n == 0 {
+                return Err(ChannelError::Closed { expected: "a packet" });
+            }
+            got += n;
+            add(&self.cells().wire_bytes, n as u64);
+            add(&self.cells().syscalls, 1);
+            if got < head.len() {
+                self.gear.reader.glance(&head[..got]).map_err(garbled)?;
+            }
+        }
+        self.head = head;
+        Ok(true)
     }
 
     fn fill_table(&mut self, bytes: usize) -> Result<(), ChannelError> {
@@ -272,6 +295,14 @@ impl RecvRole {
 
 fn receiving(source: std::io::Error) -> ChannelError {
     ChannelError::Io { doing: "receiving pages", source }
+}
+
+fn unwritable() -> std::io::Error {
+    std::io::Error::from_raw_os_error(libc::EFAULT)
+}
+
+fn garbled(why: Garbled) -> ChannelError {
+    ChannelError::Order(why.0)
 }
 
 /// What a lane hands back.

@@ -8,17 +8,21 @@
 //! own, unless told otherwise.
 
 mod native;
+mod native_read;
+pub mod read;
 mod write;
 
 use std::fmt;
 
 use crate::memory::{Ram, RamBlock};
-use crate::wire::WireError;
-use crate::wire::control::{SourceFrame, TargetFrame};
-use crate::wire::hello::Hello;
 use crate::units::{BlockId, ChannelId, Round};
+use crate::wire::WireError;
+use crate::wire::control::{BlockInfo, SourceFrame, TargetFrame};
+use crate::wire::hello::Hello;
 
 pub use native::{Native, NativeDialogue};
+pub use native_read::NativeReader;
+use read::PacketReader;
 pub use write::{NativeWriter, PacketWriter, Place, Room, Zeros};
 
 /// What is spoken on all connections of a migration.
@@ -69,6 +73,25 @@ pub trait Framing: fmt::Debug + Send + Sync {
 
     /// The control connection at a target, from behind what [`Framing::who`] has seen.
     fn at_target(&self) -> Box<dyn Dialogue<TargetFrame, SourceFrame>>;
+
+    /// A data channel at a target, from behind what [`Framing::who`] has seen. `joins_late` if the channel was connected
+    /// before.
+    fn reader(&self, blocks: &[BlockInfo], joins_late: bool) -> Box<dyn PacketReader>;
+
+    /// Whether the control connection carries pages and round ends, too, so that the data channels wait for it, and it for
+    /// them, at the end of each round: [`Heard::Barrier`].
+    fn control_meets(&self) -> bool {
+        false
+    }
+
+    /// Whether everything has come that must, once the last round has landed: `named` has, for each block, how many of its
+    /// pages the source has spoken of.
+    ///
+    /// # Errors
+    /// What is missing.
+    fn is_complete(&self, _blocks: &[BlockInfo], _named: &[u64]) -> Result<(), String> {
+        Ok(())
+    }
 }
 
 /// One end of a control connection: puts this side's frames into bytes, and the peer's bytes into frames. A frame of
@@ -101,7 +124,14 @@ pub trait Dialogue<Out, In>: fmt::Debug + Send {
     /// Bytes that make no sense: from then on, always the same.
     fn hear<'i>(&mut self, input: &mut &'i [u8]) -> Result<Option<Heard<'i, In>>, Garbled>;
 
-    /// Whether something is known that [`Dialogue::hear`] would give without a single byte.
+    /// Nothing more is here at present: all that was received has been heard.
+    fn quiet(&mut self) {}
+
+    /// Appends what this side must answer by itself to what was heard.
+    fn reply(&mut self, _out: &mut Vec<u8>) {}
+
+    /// Whether something is known that [`Dialogue::hear`] would give without a single byte, if [`Dialogue::quiet`] has been
+    /// said.
     fn has_news(&self) -> bool {
         false
     }

@@ -1,11 +1,11 @@
 #![forbid(unsafe_code)]
 //! This library's own wire, version 1: a hello on each connection, control frames, packets.
 
-use super::write::{NativeWriter, PacketWriter};
-use super::{Dialogue, Framing, Garbled, Heard};
+use super::read::PacketReader;
+use super::{Dialogue, Framing, Garbled, Heard, NativeReader, NativeWriter, PacketWriter};
 use crate::memory::Ram;
 use crate::units::ChannelId;
-use crate::wire::control::{Frame, FrameDecoder, FrameEncoder, SourceFrame, TargetFrame};
+use crate::wire::control::{BlockInfo, Frame, FrameDecoder, FrameEncoder, SourceFrame, TargetFrame};
 use crate::wire::hello::{HELLO_BYTES, HELLO_MAGIC, Hello};
 
 /// Version 1 of this library's own wire ([`crate::wire`]).
@@ -51,6 +51,10 @@ impl Framing for Native {
 
     fn at_target(&self) -> Box<dyn Dialogue<TargetFrame, SourceFrame>> {
         Box::new(NativeDialogue::new())
+    }
+
+    fn reader(&self, blocks: &[BlockInfo], joins_late: bool) -> Box<dyn PacketReader> {
+        Box::new(NativeReader::new(blocks, joins_late))
     }
 }
 

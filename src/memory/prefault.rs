@@ -85,7 +85,7 @@ impl Prefault {
     }
 
     /// Before the first byte of a packet comes, whose runs are all in `scatter` and of this block.
-    pub fn before<const HEAD: usize>(&mut self, id: BlockId, block: &RamBlock, scatter: &Scatter<HEAD>) -> Prefaulted {
+    pub fn before(&mut self, id: BlockId, block: &RamBlock, scatter: &Scatter) -> Prefaulted {
         self.packet = None;
         let mut done = Prefaulted::default();
         let Some((kind, habit)) = self.blocks.get_mut(usize::from(id.0)) else { return done };

@@ -19,12 +19,26 @@ pub fn write_zeros(block: &RamBlock, first: u64, pages: u64) -> bool {
     true
 }
 
+/// Writes some bytes of a page, from byte `at` of the block on. False if they do not lie in one page of the block, or it
+/// may only be read.
+pub fn write_bytes(block: &RamBlock, at: u64, bytes: &[u8]) -> bool {
+    let page_bytes = block.page_size().bytes();
+    let within = at % page_bytes;
+    let range = if block.is_writable() { block.range(at / page_bytes, 1) } else { None };
+    let Some(range) = range.filter(|_| within + bytes.len() as u64 <= page_bytes) else { return false };
+    // SAFETY: as in `write_zeros`, and the bytes end inside the page, as checked above. `bytes` is a buffer of our own.
+    unsafe { range.ptr.add(within as usize).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
+    true
+}
+
 /// A packet that is being received. The fixed header of the packet after it rides in the last iovec of the same call.
 /// All storage is allocated when it is made.
 #[derive(Debug)]
-pub struct Scatter<const HEAD: usize> {
+pub struct Scatter {
     ram: Ram,
-    head: Box<[u8; HEAD]>,
+    head: Box<[u8]>,
+    /// Bytes of the header, if it is expected with this packet.
+    head_bytes: usize,
     iovecs: Vec<libc::iovec>,
     at: usize,
     payload_bytes: usize,
@@ -35,19 +49,20 @@ pub struct Scatter<const HEAD: usize> {
 
 // SAFETY: the pointers lead into `head` and into the blocks of `ram`, both of which move with it; the buffer behind a
 // Box and the mappings behind `ram` stay where they are.
-unsafe impl<const HEAD: usize> Send for Scatter<HEAD> {}
+unsafe impl Send for Scatter {}
 
-impl<const HEAD: usize> Scatter<HEAD> {
-    /// An empty list.
-    pub fn new(ram: Ram) -> Self {
-        let head = Box::new([0; HEAD]);
-        Scatter { ram, head, iovecs: Vec::with_capacity(IOVECS_MAX), at: 0, payload_bytes: 0, got: 0, writable: true }
+impl Scatter {
+    /// An empty list, for packets with headers of this length.
+    pub fn new(ram: Ram, header_bytes: usize) -> Self {
+        let (head, iovecs) = (vec![0; header_bytes].into_boxed_slice(), Vec::with_capacity(IOVECS_MAX));
+        Scatter { ram, head, head_bytes: 0, iovecs, at: 0, payload_bytes: 0, got: 0, writable: true }
     }
 
     /// Forgets what was pushed and received.
     pub fn clear(&mut self) {
         self.iovecs.clear();
         self.at = 0;
+        self.head_bytes = 0;
         self.payload_bytes = 0;
         self.got = 0;
         self.writable = true;
@@ -78,9 +93,10 @@ impl<const HEAD: usize> Scatter<HEAD> {
         self.iovecs.iter().map(|iovec| RawRange { ptr: iovec.iov_base.cast(), len: iovec.iov_len })
     }
 
-    /// Appends the header buffer: call once, after the last run and before the first [`Scatter::receive`].
+    /// Appends the header buffer: call at most once, after the last run and before the first [`Scatter::receive`].
     pub fn expect_header(&mut self) {
-        self.iovecs.push(libc::iovec { iov_base: self.head.as_mut_ptr().cast(), iov_len: HEAD });
+        self.head_bytes = self.head.len();
+        self.iovecs.push(libc::iovec { iov_base: self.head.as_mut_ptr().cast(), iov_len: self.head_bytes });
     }
 
     /// One recvmsg(2); how many bytes it brought, 0 at the end of the stream.
@@ -88,8 +104,8 @@ impl<const HEAD: usize> Scatter<HEAD> {
     /// # Errors
     /// What recvmsg(2) says.
     pub fn receive(&mut self, socket: &Socket) -> io::Result<usize> {
-        // SAFETY: the last iovec is the header buffer, which nobody borrows now; every other was made by `push` from a
-        // range that RamBlock::range proved to be inside a block, which self.ram keeps mapped; no reference to guest
+        // SAFETY: the last iovec may be the header buffer, which nobody borrows now; every other was made by `push` from
+        // a range that RamBlock::range proved to be inside a block, which self.ram keeps mapped; no reference to guest
         // RAM exists anywhere; `advance` only shrinks.
         let n = unsafe { socket.recv_iovecs(&mut self.iovecs[self.at..]) }?;
         self.got += n;
@@ -118,19 +134,24 @@ impl<const HEAD: usize> Scatter<HEAD> {
         self.writable
     }
 
+    /// Bytes of the runs that were pushed.
+    pub fn payload_bytes(&self) -> usize {
+        self.payload_bytes
+    }
+
     /// Bytes of the payload that have landed.
     pub fn landed(&self) -> usize {
         self.got.min(self.payload_bytes)
     }
 
-    /// Whether payload and header are all there.
+    /// Whether the payload is all there, and the header, if it is expected.
     pub fn is_complete(&self) -> bool {
-        self.got >= self.payload_bytes + HEAD
+        self.got >= self.payload_bytes + self.head_bytes
     }
 
-    /// The header behind the payload; meaningful once [`Scatter::is_complete`].
-    pub fn header(&self) -> &[u8; HEAD] {
-        &self.head
+    /// As much of the header behind the payload as is there.
+    pub fn header(&self) -> &[u8] {
+        &self.head[..(self.got - self.landed()).min(self.head_bytes)]
     }
 }
 

@@ -211,6 +211,12 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
     /// # Errors
     /// As [`Control::receive`]. What was known before it has been handed over.
     pub fn hear(&mut self, mut take: impl FnMut(Heard<'_, In>) -> ControlFlow<()>) -> Result<(), ControlError> {
+        let heard = self.hear_some(&mut take);
+        self.dialogue.reply(&mut self.outbox);
+        heard
+    }
+
+    fn hear_some(&mut self, mut take: &mut impl FnMut(Heard<'_, In>) -> ControlFlow<()>) -> Result<(), ControlError> {
         loop {
             if self.hear_inbox(&mut take)?.is_break() || self.over {
                 return Ok(());
@@ -230,7 +236,11 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
                         return Ok(());
                     }
                 }
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    self.dialogue.quiet();
+                    let _ = self.hear_inbox(&mut take)?;
+                    break;
+                }
                 Err(e) => return Err(ControlError::Io(e)),
             }
             // What is here and not in the socket would be waited for in vain. It is no more than was received at once.

@@ -152,7 +152,7 @@ impl Stream {
     ///
     /// # Errors
     /// As [`recv`](Self::recv).
-    pub fn receive<const HEAD: usize>(&mut self, packet: &mut Scatter<HEAD>) -> io::Result<usize> {
+    pub fn receive(&mut self, packet: &mut Scatter) -> io::Result<usize> {
         match &mut self.tls {
             None => packet.receive(&self.socket),
             // What recvmsg(2) says of memory that it may not write.

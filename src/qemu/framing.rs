@@ -4,12 +4,15 @@
 
 use super::seen::Seen;
 use super::source::{Sending, is_firmware};
+use super::target::{QemuReader, TargetDialogue};
 use super::wire::{COMMON_BYTES, INIT_BYTES, InitPacket, MAIN_MAGIC, packet_kind};
-use crate::framing::{Dialogue, Framing, Garbled, NativeDialogue, PacketWriter};
+use crate::framing::read::PacketReader;
+use crate::framing::{Dialogue, Framing, Garbled, PacketWriter};
 use crate::memory::{Ram, RamBlock};
 use crate::units::{ChannelId, FIRST_GENERATION, SessionId};
-use crate::wire::control::{SourceFrame, TargetFrame};
+use crate::wire::control::{BlockInfo, SourceFrame, TargetFrame};
 use crate::wire::hello::{Hello, HelloRole, Side};
+use crate::wire::printable;
 
 /// QEMU's migration stream, with so many multifd channels or with none. One value is one migration.
 ///
@@ -117,6 +120,28 @@ impl Framing for Qemu {
     }
 
     fn at_target(&self) -> Box<dyn Dialogue<TargetFrame, SourceFrame>> {
-        Box::new(NativeDialogue::new())
+        Box::new(TargetDialogue::new(self.channels, self.seen()))
+    }
+
+    fn reader(&self, blocks: &[BlockInfo], _joins_late: bool) -> Box<dyn PacketReader> {
+        Box::new(QemuReader::new(blocks, self.seen()))
+    }
+
+    fn control_meets(&self) -> bool {
+        true
+    }
+
+    fn is_complete(&self, blocks: &[BlockInfo], named: &[u64]) -> Result<(), String> {
+        // A source that shares memory with this host leaves such blocks out, and says only that it may.
+        let shares = self.seen.facts().blocks.iter().any(|block| block.guest_address.is_some());
+        let lacks = |(block, named): &(&BlockInfo, &u64)| **named < block.pages() && !(shares && **named == 0);
+        match blocks.iter().zip(named).find(lacks) {
+            Some((block, named)) if !self.accept_missing => Err(format!(
+                "of RAM block {}, the source has sent {named} of {} pages: the rest is not known to be zero",
+                printable(&block.name),
+                block.pages()
+            )),
+            _ => Ok(()),
+        }
     }
 }

@@ -7,6 +7,7 @@ pub mod compress;
 mod framing;
 mod seen;
 mod source;
+mod target;
 pub mod wire;
 
 pub use framing::Qemu;

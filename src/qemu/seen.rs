@@ -25,7 +25,12 @@ struct Inner {
     zero_pages: AtomicU64,
     sync_packets: AtomicU64,
     barriers: AtomicU64,
+    /// Rounds that channels have begun, all added up, and [`CLOSED`]. One word: of two who change it, one sees the other.
+    begun: AtomicU64,
 }
+
+/// RAM is complete.
+const CLOSED: u64 = 1 << 63;
 
 /// What is said once.
 #[derive(Clone, Default, Debug)]
@@ -82,6 +87,16 @@ impl Seen {
             sync_packets: of(&self.0.sync_packets),
             barriers: of(&self.0.barriers),
         }
+    }
+
+    /// A channel begins a round. False if RAM is complete: then nothing of it may land.
+    pub(super) fn begin_round(&self) -> bool {
+        self.0.begun.fetch_add(1, Relaxed) & CLOSED == 0
+    }
+
+    /// RAM is complete: no round begins any more. False if there are not as many as there should be.
+    pub(super) fn close(&self, rounds: u64) -> bool {
+        self.0.begun.fetch_or(CLOSED, Relaxed) == rounds
     }
 
     pub(super) fn learn(&self, change: impl FnOnce(&mut Facts)) {

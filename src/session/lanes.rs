@@ -56,6 +56,11 @@ impl Lanes {
         Lanes(vec![lane; channels.into()])
     }
 
+    /// Whether there are none, and never will be.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Whether a connection of this generation could be the channel's next.
     pub fn expects(&self, channel: ChannelId, generation: Generation) -> bool {
         self.0.get(usize::from(channel.0)).is_some_and(|lane| match lane.link {

@@ -125,6 +125,10 @@ impl TargetSession {
                 self.phase = Phase::AwaitChannels;
                 self.instance = instance;
                 out.push(TargetAction::Send(self.ready()));
+                // Where pages come on the control connection alone, nobody else is waited for.
+                if self.lanes.is_empty() {
+                    self.start(out);
+                }
             }
             (Phase::Preparing, TargetEvent::Refused(reason)) => {
                 out.push(TargetAction::Send(TargetFrame::Refused { reason: reason.clone() }));
@@ -298,7 +302,7 @@ impl TargetSession {
             out.push(TargetAction::Send(TargetFrame::EpochApplied { epoch: Epoch(flushed - 1), lanes }));
         }
         if let Phase::AwaitLanes(last) = &self.phase {
-            if self.lanes.passed_by_all() > u64::from(last.round.0) {
+            if self.lanes.is_empty() || self.lanes.passed_by_all() > u64::from(last.round.0) {
                 let last = last.clone();
                 self.phase = Phase::Checking;
                 // The source learns that the lanes are through before hooks keep this side from answering its Pings.
@@ -310,9 +314,13 @@ impl TargetSession {
 
     fn start_if_all_are_there(&mut self, out: &mut Vec<TargetAction>) {
         if self.phase == Phase::AwaitChannels && self.lanes.all_are_there() {
-            self.phase = Phase::Live;
-            out.push(TargetAction::StartLanes);
+            self.start(out);
         }
+    }
+
+    fn start(&mut self, out: &mut Vec<TargetAction>) {
+        self.phase = Phase::Live;
+        out.push(TargetAction::StartLanes);
     }
 
     /// A channel is back: its lane is in the set before the source is told so.
@@ -358,6 +366,11 @@ impl TargetSession {
     /// Whether there is something to go on with: no hook of the VMM is in progress, and the guest is not ours.
     fn may_be_resumed(&self) -> bool {
         matches!(self.phase, Phase::Live | Phase::AwaitLanes(_) | Phase::Checking | Phase::AwaitCommit)
+    }
+
+    /// Whether data channels are still to come for the first time.
+    pub fn awaits_channels(&self) -> bool {
+        self.phase == Phase::AwaitChannels
     }
 
     fn takes_channels(&self) -> bool {

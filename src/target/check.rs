@@ -5,6 +5,7 @@ use crate::crew::Alarm;
 use crate::memory::full;
 use crate::session::target::Check;
 use crate::target::driver::{Driver, Over};
+use crate::target::lanes::Lanes;
 use crate::units::{BlockId, Verify};
 use crate::wire::control::Final;
 use crate::wire::crc::Crc32c;
@@ -58,6 +59,10 @@ impl Driver<'_> {
             return Check::StateDiffers("the device state is not what the source sent: its CRC differs".to_owned());
         }
         let Some(ram) = &self.ram else { return Check::StateDiffers("there is no memory".to_owned()) };
+        let named: Vec<_> = self.lanes.iter().flat_map(Lanes::named).collect();
+        if let Err(missing) = self.settings.framing.is_complete(&self.blocks, &named) {
+            return Check::StateDiffers(missing);
+        }
         if let Some(table) = &self.digests {
             if last.block_digests.len() != ram.blocks().len() {
                 return Check::StateDiffers("Final has not one digest a block".to_owned());

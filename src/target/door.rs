@@ -10,7 +10,7 @@ use crate::net::{CROWD_PAUSE, Control, ENTRANTS_MAX, Greeting, Listener, Stream,
 use crate::session::source::FIRST_GENERATION;
 use crate::session::target::TargetEvent;
 use crate::target::driver::{Driver, Over};
-use crate::units::Generation;
+use crate::units::{ChannelId, Generation};
 use crate::wire::control::{SourceFrame, TargetFrame};
 use crate::wire::hello::{Hello, HelloRole, Side};
 
@@ -116,18 +116,52 @@ impl Driver<'_> {
             HelloRole::Data(channel)
                 if self.begun.is_some()
                     && hello.side == Side::Source
-                    && hello.session == self.id
+                    && self.belongs_here(hello)
                     && self.session.expects(channel, hello.generation) =>
             {
+                self.early = Some(hello.session);
                 let generation = hello.generation;
                 self.streams[usize::from(channel.0)] = Some((stream, generation));
                 self.event(TargetEvent::ChannelConnected { channel, generation })
+            }
+            HelloRole::Data(channel) if self.comes_early(channel, hello) => {
+                self.early = Some(hello.session);
+                self.streams[usize::from(channel.0)] = Some((stream, hello.generation));
+                Ok(())
             }
             HelloRole::Control | HelloRole::Data(_) => {
                 self.turned_away += 1;
                 Ok(())
             }
         }
+    }
+
+    /// Whether a data channel is of this migration: the control connection names the session, or else the first of them.
+    fn belongs_here(&self, hello: &Hello) -> bool {
+        match self.settings.framing.channels() {
+            None => hello.session == self.id,
+            Some(_) => self.early.is_none_or(|session| session == hello.session),
+        }
+    }
+
+    /// Whether this is a data channel that may come before it is expected: one of the number that was agreed on, which is
+    /// not there yet, of the session of the others.
+    fn comes_early(&self, channel: ChannelId, hello: &Hello) -> bool {
+        self.settings.framing.channels().is_some()
+            && self.prepared_at.is_none()
+            && self.belongs_here(hello)
+            && self.streams.get(usize::from(channel.0)).is_some_and(Option::is_none)
+    }
+
+    /// Says of the channels that have come early that they are here.
+    pub fn announce_early(&mut self) -> Result<(), Over> {
+        let early = |(id, stream): (usize, &Option<(Stream, Generation)>)| {
+            stream.as_ref().map(|(_, generation)| (ChannelId(id as u8), *generation))
+        };
+        let here: Vec<_> = self.streams.iter().enumerate().filter_map(early).collect();
+        here.into_iter().try_for_each(|(channel, generation)| {
+            self.event(TargetEvent::ChannelConnected { channel, generation })
+        })
     }
 
     /// Answers a control connection's Hello.

@@ -17,12 +17,13 @@ use crate::progress::{Progress, Stage};
 use crate::session::source::FIRST_GENERATION;
 use crate::session::target::{TargetAction, TargetEvent, TargetSession};
 use crate::sys::random::random_16;
+use crate::target::hear::Meeting;
 use crate::target::lanes::{LaneGear, Lanes};
 use crate::target::witness::{Testimony, Witness, may_be_in_doubt};
 use crate::target::{Incoming, Settings, Target, TargetReport};
 use crate::target::door::Visitor;
 use crate::units::{ChannelId, Generation, InstanceId, SessionId, Verify};
-use crate::wire::control::{Final, STATE_CHUNK_BYTES_MAX, Setup, SourceFrame, TargetFrame};
+use crate::wire::control::{BlockInfo, Final, STATE_CHUNK_BYTES_MAX, Setup, SourceFrame, TargetFrame};
 
 /// The session has ended: whoever sees it goes back to [`receive`], and does nothing else.
 pub(super) struct Over;
@@ -34,7 +35,7 @@ pub(super) struct Driver<'a> {
     pub listener: Listener,
     pub bell: Bell<PollSleeper>,
     gate: Gate,
-    progress: Progress,
+    pub progress: Progress,
     pub session: TargetSession,
     pub lobby: Lobby,
     pub accept_again: Option<Instant>,
@@ -44,18 +45,23 @@ pub(super) struct Driver<'a> {
     pub control_generation: Generation,
     /// A second control connection, of which the first frame says what it wants.
     pub visitor: Option<Visitor>,
-    dormant_since: Option<Instant>,
+    pub dormant_since: Option<Instant>,
     /// How the control connection was lost last.
-    lost: String,
+    pub lost: String,
     channels_lost: u32,
     resumes: u32,
     pub id: SessionId,
     pub verify: Verify,
     pub channels: u8,
+    /// The session as the first data channel called it.
+    pub early: Option<SessionId>,
     pub ram: Option<Ram>,
+    pub blocks: Arc<[BlockInfo]>,
+    pub prepared_at: Option<Instant>,
     /// Data connections whose lanes have not begun, and their generations.
     pub streams: Vec<Option<(Stream, Generation)>>,
-    lanes: Option<Lanes>,
+    pub lanes: Option<Lanes>,
+    pub meeting: Meeting,
     pub digests: Option<Arc<DigestTable>>,
     pub state: Vec<Vec<u8>>,
     pub outcome: Option<Outcome>,
@@ -63,8 +69,8 @@ pub(super) struct Driver<'a> {
     pub checking: bool,
     pub next_check: Option<Final>,
     pub begun: Option<Instant>,
-    final_at: Option<Instant>,
-    loaded_at: Option<Instant>,
+    pub final_at: Option<Instant>,
+    pub loaded_at: Option<Instant>,
     pub rounds: u32,
     pub remarks: Vec<String>,
 }
@@ -74,6 +80,8 @@ pub(super) fn receive(target: Target, incoming: &mut dyn Incoming) -> (TargetRep
     let resumes = settings.framing.mends() && !settings.resume_window.is_zero();
     let session = TargetSession::new(settings.state_bytes_max, resumes);
     let lobby = Lobby::new(settings.framing.clone());
+    // Where the number of channels is agreed on elsewhere, they may come first.
+    let streams = (0..settings.framing.channels().unwrap_or(0)).map(|_| None).collect();
     let mut driver = Driver {
         incoming,
         settings,
@@ -96,9 +104,13 @@ pub(super) fn receive(target: Target, incoming: &mut dyn Incoming) -> (TargetRep
         id: SessionId([0; 16]),
         verify: Verify::Off,
         channels: 0,
+        early: None,
         ram: None,
-        streams: Vec::new(),
+        blocks: Arc::new([]),
+        prepared_at: None,
+        streams,
         lanes: None,
+        meeting: Meeting::new(),
         digests: None,
         state: Vec::new(),
         outcome: None,
@@ -133,6 +145,7 @@ impl Driver<'_> {
 
     fn sleep(&mut self) {
         let deadline = self.deadline();
+        let (listens, has_news) = self.listens();
         let set = self.bell.sleeper().set();
         set.clear();
         match (self.accept_again, self.listener.fd()) {
@@ -143,76 +156,20 @@ impl Driver<'_> {
             (None, None) => {}
         }
         self.lobby.watch(set);
-        if let Some(control) = &self.control {
-            set.watch(control.fd(), true, control.unsent_bytes() > 0);
+        if let Some(control) = self.control.as_ref().filter(|control| listens || control.unsent_bytes() > 0) {
+            set.watch(control.fd(), listens, control.unsent_bytes() > 0);
+        }
+        if has_news {
+            set.until(Instant::now());
         }
         if let Some(visitor) = &self.visitor {
             set.watch(visitor.control.fd(), true, visitor.control.unsent_bytes() > 0);
             set.until(visitor.until);
         }
-        if let Some((_, deadline)) = deadline {
+        if let Some((_, deadline, _)) = deadline {
             set.until(deadline);
         }
         self.bell.wait();
-    }
-
-    /// Since when the target waits for the source, and until when. Setup is due at once, whatever else is said.
-    fn deadline(&self) -> Option<(Instant, Instant)> {
-        if let Some(since) = self.dormant_since {
-            return Some((since, since + self.settings.resume_window));
-        }
-        let timeouts = &self.settings.timeouts;
-        let heard = self.control.as_ref()?.heard();
-        let (since, limit) = match (self.begun, self.loaded_at) {
-            (Some(begun), None) if self.channels == 0 => (begun, timeouts.hello),
-            // An honest source answers Loaded at once. Pings that come instead show that no Commit is under way: frames
-            // arrive in order.
-            (_, Some(loaded)) => (loaded, timeouts.silence),
-            _ => (heard, timeouts.silence),
-        };
-        Some((since, since + limit))
-    }
-
-    fn check_time(&mut self) -> Result<(), Over> {
-        match self.deadline() {
-            Some((since, deadline)) if Instant::now() >= deadline => {
-                let ms = since.elapsed().as_millis() as u64;
-                if self.session.is_dormant() {
-                    let lost = self.lost.clone();
-                    return self.event(TargetEvent::Failed(Failure::NotResumed { ms, lost }));
-                }
-                let why = Failure::Silent { waiting_for: self.session.waits_for(), ms };
-                self.control_lost(why)
-            }
-            _ => Ok(()),
-        }
-    }
-
-    fn receive_frames(&mut self) -> Result<(), Over> {
-        let Some(control) = &mut self.control else { return Ok(()) };
-        let flushed = control.flush();
-        let mut frames = Vec::new();
-        let received = control.receive(&mut frames);
-        for frame in frames {
-            if matches!(frame, SourceFrame::Final(_)) {
-                self.final_at = Some(Instant::now());
-                self.progress.stage(Stage::HandOver);
-            }
-            self.event(TargetEvent::Frame(frame))?;
-        }
-        if let Err(e) = received {
-            return self.control_lost(e.into_failure("waiting for the source"));
-        }
-        match flushed {
-            Ok(()) => Ok(()),
-            Err(e) => self.control_lost(Failure::Control { doing: "sending on it", reason: e.into() }),
-        }
-    }
-
-    /// The control connection is of no use any more.
-    fn control_lost(&mut self, why: Failure) -> Result<(), Over> {
-        self.lost = why.to_string();
-        self.event(TargetEvent::ControlLost(why))
     }
 
     fn look_at_lanes(&mut self) -> Result<(), Over> {
@@ -223,13 +180,12 @@ impl Driver<'_> {
             // If the source has said why it closed its channels, that is the reason to report.
             self.receive_frames()?;
             self.remark(format!("data channel {channel} failed: {reason}"));
-            if is_ours {
-                let generation = self.session.generation(channel);
-                return self.event(TargetEvent::Failed(Failure::Channel { channel, generation, reason }));
+            if is_ours || !self.settings.framing.mends() {
+                return self.channel_lost(channel, reason);
             }
             self.event(TargetEvent::LaneFailed { channel, reason })?;
         }
-        Ok(())
+        self.look_for_the_missing()
     }
 
     /// Tells the session what happened, and does what it says. `Err` when it has ended.
@@ -257,7 +213,9 @@ impl Driver<'_> {
                     Err(reason) => TargetEvent::Refused(reason),
                 };
                 self.excuse_silence();
-                self.event(event)
+                self.prepared_at = Some(Instant::now());
+                self.event(event)?;
+                self.announce_early()
             }
             TargetAction::StartLanes => match self.start_lanes() {
                 Ok(()) => Ok(()),
@@ -405,7 +363,8 @@ impl Driver<'_> {
             let table = DigestTable::new(self.id, &shapes).map_err(|e| format!("no memory for page digests: {e}"))?;
             self.digests = Some(Arc::new(table));
         }
-        self.streams = (0..setup.channels).map(|_| None).collect();
+        self.streams.resize_with(setup.channels.into(), || None);
+        self.blocks = setup.blocks.clone().into();
         random_16().map(InstanceId).map_err(|e| format!("no random number for the instance: {e}"))
     }
 
@@ -417,6 +376,8 @@ impl Driver<'_> {
         }
         let gear = LaneGear {
             ram: ram.clone(),
+            framing: self.settings.framing.clone(),
+            blocks: self.blocks.clone(),
             digests: self.digests.clone(),
             controller: self.bell.ringer(),
             progress: self.progress.clone(),
@@ -480,9 +441,9 @@ impl Driver<'_> {
             verified: outcome == Outcome::Completed && self.verify != Verify::Off,
             verify: self.verify,
             ram_bytes,
-            payload_bytes: counts.payload_bytes,
+            payload_bytes: counts.payload_bytes + self.meeting.data_bytes,
             wire_bytes: counts.wire_bytes + control_bytes,
-            zero_bytes: counts.zero_bytes,
+            zero_bytes: counts.zero_bytes + self.meeting.zero_bytes,
             untouched_bytes: ram_bytes - self.lanes.as_ref().map_or(0, Lanes::named_bytes),
             state_bytes: self.state.iter().map(|piece| piece.len() as u64).sum(),
             rounds: self.rounds,

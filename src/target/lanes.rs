@@ -13,19 +13,23 @@ use crate::crew::{Crew, Exit, Launch};
 use crate::digest::DigestTable;
 use crate::dirty::bitmap::DirtyBitmap;
 use crate::error::Failure;
+use crate::framing::Framing;
 use crate::memory::Ram;
 use crate::memory::look::Look;
+use crate::memory::scatter::{write_bytes, write_zeros};
 use crate::net::Stream;
 use crate::poll::PollSleeper;
 use crate::progress::Progress;
 use crate::session::source::FIRST_GENERATION;
 use crate::session::target::TargetEvent;
-use crate::units::{BlockId, ChannelId, Generation};
-use crate::wire::control::LanePong;
+use crate::units::{BlockId, ChannelId, Generation, Round};
+use crate::wire::control::{BlockInfo, LanePong};
 
 /// What all lanes share.
 pub(super) struct LaneGear {
     pub ram: Ram,
+    pub framing: Arc<dyn Framing>,
+    pub blocks: Arc<[BlockInfo]>,
     pub digests: Option<Arc<DigestTable>>,
     pub controller: Ringer<PollSleeper>,
     pub progress: Progress,
@@ -52,6 +56,8 @@ struct Lane {
     /// What the counters stood at when it began.
     wire_bytes_before: u64,
     cpu: Option<usize>,
+    /// Its connection has ended where the wire lets it.
+    ended: bool,
 }
 
 /// Where a lane's worker is.
@@ -70,7 +76,8 @@ impl Lanes {
     /// Starts the lanes whose channels are connected; others may follow.
     pub fn muster(streams: Vec<Option<Stream>>, gear: LaneGear, options: &CrewOptions) -> Result<Lanes, Failure> {
         let count = streams.len();
-        let barrier = Arc::new(Barrier::new(count));
+        // The control connection is the last member, where it is one.
+        let barrier = Arc::new(Barrier::new(count + usize::from(gear.framing.control_meets())));
         let place = options.place(count, Peer::of(streams.iter().flatten().map(|stream| &**stream.socket())))?;
         let (landed, named) = (DirtyBitmap::for_ram(&gear.ram), DirtyBitmap::for_ram(&gear.ram));
         let look = Look::new(gear.digests.is_some(), false);
@@ -91,6 +98,7 @@ impl Lanes {
             generation: FIRST_GENERATION,
             wire_bytes_before: 0,
             cpu: None,
+            ended: false,
         };
         let mut lanes: Vec<_> = (0..count).map(lane).collect();
         for worker in first.workers() {
@@ -188,6 +196,11 @@ impl Lanes {
         while let Some(id) = self.first.poll_exit() {
             // One that was retired is not told of.
             let exit = self.first.workers().iter().find(|worker| worker.id == id).and_then(|worker| worker.exit.as_ref());
+            // Where the control connection says when a round ends, it also says whether a lane was still needed.
+            if let (true, Some(Exit::Done(RecvEnd { result: Ok(()) }))) = (self.gear.framing.control_meets(), exit) {
+                self.lanes[id].ended = true;
+                continue;
+            }
             if let (Some((why, is_ours)), Place::First) = (why_ended(exit), &self.lanes[id].at) {
                 return Some((ChannelId(id as u8), why, is_ours));
             }
@@ -236,14 +249,70 @@ impl Lanes {
         }
     }
 
-    /// Bytes that the source has spoken of, as data or as zeros.
-    pub fn named_bytes(&self) -> u64 {
-        let of = |(index, block): (usize, &crate::memory::RamBlock)| {
+    /// The control connection has come to the end of a round: the lanes wait for it there, and for each other.
+    pub fn pass_control(&self, round: Round) {
+        self.barrier.pass(self.lanes.len(), round);
+        self.first.ringers().for_each(|bell| {
+            bell.ring();
+        });
+    }
+
+    /// Whether everybody has come to the end of the round.
+    pub fn may_go(&self, round: Round) -> bool {
+        self.barrier.may_go(round)
+    }
+
+    /// Whether somebody waits for others at the end of a round.
+    pub fn someone_waits(&self) -> bool {
+        let all = self.barrier.all_passed();
+        (0..self.barrier.lanes()).any(|lane| self.barrier.passed(lane).count() > all)
+    }
+
+    /// A lane whose connection has ended where it may, before it came to the end of this round.
+    pub fn ended_before(&self, round: Round) -> Option<ChannelId> {
+        let is_short = |(index, lane): &(usize, &Lane)| {
+            lane.ended && self.barrier.passed(*index).count() <= u64::from(round.0)
+        };
+        self.lanes.iter().enumerate().find(is_short).map(|(index, _)| ChannelId(index as u8))
+    }
+
+    /// Puts some bytes of a page where they belong. False if nothing may be written there.
+    pub fn land(&self, id: BlockId, at: u64, bytes: &[u8]) -> bool {
+        let Some(block) = self.gear.ram.block(id) else { return false };
+        let page = at / block.page_size().bytes();
+        if page >= block.pages() {
+            return false;
+        }
+        self.named.mark_range(id, page, 1);
+        self.landed.mark_range(id, page, 1);
+        write_bytes(block, at, bytes)
+    }
+
+    /// Makes a page zero, as lanes do; how long it is. `None` if it cannot be.
+    pub fn land_zero(&self, id: BlockId, page: u64) -> Option<u64> {
+        let block = self.gear.ram.block(id).filter(|block| page < block.pages())?;
+        self.named.mark_range(id, page, 1);
+        let is_zero = !self.landed.is_marked(id, page) || write_zeros(block, page, 1);
+        is_zero.then_some(block.page_size().bytes())
+    }
+
+    /// Whether a lane's connection has ended where it may.
+    pub fn any_ended(&self) -> bool {
+        self.lanes.iter().any(|lane| lane.ended)
+    }
+
+    /// How many pages of each block the source has spoken of, as data or as zeros.
+    pub fn named(&self) -> impl Iterator<Item = u64> + '_ {
+        (0..self.gear.ram.blocks().len()).map(|index| {
             let id = BlockId(index as u16);
             let pages = self.named.shape(id).map_or(0, |(pages, _)| pages);
-            self.named.count_range(id, 0, pages) * block.page_size().bytes()
-        };
-        self.gear.ram.blocks().iter().enumerate().map(of).sum()
+            self.named.count_range(id, 0, pages)
+        })
+    }
+
+    /// The same, in bytes of all blocks.
+    pub fn named_bytes(&self) -> u64 {
+        self.named().zip(self.gear.ram.blocks()).map(|(pages, block)| pages * block.page_size().bytes()).sum()
     }
 
     /// The CPU each lane was pinned to.
@@ -274,7 +343,7 @@ impl LaneKit<'_> {
             barrier: self.barrier.clone(),
             controller: self.gear.controller.clone(),
             progress: self.gear.progress.clone(),
-            joins_late,
+            reader: self.gear.framing.reader(&self.gear.blocks, joins_late),
         }
     }
 }
