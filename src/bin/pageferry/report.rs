@@ -12,7 +12,6 @@ use crate::encrypted::Encrypted;
 use crate::limits::Convergence;
 use crate::mended::Mended;
 use crate::sizes::{Cpus, human, ms};
-#[cfg(feature = "qemu")]
 use crate::store::Counters;
 use crate::zero_copy::ByReference;
 
@@ -108,8 +107,10 @@ pub struct Report {
     /// A file that was written.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub file: Option<String>,
-    /// What travelled, counted as QEMU does, where it was QEMU's wire.
-    #[cfg(feature = "qemu")]
+    /// How long its disk took: no part of the time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fsync_ms: Option<f64>,
+    /// What was counted of a migration by QEMU.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub counters: Option<Counters>,
 }
@@ -215,7 +216,7 @@ impl Report {
             convergence: None,
             demo: None,
             file: None,
-            #[cfg(feature = "qemu")]
+            fsync_ms: None,
             counters: None,
         }
     }

@@ -1,15 +1,42 @@
 //! `pageferry qemu receive`: takes one migration from QEMU, and stores it.
 
+use std::io::Read;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use pageferry::net::Address;
+use pageferry::qemu::wire::{Barrier, Compression, Dialect};
+use pageferry::qemu::{Qemu, Seen};
+use pageferry::sys::thread::process_cpu_time;
+use pageferry::wire::control::Setup;
+use pageferry::{HookError, Incoming, Ram, Target};
 
-use crate::output::Output;
+use crate::interrupt::Interrupt;
+use crate::output::{Output, on_bus_error_fail};
+use crate::progress::{Side, Watch};
+use crate::receive::{Listening, listen_advice};
 use crate::report::{End, Report};
+use crate::sizes::{Cpus, human, ms};
+use crate::store::{Counters, Facts, Stored, Writer};
+use crate::tls::warn_if_open;
 
-/// Take one migration from QEMU and store it: its RAM, and the state of its devices.
+/// Take one migration from QEMU, and store it: its RAM, and the state of its devices.
+///
+/// The source is told that all is well when everything is checked and on the disk, not before. Ask for an answer with
+/// QEMU's capability return-path: without it QEMU takes what it has sent for received. Compressed pages are taken without
+/// being told.
 #[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  pageferry qemu receive --listen 0.0.0.0:4444 --out vm.store
+  pageferry qemu receive --listen unix:/run/ferry --channels 8 --out vm.store --json
+
+In QEMU's monitor, at the source:
+  migrate_set_capability multifd on
+  migrate_set_capability return-path on
+  migrate tcp:10.0.0.2:4444
+
+Anybody who reaches the address can send: listen where only friends are.")]
 pub struct Args {
     /// Where to listen: HOST:PORT (port 0: any that is free) or unix:PATH
     #[arg(long, value_name = "ADDR")]
@@ -17,9 +44,18 @@ pub struct Args {
     /// The folder to write; it appears when it is whole and on the disk, not before
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
+    /// Replace a store that is there
+    #[arg(long)]
+    force: bool,
     /// Multifd channels, as QEMU's parameter multifd-channels has it; 0 where its capability multifd is off
     #[arg(long, value_name = "N", default_value_t = 2)]
     channels: u8,
+    /// Take pages that the source never spoke of for zeros, as after free page hinting by a balloon
+    #[arg(long)]
+    accept_missing: bool,
+    /// CPUs for the receiving threads, such as 0,2 or 0-3; as far as they can be had [default: the scheduler chooses]
+    #[arg(long, value_name = "LIST")]
+    cpus: Option<Cpus>,
     /// Print one JSON object a line on standard output: where it listens, progress, then a report
     #[arg(long)]
     json: bool,
@@ -28,6 +64,121 @@ pub struct Args {
 const COMMAND: &str = "qemu receive";
 
 pub fn run(args: &Args) -> ExitCode {
-    let what = format!("{} over {} channels to {}", args.listen, args.channels, args.out.display());
-    Output::new(args.json).end(&Report::early(COMMAND, End::Failed, Some(what)))
+    let out = Output::new(args.json);
+    let report = take_in(args, out).unwrap_or_else(|error| Report::early(COMMAND, End::Failed, Some(error)));
+    out.end(&report)
+}
+
+fn take_in(args: &Args, out: Output) -> Result<Report, String> {
+    let interrupt = Interrupt::listen();
+    let writer = Writer::create(&args.out, args.force)?;
+    warn_if_open(&args.listen, None);
+    let qemu = Qemu::new(args.channels).accept_missing(args.accept_missing);
+    let mut machine =
+        Machine { writer: Some(writer), seen: qemu.seen(), channels: args.channels, tail: Vec::new(), stored: None };
+    let cpus = args.cpus.clone().unwrap_or_default().0;
+    let target = Target::builder().framing(qemu).cpus(cpus);
+    let target = target.listen(&args.listen.to_string()).map_err(|e| listen_advice(&e))?;
+    interrupt.attach(target.cancel_handle());
+    let full = format!("cannot have a page of {}: bus error; its disk may be full, make room", args.out.display());
+    on_bus_error_fail(out, COMMAND, full, None);
+    let at = target.address().ok_or("the address that is listened on is not known")?;
+    out.event(&Listening::at(&at));
+    out.say(format_args!("listening at {at}"));
+    let watch = Watch::start(target.progress(), Side::Target, out);
+    let report = target.receive(&mut machine);
+    drop(watch);
+    let mut report = Report::of_target(COMMAND, report, process_cpu_time().unwrap_or_default());
+    report.note_cpus(args.cpus.as_ref());
+    report.counters = Some(counters(&machine.seen));
+    if let Some(error) = &mut report.error {
+        // What recvmsg(2) says of a page that the file's disk has no room for.
+        if error.contains(&format!("(os error {})", libc::EFAULT)) {
+            error.push_str(&format!("; the disk of {} may be full, make room", args.out.display()));
+        }
+    }
+    if let Some(stored) = machine.stored {
+        report.fsync_ms = Some(ms(stored.fsync));
+        report.file = Some(format!("{}, {}", args.out.display(), human(stored.bytes)));
+    }
+    if report.outcome == End::Completed && !machine.seen.facts().return_path {
+        let what = "the source had no return path: it did not wait to be told that all is stored";
+        report.remarks.push(what.to_owned());
+    }
+    Ok(report)
+}
+
+/// The store, in the place of a VMM.
+struct Machine {
+    /// Until it is finished, or given up.
+    writer: Option<Writer>,
+    seen: Seen,
+    channels: u8,
+    tail: Vec<u8>,
+    stored: Option<Stored>,
+}
+
+impl Incoming for Machine {
+    fn prepare(&mut self, _setup: &Setup) -> Result<Ram, HookError> {
+        let writer = self.writer.as_mut().ok_or("there is no store")?;
+        let blocks = self.seen.facts().blocks;
+        let add = |block: &pageferry::qemu::wire::Block| {
+            writer.add_block(block.name.as_str(), block.guest_address, block.bytes)
+        };
+        let blocks = blocks.iter().map(add).collect::<Result<Vec<_>, _>>()?;
+        Ok(Ram::new(blocks)?)
+    }
+
+    fn load_state(&mut self, state: &mut dyn Read) -> Result<(), HookError> {
+        self.tail.clear();
+        state.read_to_end(&mut self.tail)?;
+        Ok(())
+    }
+
+    /// The source can still be told if it does not get to the disk.
+    fn run(&mut self) -> Result<(), HookError> {
+        let writer = self.writer.take().ok_or("there is no store")?;
+        self.stored = Some(writer.finish(&self.tail, &facts(&self.seen, self.channels))?);
+        Ok(())
+    }
+
+    fn discard(&mut self) {
+        self.writer = None;
+    }
+}
+
+fn facts(seen: &Seen, channels: u8) -> Facts {
+    let facts = seen.facts();
+    Facts {
+        machine: facts.machine.map_or_else(String::new, |name| name.as_str().to_owned()),
+        configuration: facts.configuration,
+        dialect: match facts.dialect {
+            Some(Dialect::V7_2) => "7.2",
+            Some(Dialect::V10_0) | None => "10.0",
+        },
+        barrier: match facts.barrier {
+            Some(Barrier::PerSection) => "per-section",
+            Some(Barrier::PerRound) | None => "per-round",
+        },
+        section: facts.section,
+        channels,
+        compression: match facts.compression {
+            Some(Compression::Zlib) => "zlib",
+            Some(Compression::Zstd) => "zstd",
+            Some(Compression::None) | None => "none",
+        },
+        counters: counters(seen),
+    }
+}
+
+fn counters(seen: &Seen) -> Counters {
+    let counts = seen.counts();
+    Counters {
+        main_bytes: counts.main_bytes,
+        channel_bytes: counts.channel_bytes,
+        normal_pages: counts.normal_pages,
+        zero_pages: counts.zero_pages,
+        sync_packets: counts.sync_packets,
+        rounds: counts.barriers,
+    }
 }
