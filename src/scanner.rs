@@ -37,6 +37,8 @@ pub enum Which {
 #[derive(Debug)]
 pub struct Scanner {
     presence: PresenceMap,
+    /// Blocks of which every page is shipped, also if nobody has ever touched it.
+    whole: Vec<BlockId>,
     /// The chunk that was harvested last.
     words: Vec<u64>,
     /// Everything taken from the dirty source since it was armed: it is given back if the migration fails.
@@ -79,6 +81,7 @@ impl Scanner {
         };
         Scanner {
             presence: PresenceMap::new(ram),
+            whole: Vec::new(),
             words: vec![0; CHUNK_WORDS],
             taken: ram.blocks().iter().map(bits).collect(),
             past: ram.blocks().iter().map(past).collect(),
@@ -89,6 +92,12 @@ impl Scanner {
             deferred_bytes_max: 0,
             untouched_bytes: 0,
         }
+    }
+
+    /// Also ships the pages that nobody has ever touched, of blocks of which this is not true.
+    pub fn looking(mut self, ram: &Ram, skips: impl Fn(&RamBlock) -> bool) -> Scanner {
+        self.whole = ram.iter().filter(|(_, block)| !skips(block)).map(|(id, _)| id).collect();
+        self
     }
 
     /// A round begins that may keep back so many bytes for the end. 0 hands out everything, as every round does in which
@@ -132,7 +141,9 @@ impl Scanner {
             fill_ones(words, chunk.pages);
             // Asked after the harvest: a page that comes into being later is dirty, and goes with the next round.
             // An error leaves the bits set that it could not decide on: they count as present.
-            let _ = self.presence.keep_present(chunk.block, chunk.first, words);
+            if !self.whole.contains(&chunk.block) {
+                let _ = self.presence.keep_present(chunk.block, chunk.first, words);
+            }
             let bytes = ram.block(chunk.block).map_or(0, |b| b.page_size().bytes());
             self.untouched_bytes += (chunk.pages - count(words)) * bytes;
         } else {

@@ -36,6 +36,8 @@ pub enum ChannelError {
     Wire(WireError),
     /// The peer's packet does not belong here.
     Order(String),
+    /// What is to be sent cannot be put into bytes.
+    Unsendable(String),
     /// A run that is not inside its block, or a journal that is full: a mistake of our own.
     Internal(&'static str),
 }
@@ -50,6 +52,7 @@ impl fmt::Display for ChannelError {
             }
             ChannelError::Wire(e) => write!(f, "{e}"),
             ChannelError::Order(what) => f.write_str(what),
+            ChannelError::Unsendable(what) => write!(f, "this cannot be sent: {what}"),
             ChannelError::Internal(what) => write!(f, "internal error: {what}"),
         }
     }
@@ -63,7 +66,7 @@ impl ChannelError {
     pub fn is_ours(&self) -> bool {
         match self {
             ChannelError::Io { source, .. } => source.raw_os_error() == Some(libc::EFAULT),
-            ChannelError::Internal(_) => true,
+            ChannelError::Unsendable(_) | ChannelError::Internal(_) => true,
             ChannelError::Aborted | ChannelError::Closed { .. } | ChannelError::Wire(_) | ChannelError::Order(_) => false,
         }
     }

@@ -11,6 +11,7 @@ use crate::channel::{ChannelError, ShutDown};
 use crate::config::WhyCopied;
 use crate::crew::{Cx, Interrupt, Role};
 use crate::digest::DigestTable;
+use crate::framing::{Garbled, PacketWriter, Place, Room, Zeros};
 use crate::poll::PollSleeper;
 use crate::memory::gather::Gather;
 use crate::memory::look::{Look, Seen};
@@ -20,9 +21,7 @@ use crate::ring::{Consumer, Producer};
 use crate::sync::Ordering::Relaxed;
 use crate::net::Stream;
 use crate::units::{BlockId, ChannelId, Epoch, Item, Round, Run};
-use crate::wire::packet::{
-    HEADER_AND_TABLE_BYTES_MAX, PAYLOAD_BYTES_MAX, PacketHeader, PacketKind, RUNS_PER_PACKET_MAX, RunEntry, RunKind,
-};
+use crate::wire::packet::{RunEntry, RunKind};
 
 /// What a send worker is given. Everything it needs is allocated before it starts.
 #[derive(Debug)]
@@ -30,7 +29,8 @@ pub struct SendRole {
     channel: ChannelId,
     stream: Stream,
     ring: Consumer<Item>,
-    journal: Producer<Item>,
+    journal: Option<Producer<Item>>,
+    packets: Box<dyn PacketWriter>,
     eyes: Eyes,
     batch: Batch,
     by_reference: ByReference,
@@ -45,7 +45,6 @@ pub struct SendRole {
     progress: Progress,
     round: Round,
     epoch: Epoch,
-    sequence: u64,
 }
 
 /// What a send worker hands back. Runs that it had popped stand in the journal; the ring holds the rest.
@@ -70,8 +69,10 @@ pub struct SendGear {
     pub by_reference: ByReference,
     /// Where runs and marks come from.
     pub ring: Consumer<Item>,
-    /// Where they are noted as they are popped.
-    pub journal: Producer<Item>,
+    /// Where they are noted as they are popped; `None` where nothing that is lost travels again.
+    pub journal: Option<Producer<Item>>,
+    /// Puts them into bytes.
+    pub packets: Box<dyn PacketWriter>,
     /// Guest RAM.
     pub ram: Ram,
     /// How pages are looked at.
@@ -106,30 +107,35 @@ const UNSENT_BYTES_MAX: u32 = 192 << 10;
 impl SendRole {
     /// A worker that is ready to start.
     pub fn new(gear: SendGear) -> SendRole {
-        let SendGear { channel, mut stream, by_reference, ring, journal, ram, look, digests, sent, controller, .. } = gear;
+        let SendGear { channel, mut stream, by_reference, ring, journal, packets, ram, look, digests, .. } = gear;
         stream.make_room_for_pages();
         let socket = stream.socket();
         socket.set_unsent_max(UNSENT_BYTES_MAX);
         if socket.is_within_host() {
             socket.tune_within_host();
         }
+        let room = packets.room();
         let batch = Batch {
-            packet: Gather::new(ram.clone(), HEADER_AND_TABLE_BYTES_MAX),
-            table: Vec::with_capacity(RUNS_PER_PACKET_MAX),
+            packet: Gather::new(ram.clone(), room.head_bytes),
+            table: Vec::with_capacity(room.runs),
             block: BlockId(0),
             rest: None,
             bytes: 0,
+            pages: 0,
             zero_pages: 0,
-            bytes_max: gear.batch_bytes.min(PAYLOAD_BYTES_MAX as usize),
+            zeros: Zeros::Named,
+            room: Room { payload_bytes: gear.batch_bytes.min(room.payload_bytes), ..room },
         };
         let eyes = Eyes { ram, look, digests };
-        let (low_water_bytes, takes_turns, progress) = (gear.low_water_bytes, gear.takes_turns, gear.progress);
-        let (round, epoch, sequence) = (gear.round, gear.epoch, 0);
+        let (sent, controller, takes_turns) = (gear.sent, gear.controller, gear.takes_turns);
+        let (low_water_bytes, progress) = (gear.low_water_bytes, gear.progress);
+        let (round, epoch) = (gear.round, gear.epoch);
         SendRole {
             channel,
             stream,
             ring,
             journal,
+            packets,
             eyes,
             batch,
             by_reference,
@@ -141,18 +147,19 @@ impl SendRole {
             progress,
             round,
             epoch,
-            sequence,
         }
     }
 
     fn work(&mut self, cx: &mut Cx) -> Result<(), ChannelError> {
+        let head_len = self.packets.begin(&mut self.batch.packet);
+        self.send(head_len)?;
         loop {
             if cx.bell().aborted() {
                 return Err(ChannelError::Aborted);
             }
             let begun = Instant::now();
             let end = self.fill()?;
-            if !self.batch.table.is_empty() {
+            if self.batch.pages > 0 {
                 // Only the time with something to send: what the link carries shows in nothing else. Pages of zeros take
                 // time to look at and none of the link: counted, they would make it seem slow.
                 let filled = begun.elapsed();
@@ -183,7 +190,7 @@ impl SendRole {
 
     /// Fills the batch from the ring, and says why it stopped.
     fn fill(&mut self) -> Result<Filled, ChannelError> {
-        self.batch.continue_rest(&self.eyes)?;
+        self.batch.continue_rest(&self.eyes, &*self.packets)?;
         while self.batch.rest.is_none() && !self.batch.was_full() {
             let Some(item) = self.ring.pop() else { return Ok(Filled::RingEmpty) };
             if let Some(Item::Run(next)) = self.ring.peek() {
@@ -198,28 +205,25 @@ impl SendRole {
 
     /// Journals an item as it is popped, and adds it to the batch if it is a run.
     fn take(&mut self, item: Item) -> Result<Option<Item>, ChannelError> {
-        self.journal.push(item).map_err(|_| ChannelError::Internal("the journal is full"))?;
+        if let Some(journal) = &mut self.journal {
+            journal.push(item).map_err(|_| ChannelError::Internal("the journal is full"))?;
+        }
         match item {
-            Item::Run(run) => self.batch.add(&self.eyes, run, self.round).map(|()| None),
+            Item::Run(run) => self.batch.add(&self.eyes, &*self.packets, run, self.round).map(|()| None),
             mark => Ok(Some(mark)),
         }
     }
 
     fn ship_batch(&mut self) -> Result<(), ChannelError> {
-        let header = PacketHeader {
-            kind: PacketKind::Pages,
-            block: self.batch.block,
-            run_count: self.batch.table.len() as u32,
-            round: self.round,
-            epoch: self.epoch,
-            sequence: self.sequence,
-            payload_bytes: self.batch.packet.payload_bytes() as u64,
-        };
-        self.send(&header)?;
+        let (at, Batch { packet, table, block, .. }) = (self.place(), &mut self.batch);
+        let payload_bytes = packet.payload_bytes() as u64;
+        // Pages of zeros may all be left out.
+        let head_len = if table.is_empty() { Ok(0) } else { self.packets.pages(at, *block, table, packet) };
+        self.send(head_len)?;
         self.ring.take_bytes(self.batch.bytes);
         let cells = self.progress.cells(self.channel.0.into());
-        add(&cells.payload_bytes, header.payload_bytes);
-        add(&cells.zero_bytes, self.batch.bytes - header.payload_bytes);
+        add(&cells.payload_bytes, payload_bytes);
+        add(&cells.zero_bytes, self.batch.bytes - payload_bytes);
         self.batch.clear();
         if self.ring.queued_bytes() <= self.low_water_bytes {
             self.ring_controller();
@@ -231,19 +235,18 @@ impl SendRole {
     }
 
     fn ship_mark(&mut self, mark: Item) -> Result<(), ChannelError> {
+        let head_len = self.packets.mark(self.place(), mark, &mut self.batch.packet);
+        self.send(head_len)?;
         match mark {
             Item::RoundEnd(round) => {
-                self.send(&PacketHeader::round_end(round, self.epoch, self.sequence))?;
                 self.round = Round(round.0 + 1);
                 self.ended = Some(round);
-                if !self.by_reference.is_outstanding() {
+                // Where nothing is mended, the control connection waits for this before it lets the target go on.
+                if !self.by_reference.is_outstanding() || self.journal.is_none() {
                     self.settle_round()?;
                 }
             }
-            Item::Flush(epoch) => {
-                self.send(&PacketHeader::flush(epoch, self.round, self.sequence))?;
-                self.epoch = Epoch(epoch.0 + 1);
-            }
+            Item::Flush(epoch) => self.epoch = Epoch(epoch.0 + 1),
             Item::Run(_) => return Err(ChannelError::Internal("a run is no mark")),
         }
         Ok(())
@@ -278,22 +281,27 @@ impl SendRole {
 
     fn bye(&mut self) -> Result<(), ChannelError> {
         self.settle()?;
-        let round = Round(self.round.0.min(Round::MAX.0));
-        self.send(&PacketHeader::bye(round, self.epoch, self.sequence))
+        let head_len = self.packets.bye(self.place(), &mut self.batch.packet);
+        self.send(head_len)
     }
 
-    fn send(&mut self, header: &PacketHeader) -> Result<(), ChannelError> {
-        let Batch { packet, table, .. } = &mut self.batch;
-        let table: &[RunEntry] = if header.kind == PacketKind::Pages { table } else { &[] };
-        let head_len = header.encode_into(table, packet.head_mut())?;
-        let sent = self.by_reference.send(packet, head_len, &mut self.stream);
+    fn place(&self) -> Place {
+        Place { round: self.round, epoch: self.epoch }
+    }
+
+    /// Sends the packet with so much of its head; nothing at all if that is nothing.
+    fn send(&mut self, head_len: Result<usize, Garbled>) -> Result<(), ChannelError> {
+        let head_len = head_len.map_err(|Garbled(why)| ChannelError::Unsendable(why))?;
+        if head_len == 0 {
+            return Ok(());
+        }
+        let sent = self.by_reference.send(&mut self.batch.packet, head_len, &mut self.stream);
         self.count_references();
         let sent = sent.map_err(|source| ChannelError::Io { doing: "sending pages", source })?;
         let cells = self.progress.cells(self.channel.0.into());
         add(&cells.wire_bytes, sent.bytes as u64);
         add(&cells.packets, 1);
         add(&cells.syscalls, sent.calls);
-        self.sequence += 1;
         Ok(())
     }
 
@@ -345,8 +353,11 @@ struct Batch {
     rest: Option<(Run, Round)>,
     /// Guest bytes in the batch, zeros included.
     bytes: u64,
+    pages: u64,
     zero_pages: u64,
-    bytes_max: usize,
+    /// What becomes of pages of zeros of its block.
+    zeros: Zeros,
+    room: Room,
 }
 
 /// What a worker looks at pages with.
@@ -373,8 +384,7 @@ impl Batch {
     fn clear(&mut self) {
         self.packet.clear();
         self.table.clear();
-        self.bytes = 0;
-        self.zero_pages = 0;
+        (self.bytes, self.pages, self.zero_pages) = (0, 0, 0);
     }
 
     /// How much of it is zeros, from 0 to 1.
@@ -384,26 +394,28 @@ impl Batch {
     }
 
     fn was_full(&self) -> bool {
-        self.packet.payload_bytes() >= self.bytes_max
-            || self.table.len() >= RUNS_PER_PACKET_MAX
+        self.packet.payload_bytes() >= self.room.payload_bytes
+            || self.table.len() >= self.room.runs
+            || self.pages >= self.room.pages
             || self.zero_pages >= ZERO_PAGES_PER_PACKET_MAX
             || !self.packet.has_room()
     }
 
-    fn continue_rest(&mut self, eyes: &Eyes) -> Result<(), ChannelError> {
+    fn continue_rest(&mut self, eyes: &Eyes, packets: &dyn PacketWriter) -> Result<(), ChannelError> {
         match self.rest.take() {
-            Some((run, round)) => self.add(eyes, run, round),
+            Some((run, round)) => self.add(eyes, packets, run, round),
             None => Ok(()),
         }
     }
 
     /// Adds a run, page by page, until the batch is full or belongs to another block; the rest waits.
-    fn add(&mut self, eyes: &Eyes, run: Run, round: Round) -> Result<(), ChannelError> {
-        if !self.table.is_empty() && self.block != run.block {
+    fn add(&mut self, eyes: &Eyes, packets: &dyn PacketWriter, run: Run, round: Round) -> Result<(), ChannelError> {
+        if self.pages > 0 && self.block != run.block {
             self.rest = Some((run, round));
             return Ok(());
         }
         self.block = run.block;
+        self.zeros = packets.zeros(run.block, round);
         let taken = self.add_pages(eyes, &run, round)?;
         if taken < run.pages {
             let left = Run { first: run.first + u64::from(taken), pages: run.pages - taken, ..run };
@@ -422,29 +434,32 @@ impl Batch {
                 return Ok(taken);
             }
             let page = run.first + u64::from(taken);
-            let kind = match eyes.look.at(block, page).ok_or(ChannelError::Internal("a run leaves its block"))? {
-                Seen::Zero => {
-                    if let Some(recorder) = &mut recorder {
-                        recorder.zero(page, 1);
-                    }
+            let seen = eyes.look.at(block, page).ok_or(ChannelError::Internal("a run leaves its block"))?;
+            if let Some(recorder) = &mut recorder {
+                match seen {
+                    Seen::Zero => recorder.zero(page, 1),
+                    Seen::Data(hash) => recorder.page(page, hash),
+                }
+            }
+            self.bytes += page_bytes;
+            self.pages += 1;
+            let kind = match seen {
+                Seen::Zero if self.zeros != Zeros::Data => {
                     self.zero_pages += 1;
+                    if self.zeros == Zeros::LeftOut {
+                        continue;
+                    }
                     RunKind::Zero
                 }
-                Seen::Data(hash) => {
-                    if !self.packet.push(&Run { first: page, pages: 1, ..*run }) {
-                        return Err(ChannelError::Internal("no iovec is left"));
-                    }
-                    if let Some(recorder) = &mut recorder {
-                        recorder.page(page, hash);
-                    }
-                    RunKind::Data
+                _ if !self.packet.push(&Run { first: page, pages: 1, ..*run }) => {
+                    return Err(ChannelError::Internal("no iovec is left"));
                 }
+                _ => RunKind::Data,
             };
             match self.table.last_mut() {
                 Some(last) if last.kind == kind && last.first + u64::from(last.pages) == page => last.pages += 1,
                 _ => self.table.push(RunEntry { first: page, pages: 1, kind }),
             }
-            self.bytes += page_bytes;
         }
         Ok(run.pages)
     }

@@ -10,10 +10,12 @@
 mod native;
 mod native_read;
 pub mod read;
+mod write;
 
 use std::fmt;
 
-use crate::units::{BlockId, Round};
+use crate::memory::{Ram, RamBlock};
+use crate::units::{BlockId, ChannelId, Round};
 use crate::wire::WireError;
 use crate::wire::control::{BlockInfo, SourceFrame, TargetFrame};
 use crate::wire::hello::Hello;
@@ -21,6 +23,7 @@ use crate::wire::hello::Hello;
 pub use native::{Native, NativeDialogue};
 pub use native_read::NativeReader;
 use read::PacketReader;
+pub use write::{NativeWriter, PacketWriter, Place, Room, Zeros};
 
 /// What is spoken on all connections of a migration.
 ///
@@ -48,11 +51,25 @@ pub trait Framing: fmt::Debug + Send + Sync {
     /// before the control connection; `None` where Setup says it.
     fn channels(&self) -> Option<u8>;
 
-    /// Whether what is lost can be told from what has landed: then a channel may be lost, and a session resumed.
+    /// Whether the target says what has landed, and answers Pings: then digests can be compared, and a channel may be
+    /// lost, and a session resumed.
     fn mends(&self) -> bool;
+
+    /// Whether pages of this block that nobody has ever touched need not travel: the target's are zero before anything
+    /// comes.
+    fn skips_untouched(&self, block: &RamBlock) -> bool {
+        let _ = block;
+        true
+    }
 
     /// The control connection at a source.
     fn at_source(&self) -> Box<dyn Dialogue<SourceFrame, TargetFrame>>;
+
+    /// A data channel at a source, behind its hello.
+    ///
+    /// # Errors
+    /// Why this memory cannot travel on this wire.
+    fn packets(&self, ram: &Ram, channel: ChannelId) -> Result<Box<dyn PacketWriter>, Garbled>;
 
     /// The control connection at a target, from behind what [`Framing::who`] has seen.
     fn at_target(&self) -> Box<dyn Dialogue<TargetFrame, SourceFrame>>;
@@ -85,6 +102,20 @@ pub trait Dialogue<Out, In>: fmt::Debug + Send {
     /// # Errors
     /// A frame that cannot be put into bytes. Then `out` is as it was.
     fn say(&mut self, frame: &Out, out: &mut Vec<u8>) -> Result<(), Garbled>;
+
+    /// At a source: pages of this round are about to be sent. Every round is begun.
+    ///
+    /// # Errors
+    /// What cannot be put into bytes.
+    fn round_begins(&mut self, round: Round, out: &mut Vec<u8>) -> Result<(), Garbled> {
+        let _ = (round, out);
+        Ok(())
+    }
+
+    /// Everything that was said so far is out: appends to `out` what comes next and had to wait for that, some of it.
+    fn go_on(&mut self, out: &mut Vec<u8>) {
+        let _ = out;
+    }
 
     /// Takes bytes from the front of `input` until something is known; `None` once all of them are taken and nothing
     /// more is known.

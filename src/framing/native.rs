@@ -2,7 +2,9 @@
 //! This library's own wire, version 1: a hello on each connection, control frames, packets.
 
 use super::read::PacketReader;
-use super::{Dialogue, Framing, Garbled, Heard, NativeReader};
+use super::{Dialogue, Framing, Garbled, Heard, NativeReader, NativeWriter, PacketWriter};
+use crate::memory::Ram;
+use crate::units::ChannelId;
 use crate::wire::control::{BlockInfo, Frame, FrameDecoder, FrameEncoder, SourceFrame, TargetFrame};
 use crate::wire::hello::{HELLO_BYTES, HELLO_MAGIC, Hello};
 
@@ -41,6 +43,10 @@ impl Framing for Native {
 
     fn at_source(&self) -> Box<dyn Dialogue<SourceFrame, TargetFrame>> {
         Box::new(NativeDialogue::new())
+    }
+
+    fn packets(&self, _: &Ram, _: ChannelId) -> Result<Box<dyn PacketWriter>, Garbled> {
+        Ok(Box::new(NativeWriter::default()))
     }
 
     fn at_target(&self) -> Box<dyn Dialogue<TargetFrame, SourceFrame>> {

@@ -3,6 +3,7 @@
 #![expect(unsafe_code)]
 
 use std::io;
+use std::ops::Range;
 
 use crate::memory::Ram;
 use crate::memory::copy::copy_out;
@@ -155,6 +156,22 @@ impl Gather {
             self.advance_by(n);
         }
         copied
+    }
+
+    /// Copies the payload, and forgets it: `into` has its length.
+    pub(crate) fn take_payload(&mut self, into: &mut [u8]) {
+        assert_eq!(into.len(), self.payload_bytes);
+        self.begin(0);
+        self.copy_some(into);
+        self.clear();
+    }
+
+    /// Copies the next bytes of the payload into this range of the header buffer: after [`Gather::begin`] with nothing of
+    /// it, which may be filled in anew meanwhile.
+    pub(crate) fn copy_to_head(&mut self, range: Range<usize>) {
+        let mut head = std::mem::take(&mut self.head);
+        self.copy_some(&mut head[range]);
+        self.head = head;
     }
 
     /// Begins to send the first `head_len` bytes of the header buffer, and then the payload.

@@ -10,6 +10,7 @@ use crate::error::{Failure, OsReason};
 use crate::framing::{Dialogue, Garbled, Heard, NativeDialogue};
 use crate::net::stream::{Stream, is_tls};
 use crate::sys::event::PollSet;
+use crate::units::Round;
 use crate::wire::control::Frame;
 use crate::wire::hello::{HELLO_BYTES, Hello, Side};
 
@@ -109,11 +110,33 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
         self.flush().map_err(ControlError::Io)
     }
 
+    /// Says that pages of this round are about to be sent, and sends what the socket takes.
+    ///
+    /// # Errors
+    /// As [`Control::send`].
+    pub fn round_begins(&mut self, round: Round) -> Result<(), ControlError> {
+        self.dialogue.round_begins(round, &mut self.outbox)?;
+        self.flush().map_err(ControlError::Io)
+    }
+
     /// Sends what the socket takes.
     ///
     /// # Errors
     /// What send(2) says; `QuotaExceeded` for a peer that has left so much unread that no more may wait for it.
     pub fn flush(&mut self) -> io::Result<()> {
+        loop {
+            self.flush_outbox()?;
+            if self.unsent_bytes() > 0 {
+                return Ok(());
+            }
+            self.dialogue.go_on(&mut self.outbox);
+            if self.outbox.is_empty() {
+                return Ok(());
+            }
+        }
+    }
+
+    fn flush_outbox(&mut self) -> io::Result<()> {
         self.stream.flush()?;
         while self.sent < self.outbox.len() {
             match self.stream.send(&self.outbox[self.sent..]) {

@@ -3,10 +3,12 @@
 #![forbid(unsafe_code)]
 
 use super::seen::Seen;
+use super::source::{Sending, is_firmware};
 use super::target::{QemuReader, TargetDialogue};
 use super::wire::{COMMON_BYTES, INIT_BYTES, InitPacket, MAIN_MAGIC, packet_kind};
 use crate::framing::read::PacketReader;
-use crate::framing::{Dialogue, Framing, NativeDialogue};
+use crate::framing::{Dialogue, Framing, Garbled, PacketWriter};
+use crate::memory::{Ram, RamBlock};
 use crate::units::{ChannelId, FIRST_GENERATION, SessionId};
 use crate::wire::control::{BlockInfo, SourceFrame, TargetFrame};
 use crate::wire::hello::{Hello, HelloRole, Side};
@@ -29,13 +31,14 @@ pub struct Qemu {
     pub(super) channels: u8,
     pub(super) accept_missing: bool,
     pub(super) seen: Seen,
+    pub(super) sending: Sending,
 }
 
 impl Qemu {
     /// A migration over a main connection and this many channels, on which both sides have agreed elsewhere: QEMU calls
     /// it `multifd-channels`. Without channels, `multifd` is off, and all pages travel on the main connection.
     pub fn new(channels: u8) -> Qemu {
-        Qemu { channels, accept_missing: false, seen: Seen::default() }
+        Qemu { channels, accept_missing: false, seen: Seen::default(), sending: Sending::default() }
     }
 
     /// At a target: whether a page of which the source never spoke is taken to be zero. No, unless told otherwise: QEMU
@@ -89,10 +92,7 @@ impl Framing for Qemu {
     }
 
     fn hello(&self, hello: &Hello) -> Vec<u8> {
-        match hello.role {
-            HelloRole::Control => Vec::new(),
-            HelloRole::Data(channel) => InitPacket { uuid: hello.session.0, channel: channel.0 }.encode().to_vec(),
-        }
+        self.first_bytes(hello)
     }
 
     fn answers_hello(&self) -> bool {
@@ -107,8 +107,16 @@ impl Framing for Qemu {
         false
     }
 
+    fn skips_untouched(&self, block: &RamBlock) -> bool {
+        !is_firmware(block)
+    }
+
     fn at_source(&self) -> Box<dyn Dialogue<SourceFrame, TargetFrame>> {
-        Box::new(NativeDialogue::new())
+        Box::new(self.source_dialogue())
+    }
+
+    fn packets(&self, ram: &Ram, channel: ChannelId) -> Result<Box<dyn PacketWriter>, Garbled> {
+        self.packets_of(ram, channel)
     }
 
     fn at_target(&self) -> Box<dyn Dialogue<TargetFrame, SourceFrame>> {

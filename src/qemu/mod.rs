@@ -3,8 +3,10 @@
 
 #![forbid(unsafe_code)]
 
+pub mod compress;
 mod framing;
 mod seen;
+mod source;
 mod target;
 pub mod wire;
 

@@ -25,9 +25,10 @@ use crate::source::gauge::Gauge;
 use crate::source::lanes::Lanes;
 use crate::source::motion::Motion;
 use crate::source::pace::Pace;
+use crate::source::pipe::Pipe;
 use crate::source::ways::Losses;
 use crate::source::{DowntimeParts, Guest, Settings, Source, SourceReport, TlsReport, ZeroCopyReport};
-use crate::units::{BlockId, ChannelId, SessionId, Verify};
+use crate::units::{BlockId, ChannelId, Round, SessionId, Verify};
 use crate::wire::control::{HEARD_THE_END, LanePong, SourceFrame, TargetFrame};
 use crate::wire::crc::Crc32c;
 
@@ -44,6 +45,8 @@ pub(super) struct Driver<'a> {
     pub control: Option<Control<SourceFrame, TargetFrame>>,
     pub greeted: bool,
     pub lanes: Option<Lanes>,
+    /// Where pages travel on the control connection: how they get there.
+    pub pipe: Option<Pipe>,
     pub digests: Option<Arc<DigestTable>>,
     pub dirty: &'a mut dyn DirtySource,
     pub armed: bool,
@@ -75,6 +78,8 @@ pub(super) struct Driver<'a> {
     pub dirty_rate: u64,
     /// The cap on bandwidth, while the guest runs.
     pub pace: Option<Pace>,
+    /// The round of which the control connection is to say that it begins, as soon as all of those before it are out.
+    pub begins: Option<Round>,
     /// Whether a round is being shipped while the guest runs.
     pub in_round: bool,
     /// Whether what is on its way to the target is waited for.
@@ -124,6 +129,7 @@ pub(super) fn migrate(source: Source, dirty: &mut dyn DirtySource, guest: &mut d
         control: None,
         greeted: !settings.framing.answers_hello(),
         lanes: None,
+        pipe: None,
         digests: None,
         dirty,
         armed: false,
@@ -149,6 +155,7 @@ pub(super) fn migrate(source: Source, dirty: &mut dyn DirtySource, guest: &mut d
         throttle: 0,
         dirty_rate: 0,
         pace: None,
+        begins: None,
         in_round: false,
         draining: false,
         wake_at: None,
@@ -224,6 +231,16 @@ impl Driver<'_> {
 
     /// Tells the session what happened, and does what it says. `Err` when it has ended.
     pub fn event(&mut self, event: SourceEvent) -> Result<(), Over> {
+        let event = match event {
+            // Nobody knows what of it has landed.
+            SourceEvent::ChannelFailed { channel, generation, reason } if !self.settings.framing.mends() => {
+                if self.session.is_committed() {
+                    return Ok(());
+                }
+                SourceEvent::Failed(Failure::Channel { channel, generation, reason })
+            }
+            event => event,
+        };
         for action in self.session.on(event) {
             self.act(action)?;
         }
@@ -306,11 +323,14 @@ impl Driver<'_> {
     /// Looks after everything that is not pages: frames, ended workers, cancel, time. Waits for any of it if `wait`.
     pub fn service(&mut self, wait: bool) -> Result<(), Over> {
         self.send_state()?;
+        self.say_that_a_round_begins()?;
+        self.carry()?;
         self.heartbeat()?;
         let mut readable = Vec::new();
-        if wait {
+        if wait && !self.control.as_ref().is_some_and(Control::has_news) {
             let channels_wake_at = self.channels_wake_at();
             let mut watched = Vec::new();
+            let pipe = self.pipe.as_ref().filter(|_| self.has_room());
             let set = self.bell.sleeper().set();
             set.clear();
             set.until(self.wake_at.take().map_or(self.ping_at, |at| at.min(self.ping_at)));
@@ -319,6 +339,9 @@ impl Driver<'_> {
             }
             if let Some(control) = &self.control {
                 set.watch(control.fd(), true, control.unsent_bytes() > 0);
+            }
+            if let Some(pipe) = pipe {
+                set.watch(pipe.fd(), true, false);
             }
             for (channel, socket) in self.losses.joining_sockets() {
                 watched.push((channel, set.watch(socket.as_fd(), true, false)));
@@ -401,7 +424,7 @@ impl Driver<'_> {
             untouched_bytes: self.scanner.as_ref().map_or(0, Scanner::untouched_bytes),
             state_bytes: self.state_bytes,
             rounds: self.session.round().0,
-            channels: self.settings.channels,
+            channels: self.settings.framing.channels().unwrap_or(self.settings.channels),
             total: begun.elapsed(),
             downtime,
             downtime_expected: self.expected,

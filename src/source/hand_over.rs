@@ -148,7 +148,13 @@ impl Driver<'_> {
                 self.ship_paused_round()?;
             }
             let last = Round(self.session.round().0 - 1);
-            let empty = self.lanes.as_ref().is_some_and(|lanes| lanes.all_sent(last)) && self.state.is_empty();
+            let all_sent = self.lanes.as_ref().is_some_and(|lanes| lanes.all_sent(last));
+            // Asked for after that: nothing more can come.
+            self.carry()?;
+            let empty = all_sent
+                && self.has_carried_all()
+                && self.state.is_empty()
+                && self.begins.is_none();
             if empty && self.session.channels_are_settled() && self.losses.returned_bytes == 0 {
                 break;
             }

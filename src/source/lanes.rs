@@ -128,7 +128,10 @@ impl Lanes {
         let by_reference = ByReference::new(kit.settings.zero_copy, &stream)
             .map_err(|why| Failure::Config(format!("no zero copy on data channel {id}: {why}; use auto or off")))?;
         let (mut ring_in, ring_out) = ring(RING_SLOTS);
-        let (journal_in, journal) = ring(JOURNAL_SLOTS);
+        let framing = &kit.settings.framing;
+        let packets = framing.packets(kit.ram, id).map_err(|e| Failure::Config(format!("this cannot be sent: {e}")))?;
+        let mends = framing.mends();
+        let (journal_in, journal) = ring(if mends { JOURNAL_SLOTS } else { 2 });
         let marks = [round.map(Item::RoundEnd), epoch.map(Item::Flush)];
         let pushed = ring_in.push_batch(&marks.into_iter().flatten().collect::<Vec<_>>());
         debug_assert!(pushed <= 2, "the ring is new");
@@ -137,7 +140,8 @@ impl Lanes {
             stream,
             by_reference,
             ring: ring_out,
-            journal: journal_in,
+            journal: mends.then_some(journal_in),
+            packets,
             ram: kit.ram.clone(),
             look: Look::new(kit.digests.is_some(), kit.settings.zero_test),
             digests: kit.digests.cloned(),

@@ -12,6 +12,7 @@ mod lanes;
 mod losses;
 mod motion;
 mod pace;
+mod pipe;
 mod rounds;
 mod setup;
 mod state;
@@ -413,10 +414,18 @@ impl SourceBuilder {
         self.build(Endpoint::Connector(Box::new(connector)))
     }
 
-    fn build(self, endpoint: Endpoint) -> Result<Source, Failure> {
+    fn build(mut self, endpoint: Endpoint) -> Result<Source, Failure> {
+        if let Some(agreed) = self.settings.framing.channels() {
+            // Without any, one worker puts pages into bytes for the control connection.
+            self.settings.channels = agreed.max(1);
+        }
         let channels = usize::from(self.settings.channels);
         if channels == 0 || channels > CHANNELS_MAX {
             return Err(Failure::Config(format!("{channels} channels are not possible; 1 to {CHANNELS_MAX} are")));
+        }
+        if !self.settings.framing.mends() && self.settings.verify != Verify::Off {
+            let what = "this framing carries no digests that could be compared; use Verify::Off";
+            return Err(Failure::Config(what.to_owned()));
         }
         if let Some(tls) = &self.settings.tls {
             if self.settings.zero_copy == ZeroCopy::On {

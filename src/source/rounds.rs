@@ -200,6 +200,7 @@ impl Driver<'_> {
     }
 
     fn push_round(&mut self, which: Which, batch_bytes: u64) -> Result<(), Over> {
+        self.round_begins()?;
         let ram = self.ram.clone();
         let mut batch = Vec::with_capacity(PUSH_RUNS_MAX);
         let (mut harvest_time, pushed_before) = (Duration::ZERO, self.pushed_bytes);
@@ -219,7 +220,7 @@ impl Driver<'_> {
         }
         // The mark is an item of the journal like any other.
         self.epoch_items += 1;
-        if self.epoch_items >= EPOCH_ITEMS_MAX {
+        if self.epoch_items >= EPOCH_ITEMS_MAX && self.settings.framing.mends() {
             self.close_epoch()?;
         }
         self.room_for_marks()?;
@@ -283,7 +284,8 @@ impl Driver<'_> {
     fn push(&mut self, batch: &mut Vec<Item>, bytes: &mut u64) -> Result<bool, Over> {
         let items = batch.len() as u64;
         let full = self.epoch_bytes + *bytes > self.settings.epoch_bytes || self.epoch_items + items > EPOCH_ITEMS_MAX;
-        if full && self.epoch_items > 0 {
+        // Where the target does not say what has landed, there is nothing to wait for.
+        if full && self.epoch_items > 0 && self.settings.framing.mends() {
             self.close_epoch()?;
         }
         while let Some(until) = self.pace.and_then(|pace| pace.waits_until(Instant::now())) {

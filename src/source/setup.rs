@@ -17,6 +17,7 @@ use crate::source::dial::say_hello;
 use crate::source::driver::Driver;
 use crate::source::ends::Over;
 use crate::source::lanes::{Kit, Lanes};
+use crate::source::pipe::Pipe;
 use crate::source::TlsReport;
 use crate::sys::random::random_16;
 use crate::units::{ChannelId, SessionId, Verify};
@@ -153,6 +154,9 @@ impl Driver<'_> {
         slow: &[(ChannelId, Failure)],
     ) -> Result<Result<Stream, Failure>, Over> {
         let generation = FIRST_GENERATION;
+        if self.settings.framing.channels() == Some(0) {
+            return Ok(self.lay_pipe(channel));
+        }
         let mut limit = self.settings.timeouts.connect;
         if let Endpoint::Addresses(addresses) = &self.endpoint {
             let same = |other: &ChannelId| one_of(addresses, *other, generation) == one_of(addresses, channel, generation);
@@ -183,6 +187,18 @@ impl Driver<'_> {
         }
     }
 
+    /// The worker's end of the way to the control connection.
+    fn lay_pipe(&mut self, channel: ChannelId) -> Result<Stream, Failure> {
+        let failure = |e| Failure::Channel {
+            channel,
+            generation: FIRST_GENERATION,
+            reason: format!("laying a pipe to the control connection: {e}"),
+        };
+        let (pipe, stream) = Pipe::new().map_err(failure)?;
+        self.pipe = Some(pipe);
+        Ok(stream)
+    }
+
     /// What workers are made from.
     pub fn kit<'k>(&'k self, controller: &'k Ringer<PollSleeper>) -> Kit<'k> {
         Kit {
@@ -197,7 +213,8 @@ impl Driver<'_> {
 
     pub fn arm(&mut self) -> Result<(), Over> {
         // Allocated before tracking begins: from then on, rounds allocate nothing.
-        self.scanner = Some(Scanner::new(&self.ram));
+        let framing = self.settings.framing.clone();
+        self.scanner = Some(Scanner::new(&self.ram).looking(&self.ram, |block| framing.skips_untouched(block)));
         self.armed = true;
         let armed = self.dirty.arm(&self.ram);
         self.armed_at = Instant::now();

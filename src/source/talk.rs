@@ -8,6 +8,7 @@ use crate::error::Failure;
 use crate::session::source::{SourceAction, SourceEvent};
 use crate::source::driver::Driver;
 use crate::source::ends::Over;
+use crate::units::Round;
 use crate::wire::control::{SourceFrame, TargetFrame};
 use crate::wire::hello::{HelloRole, Side};
 
@@ -71,6 +72,30 @@ impl Driver<'_> {
             (Err(e), _) => self.control_lost(e.into_failure("waiting for the target")),
             (Ok(()), Err(e)) => self.control_lost(Failure::Control { doing: "sending on it", reason: e.into() }),
             (Ok(()), Ok(())) => Ok(()),
+        }
+    }
+
+    /// Another round begins. Where the wire has a word for it, it is said when all channels have sent the end of the round
+    /// before: a target that hears it waits for that. Not later, as it holds back what comes behind that end.
+    pub fn round_begins(&mut self) -> Result<(), Over> {
+        while self.begins.is_some() {
+            self.service(true)?;
+        }
+        self.begins = Some(self.session.round());
+        self.say_that_a_round_begins()
+    }
+
+    pub fn say_that_a_round_begins(&mut self) -> Result<(), Over> {
+        let Some(round) = self.begins else { return Ok(()) };
+        let before = round.0.checked_sub(1).map(Round).filter(|_| !self.settings.framing.mends());
+        if before.is_some_and(|before| !self.lanes.as_ref().is_some_and(|lanes| lanes.all_sent(before))) {
+            return Ok(());
+        }
+        self.begins = None;
+        // What the socket refuses is found again, by `receive`.
+        match self.control.as_mut().map(|control| control.round_begins(round)) {
+            Some(Err(e)) => e.own_mistake().map_or(Ok(()), |why| self.fail(why)),
+            _ => Ok(()),
         }
     }
 

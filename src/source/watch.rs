@@ -24,6 +24,8 @@ impl Driver<'_> {
                 Some(hook) => Some((hook, timeouts.hook)),
                 None => None,
             };
+            // Whoever answers no Ping may be silent for as long as he likes: his data moves, or stalls.
+            let may_be_silent = owed.is_none() && !self.settings.framing.mends();
             let (waiting_for, limit, since) = match owed {
                 // A target that answers Pings and nothing else is alive, and still owes us what we wait for.
                 Some((what, limit)) => {
@@ -39,7 +41,7 @@ impl Driver<'_> {
                 }
             };
             let waited = now.saturating_duration_since(since);
-            if waited > limit {
+            if waited > limit && !may_be_silent {
                 let why = Failure::Silent { waiting_for, ms: waited.as_millis() as u64 };
                 // Silence may be the network's. So may be a word that does not come, if one before it was damaged such that
                 // it seems to go on: where the session can be taken up again, that shows.

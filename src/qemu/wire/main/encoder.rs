@@ -23,7 +23,7 @@ use crate::qemu::wire::{Dialect, Fault, MAIN_MAGIC, Name, PAGE_BYTES, Stream, St
 /// assert!(error.to_string().starts_with("main stream, byte 24: found a flush word, expected a subsection"));
 /// # Ok::<(), pageferry::qemu::wire::StreamError>(())
 /// ```
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct MainEncoder {
     order: Order,
     at: u64,

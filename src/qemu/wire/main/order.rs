@@ -86,7 +86,7 @@ impl Payload {
 }
 
 /// Where a main stream is, and what it has said.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Order {
     pub dialect: Dialect,
     pub phase: Phase,

@@ -27,7 +27,7 @@ struct Candidate {
 }
 
 /// Looks at every byte of the tail.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Vmdesc {
     /// The last bytes, the newest last.
     window: [u8; WINDOW],

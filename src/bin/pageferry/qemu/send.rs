@@ -1,0 +1,228 @@
+//! `pageferry qemu send`: gives a stored machine to a QEMU destination.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::ValueEnum;
+use pageferry::dirty::combined::Still;
+use pageferry::net::Address;
+use pageferry::qemu::Qemu;
+use pageferry::qemu::wire::{Barrier, Compression, Dialect};
+use pageferry::sys::thread::process_cpu_time;
+use pageferry::{Guest, HookError, Source, StateWriter, Timeouts, Verify};
+
+use crate::interrupt::Interrupt;
+use crate::output::{Output, on_bus_error_fail};
+use crate::progress::{Side, Watch};
+use crate::report::{End, Report};
+use crate::store::{Counters, Manifest, Reader};
+
+/// Give a machine that `pageferry qemu receive` has stored to a QEMU that waits for it.
+///
+/// The destination must have the same machine type, devices and RAM blocks as the QEMU that the machine came from, be
+/// started with `-incoming defer`, and have its capability `multifd` and its parameters `multifd-channels` and
+/// `multifd-compression` set to what is given here. The store stays as it is, and can be sent again.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  pageferry qemu send --to 10.0.0.2:4444 --in vm.store
+  pageferry qemu send --to unix:/run/qemu.sock --in vm.store --channels 4 --compress zstd --json
+  pageferry qemu send --to 10.0.0.2:4444 --in vm.store --channels 0       without multifd
+
+At the destination, before that (QMP):
+  migrate-set-capabilities multifd=on; migrate-set-parameters multifd-channels=2
+  migrate-incoming tcp:0.0.0.0:4444
+
+QEMU's stream is not encrypted, and anybody who reaches the port can break the migration: use a network that you trust.")]
+pub struct Args {
+    /// Where the destination waits: HOST:PORT or unix:PATH
+    #[arg(long, value_name = "ADDR")]
+    to: Address,
+    /// The store
+    #[arg(long = "in", value_name = "DIR")]
+    store: PathBuf,
+    /// Multifd channels, as the destination's parameter multifd-channels has it; 0 where its capability multifd is off
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    channels: u8,
+    /// How pages are compressed, as the destination's parameter multifd-compression has it
+    #[arg(long, value_name = "HOW", default_value = "none")]
+    compress: CompressArg,
+    /// Whether the destination is asked whether it has taken the machine; if not, nobody knows whether it has
+    #[arg(long, value_name = "HOW", default_value = "on")]
+    return_path: Switch,
+    /// Which QEMU the destination is
+    #[arg(long, value_name = "VERSION", default_value = "auto")]
+    dialect: DialectArg,
+    /// The destination's -uuid, where it has one that the store does not know: a source says it only if its capability
+    /// validate-uuid is on
+    #[arg(long, value_name = "UUID", value_parser = parse_uuid)]
+    uuid: Option<[u8; 16]>,
+    /// Print one JSON object a line on standard output: progress, then a report
+    #[arg(long)]
+    json: bool,
+}
+
+/// [`Compression`], as an option.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+enum CompressArg {
+    /// Not at all
+    None,
+    /// By zlib
+    Zlib,
+    /// By zstd
+    Zstd,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+enum Switch {
+    /// Yes
+    On,
+    /// No
+    Off,
+}
+
+/// [`Dialect`], as an option.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+enum DialectArg {
+    /// The same as the one that the machine came from
+    Auto,
+    /// 10.0, and later ones that speak as it does
+    #[value(name = "10.0")]
+    V10_0,
+    /// 7.2
+    #[value(name = "7.2")]
+    V7_2,
+}
+
+const COMMAND: &str = "qemu send";
+
+/// How long the destination may take to load the devices, during which it says nothing. QEMU itself waits for ever.
+const LOAD_TIME: Duration = Duration::from_secs(15 * 60);
+
+pub fn run(args: &Args) -> ExitCode {
+    let out = Output::new(args.json);
+    let report = ship(args, out).unwrap_or_else(|error| Report::early(COMMAND, End::Failed, Some(error)));
+    out.end(&report)
+}
+
+fn ship(args: &Args, out: Output) -> Result<Report, String> {
+    let interrupt = Interrupt::listen();
+    if args.channels == 0 && args.compress != CompressArg::None {
+        return Err("only channels are compressed: --compress needs --channels 1 or more".to_owned());
+    }
+    let store = Reader::open(&args.store)?;
+    let (dialect, barrier) = spoken(args, store.manifest())?;
+    let mut machine = Stored { configuration: store.manifest().configuration.clone(), tail: store.tail()? };
+    let ram = store.ram()?;
+    let cut = format!("{} was changed while it was sent, or its disk failed", args.store.display());
+    on_bus_error_fail(out, COMMAND, cut, None);
+    let mut qemu = Qemu::new(args.channels)
+        .dialect(dialect, barrier)
+        .section(store.manifest().section)
+        .return_path(args.return_path == Switch::On)
+        .compression(match args.compress {
+            CompressArg::None => Compression::None,
+            CompressArg::Zlib => Compression::Zlib,
+            CompressArg::Zstd => Compression::Zstd,
+        });
+    if let Some(uuid) = args.uuid {
+        qemu = qemu.uuid(uuid);
+    }
+    let seen = qemu.seen();
+    let source = Source::builder(ram)
+        .verify(Verify::Off)
+        .timeouts(Timeouts { hook: LOAD_TIME, ..Timeouts::default() })
+        .framing(qemu)
+        .connect(&args.to.to_string())
+        .map_err(|e| e.to_string())?;
+    interrupt.attach(source.cancel_handle());
+    let watch = Watch::start(source.progress(), Side::Source, out);
+    let report = source.migrate(&mut Still::new(), &mut machine);
+    drop(watch);
+    let rounds = report.rounds.into();
+    let mut report = Report::of_source(COMMAND, report, process_cpu_time().unwrap_or_default());
+    let sent = seen.counts();
+    report.counters = Some(Counters {
+        main_bytes: sent.main_bytes,
+        channel_bytes: sent.channel_bytes,
+        normal_pages: sent.normal_pages,
+        zero_pages: sent.zero_pages,
+        sync_packets: sent.sync_packets,
+        rounds,
+    });
+    Ok(report)
+}
+
+/// What the destination's program speaks, and where its machine has the barrier.
+fn spoken(args: &Args, manifest: &Manifest) -> Result<(Dialect, Barrier), String> {
+    let dialect = match (args.dialect, manifest.dialect.as_str()) {
+        (DialectArg::V10_0, _) | (DialectArg::Auto, "10.0") => Dialect::V10_0,
+        (DialectArg::V7_2, _) | (DialectArg::Auto, "7.2") => Dialect::V7_2,
+        (DialectArg::Auto, other) => return Err(format!("{other:?} is no dialect that is spoken here; use --dialect")),
+    };
+    // Without channels a source has no barrier, and its stream shows none. The machine type says where it would be.
+    let barrier = match (dialect, version(&manifest.machine)) {
+        (Dialect::V7_2, _) => Barrier::PerSection,
+        (Dialect::V10_0, _) if manifest.channels > 0 && manifest.barrier == "per-section" => Barrier::PerSection,
+        (Dialect::V10_0, _) if manifest.channels > 0 && manifest.dialect == "10.0" => Barrier::PerRound,
+        (Dialect::V10_0, Some(version)) if version <= (8, 0) => Barrier::PerSection,
+        (Dialect::V10_0, _) => Barrier::PerRound,
+    };
+    Ok((dialect, barrier))
+}
+
+/// The version of a machine type: `pc-q35-8.0` has 8.0.
+fn version(machine: &str) -> Option<(u32, u32)> {
+    let (major, minor) = machine.rsplit('-').next()?.split_once('.')?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
+}
+
+fn parse_uuid(text: &str) -> Result<[u8; 16], String> {
+    let digits: String = text.chars().filter(|c| *c != '-').collect();
+    let number = u128::from_str_radix(&digits, 16).ok().filter(|_| digits.len() == 32);
+    Ok(number.ok_or_else(|| format!("{text} is no UUID: 32 hexadecimal digits"))?.to_be_bytes())
+}
+
+/// The stored machine, in the place of a guest: it never runs here.
+struct Stored {
+    configuration: Vec<u8>,
+    tail: Vec<u8>,
+}
+
+impl Guest for Stored {
+    fn setup_bytes(&mut self) -> Result<Vec<u8>, HookError> {
+        Ok(self.configuration.clone())
+    }
+
+    fn pause(&mut self) -> Result<(), HookError> {
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), HookError> {
+        Ok(())
+    }
+
+    fn save_state(&mut self, out: &mut StateWriter) -> Result<(), HookError> {
+        Ok(out.write_all(&self.tail)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machine_type_ends_with_its_version() {
+        assert_eq!(version("pc-q35-8.0"), Some((8, 0)));
+        assert_eq!(version("pc-i440fx-10.0"), Some((10, 0)));
+        assert_eq!(version("microvm"), None);
+    }
+
+    #[test]
+    fn a_uuid_has_32_digits() {
+        assert_eq!(parse_uuid("00112233-4455-6677-8899-aabbccddeeff").map(|uuid| uuid[..3].to_vec()), Ok(vec![0, 0x11, 0x22]));
+        assert!(parse_uuid("0011").is_err() && parse_uuid("+0112233-4455-6677-8899-aabbccddeeff").is_err());
+    }
+}
