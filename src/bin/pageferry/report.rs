@@ -39,7 +39,7 @@ impl End {
         })
     }
 
-    fn of(outcome: &Outcome) -> End {
+    pub fn of(outcome: &Outcome) -> End {
         match outcome {
             Outcome::Completed => End::Completed,
             Outcome::Cancelled => End::Cancelled,
@@ -292,7 +292,8 @@ impl Report {
     }
 }
 
-fn error_of(outcome: &Outcome) -> Option<String> {
+/// Why it did not complete, in words.
+pub fn error_of(outcome: &Outcome) -> Option<String> {
     match outcome {
         Outcome::Completed => None,
         Outcome::Cancelled => Some("cancelled".to_owned()),

@@ -172,7 +172,10 @@ fn facts(seen: &Seen, channels: u8) -> Facts {
 }
 
 fn counters(seen: &Seen) -> Counters {
-    let counts = seen.counts();
+    counters_of(&seen.counts())
+}
+
+pub fn counters_of(counts: &pageferry::qemu::Counts) -> Counters {
     Counters {
         main_bytes: counts.main_bytes,
         channel_bytes: counts.channel_bytes,
