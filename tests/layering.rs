@@ -23,7 +23,7 @@ const LAYERS: &[(u8, &[&str])] = &[
     (0, &["sys"]),
     (1, &["ring", "bell", "gate", "digest", "wire", "dirty/runs", "precopy", "progress"]),
     (1, &["barrier", "journal", "memory", "qemu/mod", "qemu/wire"]),
-    (1, &["dirty/mod", "dirty/bitmap"]),
+    (1, &["dirty/mod", "dirty/bitmap", "qemu/compress"]),
     (2, &["dirty/write_protect", "dirty/combined", "dirty/kvm", "dirty/vm_memory", "session", "poll", "framing"]),
     (3, &["crew", "cancel"]),
     (3, &["net", "config"]),
