@@ -60,7 +60,7 @@ proptest! {
     #[test]
     fn data_that_is_cut_gives_no_packet(pages in pages(), at in any::<prop::sample::Index>()) {
         for method in BOTH {
-            let mut sent = deflate(method, &[pages.clone()]);
+            let mut sent = deflate(method, std::slice::from_ref(&pages));
             let length = sent[0].0.len();
             // Of the flush the last byte may be one that says nothing: what is cut more has to be missed.
             sent[0].0.truncate(at.index(length));
@@ -74,7 +74,7 @@ proptest! {
     #[test]
     fn data_of_another_length_of_pages_is_refused(pages in pages(), more in any::<bool>()) {
         for method in BOTH {
-            let mut sent = deflate(method, &[pages.clone()]);
+            let mut sent = deflate(method, std::slice::from_ref(&pages));
             let bytes = if more { pages.len() + 4096 } else { pages.len().saturating_sub(4096) };
             if !(1..=PACKET_BYTES_MAX).contains(&bytes) {
                 continue;
