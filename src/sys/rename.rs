@@ -20,5 +20,5 @@ pub fn exchange(one: &Path, other: &Path) -> io::Result<()> {
     let call = libc::SYS_renameat2;
     // SAFETY: both paths are C strings that live until the call returns.
     let ret = unsafe { libc::syscall(call, libc::AT_FDCWD, one.as_ptr(), libc::AT_FDCWD, other.as_ptr(), flags) };
-    cvt(i64::from(ret)).map(drop)
+    cvt(ret).map(drop)
 }

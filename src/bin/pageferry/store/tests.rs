@@ -3,8 +3,8 @@
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
 
+use pageferry::sys::random::random_16;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
@@ -17,8 +17,7 @@ struct Folder(PathBuf);
 
 impl Folder {
     fn new() -> Folder {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let name = format!("pageferry-store-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let name = format!("pageferry-store-{:032x}", u128::from_le_bytes(random_16().unwrap()));
         let path = std::env::temp_dir().join(name);
         fs::create_dir(&path).unwrap();
         Folder(path)
