@@ -16,7 +16,9 @@ use pageferry::qemu::wire::{
 };
 use pageferry::source::SourceBuilder;
 use pageferry::units::{BlockId, PageSize};
-use pageferry::{DirtyBitmap, DirtySource, Failure, Guest, HookError, Outcome, Source, SourceReport, StateWriter, Verify};
+use pageferry::{
+    DirtyBitmap, DirtySource, Failure, Guest, HookError, Outcome, Source, SourceReport, StateWriter, Verify,
+};
 
 const PAGE: usize = 4096;
 

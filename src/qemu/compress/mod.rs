@@ -30,7 +30,9 @@ pub use inflate::Inflate;
 #[cfg(not(feature = "qemu-compression"))]
 pub use none::{Deflate, Inflate};
 
-use super::wire::{COMPRESSED_BYTES_MAX, Compression, PACKET_PAGES_MAX, PAGE_BYTES};
+#[cfg(feature = "qemu-compression")]
+use super::wire::{COMPRESSED_BYTES_MAX, Compression};
+use super::wire::{PACKET_PAGES_MAX, PAGE_BYTES};
 
 /// Most bytes of the pages of a packet: 512 KiB.
 pub const PACKET_BYTES_MAX: usize = PACKET_PAGES_MAX * PAGE_BYTES as usize;
@@ -40,6 +42,7 @@ pub const PACKET_BYTES_MAX: usize = PACKET_PAGES_MAX * PAGE_BYTES as usize;
 pub const ZSTD_WINDOW_BYTES_MAX: usize = 32 << 20;
 
 /// What is wrong with the length of what a packet's pages are, or are to be put into.
+#[cfg(feature = "qemu-compression")]
 fn check_pages(method: Compression, bytes: usize) -> Result<(), PackError> {
     if bytes > 0 && bytes <= PACKET_BYTES_MAX && bytes % PAGE_BYTES as usize == 0 {
         return Ok(());
@@ -48,6 +51,7 @@ fn check_pages(method: Compression, bytes: usize) -> Result<(), PackError> {
 }
 
 /// What is wrong with the length of a packet's data.
+#[cfg(feature = "qemu-compression")]
 fn check_data(method: Compression, bytes: usize) -> Result<(), PackError> {
     let limit = COMPRESSED_BYTES_MAX as usize;
     if (1..=limit).contains(&bytes) {
