@@ -222,7 +222,10 @@ mod tests {
 
     #[test]
     fn a_uuid_has_32_digits() {
-        assert_eq!(parse_uuid("00112233-4455-6677-8899-aabbccddeeff").map(|uuid| uuid[..3].to_vec()), Ok(vec![0, 0x11, 0x22]));
+        assert_eq!(
+            parse_uuid("00112233-4455-6677-8899-aabbccddeeff").map(|uuid| uuid[..3].to_vec()),
+            Ok(vec![0, 0x11, 0x22])
+        );
         assert!(parse_uuid("0011").is_err() && parse_uuid("+0112233-4455-6677-8899-aabbccddeeff").is_err());
     }
 }
