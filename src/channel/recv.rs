@@ -97,6 +97,8 @@ impl RecvRole {
                 self.pages(&packet, cx)?;
             }
             match packet.mark {
+                // QEMU 7.2 sends packets of nothing.
+                None if packet.payload == Payload::None => {}
                 // The header behind the pages has come with them.
                 None => continue,
                 Some(Mark::Flush(epoch)) => {

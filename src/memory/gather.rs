@@ -3,7 +3,6 @@
 #![expect(unsafe_code)]
 
 use std::io;
-use std::ops::Range;
 
 use crate::memory::Ram;
 use crate::memory::copy::copy_out;
@@ -159,6 +158,7 @@ impl Gather {
     }
 
     /// Copies the payload, and forgets it: `into` has its length.
+    #[cfg(feature = "qemu")]
     pub(crate) fn take_payload(&mut self, into: &mut [u8]) {
         assert_eq!(into.len(), self.payload_bytes);
         self.begin(0);
@@ -168,7 +168,9 @@ impl Gather {
 
     /// Copies the next bytes of the payload into this range of the header buffer: after [`Gather::begin`] with nothing of
     /// it, which may be filled in anew meanwhile.
-    pub(crate) fn copy_to_head(&mut self, range: Range<usize>) {
+    #[cfg(feature = "qemu")]
+    pub(crate) fn copy_to_head(&mut self, range: std::ops::Range<usize>) {
+        assert_eq!(self.iovecs[0].iov_len, 0, "the header is not to be read while it is written");
         let mut head = std::mem::take(&mut self.head);
         self.copy_some(&mut head[range]);
         self.head = head;

@@ -3,7 +3,8 @@
 
 #![forbid(unsafe_code)]
 
-use super::{Compression, PackError, PackFault};
+use super::{PackError, PackFault};
+use crate::qemu::wire::Compression;
 
 fn unavailable(method: Compression) -> PackError {
     let reason = "this build has no compression: its feature `qemu-compression` is off";

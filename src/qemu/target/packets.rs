@@ -6,6 +6,7 @@ use std::collections::HashMap;
 
 use crate::framing::Garbled;
 use crate::framing::read::{Mark, Packet, PacketReader, Payload};
+use crate::qemu::compress::{Inflate, PackError};
 use crate::qemu::seen::{Counts, Seen};
 use crate::qemu::wire::{
     COMMON_BYTES, Compression, Dialect, INIT_BYTES, Offsets, PAGE_BYTES, PacketKind, RAM_PACKET_BYTES, RamPacket,
@@ -23,7 +24,8 @@ pub struct QemuReader {
     blocks: HashMap<String, (BlockId, u64)>,
     /// Known from the first packet on.
     dialect: Option<Dialect>,
-    compression: Compression,
+    /// What is compressed goes through this from the first packet on.
+    inflate: Option<(Compression, Inflate)>,
     /// Bytes of the channel before the next packet.
     at: u64,
     syncs: u32,
@@ -41,7 +43,7 @@ impl QemuReader {
             seen,
             blocks: blocks.iter().map(by_name).collect(),
             dialect: None,
-            compression: Compression::None,
+            inflate: None,
             at: channel_bytes,
             syncs: 0,
             begun: false,
@@ -55,20 +57,30 @@ impl QemuReader {
         dialect
     }
 
+    fn unpackable(&self, error: &PackError) -> Garbled {
+        Garbled(format!("multifd channel, before byte {}: {error}", self.at))
+    }
+
     /// How many bytes follow, and of what kind.
     fn payload(&mut self, packet: &RamPacket<'_>) -> Result<Payload, Garbled> {
         if packet.normal.is_empty() {
             return Ok(if packet.zero.is_empty() { Payload::None } else { Payload::Plain(0) });
         }
-        if packet.compression == Compression::None && self.compression == Compression::None {
-            return Ok(Payload::Plain(packet.data_bytes.into()));
-        }
-        if self.compression == Compression::None {
-            self.compression = packet.compression;
-            self.seen.learn(|facts| facts.compression = Some(packet.compression));
-        }
-        if packet.compression != self.compression {
-            return Err(Garbled(format!("multifd channel, byte {}: the way of compression has changed", packet.at)));
+        let method = packet.compression;
+        match &self.inflate {
+            None if method == Compression::None => return Ok(Payload::Plain(packet.data_bytes.into())),
+            None => {
+                let inflate = Inflate::new(method).map_err(|e| self.unpackable(&e))?;
+                self.inflate = Some((method, inflate));
+                self.seen.learn(|facts| facts.compression = Some(method));
+            }
+            Some((begun, _)) if *begun == method => {}
+            Some(_) => {
+                return Err(Garbled(format!(
+                    "multifd channel, byte {}: the way of compression has changed",
+                    packet.at
+                )));
+            }
         }
         Ok(Payload::Packed(packet.data_bytes as usize))
     }
@@ -134,6 +146,11 @@ impl PacketReader for QemuReader {
             self.begun = false;
         }
         Ok(Packet { block, round, payload, mark })
+    }
+
+    fn unpack(&mut self, packed: &[u8], pages: &mut [u8]) -> Result<(), Garbled> {
+        let Some((_, inflate)) = &mut self.inflate else { return Err(Garbled("nothing was compressed".to_owned())) };
+        inflate.packet(packed, pages).map_err(|e| self.unpackable(&e))
     }
 
     /// The last thing on a channel is a SYNC. Whether another was to come is seen when the main stream waits for it.
