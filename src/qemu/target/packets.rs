@@ -64,7 +64,7 @@ impl QemuReader {
     /// How many bytes follow, and of what kind.
     fn payload(&mut self, packet: &RamPacket<'_>) -> Result<Payload, Garbled> {
         if packet.normal.is_empty() {
-            return Ok(if packet.zero.is_empty() { Payload::None } else { Payload::Plain(0) });
+            return Ok(if packet.sync && packet.zero.is_empty() { Payload::None } else { Payload::Plain(0) });
         }
         let method = packet.compression;
         match &self.inflate {
@@ -124,7 +124,9 @@ impl PacketReader for QemuReader {
             packet.check_inside(*bytes).map_err(words)?;
             block = *id;
         }
-        if !std::mem::replace(&mut self.begun, true) && !self.seen.begin_round() {
+        // QEMU 7.2 sends an empty packet behind a SYNC that had pages.
+        let says_something = packet.sync || pages > 0;
+        if says_something && !std::mem::replace(&mut self.begun, true) && !self.seen.begin_round() {
             return Err(Garbled(format!("multifd channel, byte {}: a packet came behind the last SYNC", self.at)));
         }
         append(packet.normal, RunKind::Data, runs);
