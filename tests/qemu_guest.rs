@@ -5,12 +5,15 @@
 #![cfg(all(not(loom), feature = "cli"))]
 #![forbid(unsafe_code)]
 
+#[path = "support/files.rs"]
+mod files;
 mod support;
 
+use files::{bytes_on_disk, first_difference};
 use serde_json::Value;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Output, Stdio};
 
@@ -79,26 +82,6 @@ fn boot_guest(into: &Path) -> Output {
     Command::new(script).arg(into).stdin(Stdio::null()).output().expect("the script starts: it needs bash")
 }
 
-/// The byte where the two files differ first. Reads both in step, so that a difference has a place.
-fn first_difference(left: &Path, right: &Path) -> Option<u64> {
-    let open = |path: &Path| File::open(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    let (left, right) = (open(left), open(right));
-    let lengths = [&left, &right].map(|file| file.metadata().expect("an open file has metadata").len());
-    let (mut ours, mut theirs) = (vec![0; 1 << 20], vec![0; 1 << 20]);
-    let common = lengths[0].min(lengths[1]);
-    let mut at = 0;
-    while at < common {
-        let chunk = (common - at).min(1 << 20) as usize;
-        left.read_exact_at(&mut ours[..chunk], at).expect("as long as it says");
-        right.read_exact_at(&mut theirs[..chunk], at).expect("as long as it says");
-        if let Some(offset) = (0..chunk).find(|&i| ours[i] != theirs[i]) {
-            return Some(at + offset as u64);
-        }
-        at += chunk as u64;
-    }
-    (lengths[0] != lengths[1]).then_some(common)
-}
-
 /// How many pages of the file begin with a line of the guest's text.
 fn marked_pages(path: &Path) -> u64 {
     let file = File::open(path).expect("the RAM file is there");
@@ -106,14 +89,6 @@ fn marked_pages(path: &Path) -> u64 {
     let pages = file.metadata().expect("an open file has metadata").len() / 4096;
     let marked = |page: &u64| file.read_exact_at(&mut start, page * 4096).is_ok() && start == MARKER;
     (0..pages).filter(marked).count() as u64
-}
-
-/// How many bytes of the file exist on the disk.
-fn bytes_on_disk(path: &Path) -> u64 {
-    let file = File::open(path).expect("the file is there");
-    // Some file systems count blocks only once they are written out.
-    file.sync_all().expect("the file can be written out");
-    file.metadata().expect("an open file has metadata").blocks() * 512
 }
 
 fn demand_success(side: &str, (status, report): &(ExitStatus, Value)) {

@@ -8,7 +8,6 @@ set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 out=$(dirname "$here")/out
-trixie=$out/trixie
 mkdir -p "$out/peers"
 
 say() { printf '%s\n' "$*" >&2; }
@@ -31,31 +30,12 @@ this_qemu() {
     ln -s "$(command -v qemu-system-x86_64)" "$out/peers/qemu7"
 }
 
-# A minimal trixie with QEMU in it. Nothing is mounted and nothing in it is started but the installation and QEMU, which
-# runs by the folder's own loader and libraries: it sees the files of this system.
+# Trixie's, in a folder that the tests with real QEMU use as well.
 newer_qemu() {
-    local lib=$trixie/usr/lib/x86_64-linux-gnu
+    local program
     rm -f "$out/peers/qemu10"
-    if [ ! -x "$trixie/usr/bin/qemu-system-x86_64" ]; then
-        if ! is_root || ! need debootstrap debootstrap; then
-            skip "qemu10: a debootstrap folder takes root"
-            return
-        fi
-        say "building $trixie (450 MB)"
-        rm -rf "$trixie.new"
-        # Not https: the minimal system has no certificates to check it with. Packages are signed.
-        if ! debootstrap --variant=minbase trixie "$trixie.new" http://deb.debian.org/debian >"$out/trixie.log" 2>&1 ||
-            ! DEBIAN_FRONTEND=noninteractive LC_ALL=C chroot "$trixie.new" \
-                apt-get install -q -y --no-install-recommends qemu-system-x86 >>"$out/trixie.log" 2>&1; then
-            skip "qemu10: trixie could not be installed, see $out/trixie.log"
-            return
-        fi
-        rm -rf "$trixie"
-        mv "$trixie.new" "$trixie"
-    fi
-    printf '#!/bin/sh\nexec %q --library-path %q %q "$@"\n' \
-        "$trixie/lib64/ld-linux-x86-64.so.2" "$lib" "$trixie/usr/bin/qemu-system-x86_64" >"$out/peers/qemu10"
-    chmod +x "$out/peers/qemu10"
+    program=$("$here/../../tests/qemu_live/trixie") || { skip "qemu10: it cannot be had here"; return; }
+    ln -s "$program" "$out/peers/qemu10"
 }
 
 bare_loop() {
