@@ -141,8 +141,13 @@ fn everything_dies_and_the_session_is_taken_up_again() {
 fn without_a_window_the_loss_of_the_control_connection_ends_it_and_the_guest_stays() {
     let ram = ram(16);
     let mut guest = guest_of(&ram);
-    let plan = |number: usize| (number == 0).then_some(400);
-    let trip = travel(&mut guest, Box::new(plan), |s| s, |t| t.resume_window(Duration::from_secs(5)), |_, _, _| {});
+    let trip = travel(
+        &mut guest,
+        Box::new(|_| None),
+        |s| s.bandwidth_max(40 * MIB),
+        |t| t.resume_window(Duration::from_secs(5)),
+        |_, _, cutter| cutter.cut_after(4 * MIB, cutter.control_scissors()),
+    );
     assert!(matches!(trip.sent.outcome, Outcome::Failed(_)), "{}", trip.sent.outcome);
     assert_eq!((guest.resumed, trip.incoming.runs), (guest.paused, 0));
 }

@@ -56,6 +56,16 @@ impl Cutter {
         }
     }
 
+    /// Cuts the control connection.
+    pub fn control_scissors(&self) -> impl Fn() + Send + 'static {
+        let open = self.open.clone();
+        move || {
+            if let Some(connection) = open.lock().unwrap().first() {
+                let _ = connection.shutdown(Shutdown::Both);
+            }
+        }
+    }
+
     /// Calls this once, when so many bytes have passed to the target over all connections.
     pub fn cut_after(&self, bytes: u64, cut: impl Fn() + Send + 'static) {
         *self.trigger.lock().unwrap() = Some((bytes, Box::new(cut)));
