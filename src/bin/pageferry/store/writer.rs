@@ -96,11 +96,6 @@ impl Writer {
         Ok(writer)
     }
 
-    /// The folder that it is written to, for whoever removes it if the process ends without a word.
-    pub fn partial_path(&self) -> &Path {
-        &self.partial
-    }
-
     /// Makes the file of one RAM block, all of it a hole, and maps it: what is written to the block is in the store.
     ///
     /// # Errors
