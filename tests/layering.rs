@@ -28,7 +28,7 @@ const LAYERS: &[(u8, &[&str])] = &[
     (3, &["qemu/framing", "qemu/seen", "qemu/source", "qemu/target"]),
     (3, &["crew", "cancel"]),
     (3, &["net", "config"]),
-    (4, &["scanner", "channel", "qemu/relay"]),
+    (4, &["scanner", "channel"]),
     (5, &["settle", "source", "target"]),
     (6, &["guide"]),
     (6, &["lib"]),

@@ -39,11 +39,6 @@ impl Stream {
         Stream { socket: Arc::new(socket), tls: tls.map(Box::new) }
     }
 
-    /// The same connection once more, not encrypted: one thread may read while another writes.
-    pub(crate) fn twin(&self) -> Stream {
-        Stream { socket: self.socket.clone(), tls: None }
-    }
-
     /// The socket: to ask it, to wait for it, and to shut it down from another thread.
     pub fn socket(&self) -> &Arc<Socket> {
         &self.socket

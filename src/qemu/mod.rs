@@ -5,12 +5,10 @@
 
 pub mod compress;
 mod framing;
-mod relay;
 mod seen;
 mod source;
 mod target;
 pub mod wire;
 
 pub use framing::Qemu;
-pub use relay::{Relay, RelayReport};
 pub use seen::{Counts, Facts, Seen};

@@ -39,7 +39,7 @@ impl End {
         })
     }
 
-    pub fn of(outcome: &Outcome) -> End {
+    fn of(outcome: &Outcome) -> End {
         match outcome {
             Outcome::Completed => End::Completed,
             Outcome::Cancelled => End::Cancelled,
@@ -292,8 +292,7 @@ impl Report {
     }
 }
 
-/// Why it did not complete, in words.
-pub fn error_of(outcome: &Outcome) -> Option<String> {
+fn error_of(outcome: &Outcome) -> Option<String> {
     match outcome {
         Outcome::Completed => None,
         Outcome::Cancelled => Some("cancelled".to_owned()),

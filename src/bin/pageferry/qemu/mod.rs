@@ -1,7 +1,6 @@
 //! `pageferry qemu`: takes migrations from QEMU, and gives them to QEMU.
 
 mod receive;
-mod relay;
 mod send;
 
 use std::process::ExitCode;
@@ -20,13 +19,11 @@ enum Command {
     // What each says of itself is at its `Args`.
     Receive(receive::Args),
     Send(send::Args),
-    Relay(relay::Args),
 }
 
 pub fn run(args: &Args) -> ExitCode {
     match &args.command {
         Command::Receive(args) => receive::run(args),
         Command::Send(args) => send::run(args),
-        Command::Relay(args) => relay::run(args),
     }
 }

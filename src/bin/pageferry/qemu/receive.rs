@@ -172,10 +172,7 @@ fn facts(seen: &Seen, channels: u8) -> Facts {
 }
 
 fn counters(seen: &Seen) -> Counters {
-    counters_of(&seen.counts())
-}
-
-pub fn counters_of(counts: &pageferry::qemu::Counts) -> Counters {
+    let counts = seen.counts();
     Counters {
         main_bytes: counts.main_bytes,
         channel_bytes: counts.channel_bytes,
