@@ -29,7 +29,7 @@ const LAYERS: &[(u8, &[&str])] = &[
     (3, &["crew", "cancel"]),
     (3, &["net", "config"]),
     (4, &["scanner", "channel"]),
-    (5, &["settle", "source", "target"]),
+    (5, &["settle", "source", "target", "qemu/relay"]),
     (6, &["guide"]),
     (6, &["lib"]),
     // The program is a crate of its own, on top of the library's public face.

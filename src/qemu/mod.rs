@@ -5,6 +5,7 @@
 
 pub mod compress;
 mod framing;
+pub mod relay;
 mod seen;
 mod source;
 mod target;

@@ -1,6 +1,7 @@
 //! `pageferry qemu`: takes migrations from QEMU, and gives them to QEMU.
 
 mod receive;
+mod relay;
 mod send;
 
 use std::process::ExitCode;
@@ -18,12 +19,14 @@ pub struct Args {
 enum Command {
     // What each says of itself is at its `Args`.
     Receive(receive::Args),
+    Relay(relay::Args),
     Send(send::Args),
 }
 
 pub fn run(args: &Args) -> ExitCode {
     match &args.command {
         Command::Receive(args) => receive::run(args),
+        Command::Relay(args) => relay::run(args),
         Command::Send(args) => send::run(args),
     }
 }

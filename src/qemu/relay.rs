@@ -1,0 +1,148 @@
+#![forbid(unsafe_code)]
+//! Passes a migration on from one QEMU to another while it goes on, and looks at every packet of it.
+//!
+//! Each connection of the source gets one of its own to the destination. What is refused never reaches the destination,
+//! and no more is held than one buffer a connection: rounds flow while the guest still runs, and a destination that is
+//! slow slows the source down. The destination's answers go back, so that the source learns the truth.
+
+mod channel;
+mod driver;
+mod trunk;
+
+use std::time::Duration;
+
+use crate::bell::Bell;
+use crate::cancel::CancelHandle;
+use crate::config::Timeouts;
+use crate::error::{Failure, Outcome};
+use crate::gate::Gate;
+use crate::net::{Address, Listener};
+use crate::poll::PollSleeper;
+
+/// What was passed on to the destination.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct RelayCounters {
+    /// Bytes of the main connection.
+    pub main_bytes: u64,
+    /// Bytes of all channels, with the first 64 of each.
+    pub channel_bytes: u64,
+    /// Pages with data.
+    pub normal_pages: u64,
+    /// Pages of zeros.
+    pub zero_pages: u64,
+    /// SYNC packets of all channels.
+    pub sync_packets: u64,
+}
+
+/// How it ended.
+#[derive(Clone, PartialEq, Debug)]
+#[must_use = "the outcome says whether the destination has taken the guest"]
+pub struct RelayReport {
+    /// Completed: the destination has said so, and the source was told. Without a return path nobody says so; then it is
+    /// enough that the destination has taken everything and closed in order. Uncertain: the destination has had everything,
+    /// and what became of it is not known.
+    pub outcome: Outcome,
+    /// What was passed on.
+    pub counters: RelayCounters,
+    /// Multifd channels that came.
+    pub channels: usize,
+    /// Connections that were turned away.
+    pub turned_away: u64,
+    /// From the source's first word to the end.
+    pub total: Duration,
+    /// What went wrong without deciding the outcome.
+    pub remarks: Vec<String>,
+}
+
+/// Everything that can be set about a relay.
+#[derive(Clone, Default, Debug)]
+pub struct RelayBuilder {
+    channels: Option<u8>,
+    timeouts: Timeouts,
+}
+
+impl RelayBuilder {
+    /// How many multifd channels there are, which no stream says; any number unless told otherwise. A QEMU 10.0
+    /// destination dies of one channel too many: tell it where strangers can connect.
+    #[must_use]
+    pub fn channels(mut self, channels: u8) -> Self {
+        self.channels = Some(channels);
+        self
+    }
+
+    /// How long to wait for what. There is no limit to how long a source may be silent.
+    #[must_use]
+    pub fn timeouts(mut self, timeouts: Timeouts) -> Self {
+        self.timeouts = timeouts.bounded();
+        self
+    }
+
+    /// Listens on `host:port` (port 0: any) or `unix:PATH`.
+    ///
+    /// # Errors
+    /// [`Failure::Config`] for an address that makes no sense, [`Failure::Listen`] for one that cannot be had.
+    pub fn listen(self, address: &str) -> Result<Listening, Failure> {
+        Ok(Listening { listener: Listener::bind(&address.parse()?)?, settings: self })
+    }
+}
+
+/// A relay that listens, and does not know yet whom for.
+#[derive(Debug)]
+pub struct Listening {
+    listener: Listener,
+    settings: RelayBuilder,
+}
+
+impl Listening {
+    /// Passes everything on to this address, which is connected to when the source has come.
+    ///
+    /// # Errors
+    /// [`Failure::Config`] for an address that makes no sense.
+    pub fn to(self, address: &str) -> Result<Relay, Failure> {
+        let bell =
+            PollSleeper::bell().map_err(|e| Failure::Config(format!("no eventfd for the relay's bell: {e}")))?;
+        let Listening { listener, settings } = self;
+        Ok(Relay { settings, listener, to: address.parse()?, bell, gate: Gate::new() })
+    }
+}
+
+/// One migration that is to be passed on.
+///
+/// ```no_run
+/// use pageferry::qemu::relay::Relay;
+///
+/// let relay = Relay::builder().channels(2).listen("0.0.0.0:4444")?.to("10.0.0.2:4444")?;
+/// println!("{}", relay.run().outcome);
+/// # Ok::<(), pageferry::Failure>(())
+/// ```
+#[derive(Debug)]
+pub struct Relay {
+    settings: RelayBuilder,
+    listener: Listener,
+    to: Address,
+    bell: Bell<PollSleeper>,
+    gate: Gate,
+}
+
+impl Relay {
+    /// Begins to describe a relay.
+    pub fn builder() -> RelayBuilder {
+        RelayBuilder::default()
+    }
+
+    /// The address that a source connects to, with the port that the system chose.
+    pub fn address(&self) -> Option<Address> {
+        self.listener.address()
+    }
+
+    /// Cancels, from any thread. It is too late once the last bytes of the guest are on their way to the destination,
+    /// which may run it from then on.
+    pub fn cancel_handle(&self) -> CancelHandle {
+        CancelHandle { gate: self.gate.clone(), controller: self.bell.ringer() }
+    }
+
+    /// Waits for a source, and passes its migration on. Every thread that it started has been joined when it returns.
+    pub fn run(self) -> RelayReport {
+        driver::run(self)
+    }
+}
