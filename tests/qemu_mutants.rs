@@ -152,7 +152,7 @@ fn damaged_migrations_are_refused_or_stored_as_what_they_mean() {
     let setting = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().expect("a whole number"));
     let seeds = match setting("PAGEFERRY_MUTANT") {
         Some(seed) => seed..seed + 1,
-        None => 0..setting("PAGEFERRY_MUTANTS").unwrap_or(300),
+        None => 0..setting("PAGEFERRY_MUTANTS").unwrap_or(100),
     };
     let mut ends = BTreeMap::<_, u32>::new();
     let many = seeds.end - seeds.start;

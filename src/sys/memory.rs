@@ -27,7 +27,10 @@ pub(crate) unsafe fn advise(start: *mut u8, bytes: usize, advice: i32) -> io::Re
 }
 
 /// fallocate(2) with FALLOC_FL_PUNCH_HOLE: the range reads as zeros afterwards and holds no memory.
-pub(crate) fn punch_hole(fd: BorrowedFd<'_>, offset: u64, bytes: u64) -> io::Result<()> {
+///
+/// # Errors
+/// What the system says: `EOPNOTSUPP` where the file system knows no holes.
+pub fn punch_hole(fd: BorrowedFd<'_>, offset: u64, bytes: u64) -> io::Result<()> {
     let (offset, bytes) = (as_off(offset)?, as_off(bytes)?);
     // "PUNCH_HOLE must be ORed with FALLOC_FL_KEEP_SIZE".
     let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;

@@ -294,7 +294,12 @@ fn agree(setup: &Setup, wire: &Wire, counted: Counted, said: &Value) {
         // What is left out is the state of the devices: some kilobytes, and never as much as RAM.
         Version::V7_2 => assert!((main..main + (1 << 20)).contains(&counted.main), "bytes of the main stream: {told}"),
     }
-    if let Some(pages) = counted.pages {
-        assert_eq!(pages, (number("normal"), number("duplicate")), "pages with data and of zeros: {told}");
+    if let Some((normal, zero)) = counted.pages {
+        assert_eq!(zero, number("duplicate"), "pages of zeros: {told}");
+        match setup.version {
+            Version::V10_0 => assert_eq!(normal, number("normal"), "pages with data: {told}"),
+            // What 7.2 says while the migration ends lacks a few of its last pages, whose bytes it has counted.
+            Version::V7_2 => assert!((0..=32).contains(&(normal - number("normal"))), "pages with data: {told}"),
+        }
     }
 }

@@ -16,7 +16,7 @@ use std::thread;
 
 use pageferry::digest::FullDigest;
 use pageferry::memory::hash::{PageHash, ZERO_HASH};
-use pageferry::sys::memory::{seek_data, seek_hole};
+use pageferry::sys::memory::{punch_hole, seek_data, seek_hole};
 use pageferry::sys::thread::with_signals_blocked;
 use pageferry::units::{BlockId, SessionId};
 
@@ -36,6 +36,15 @@ const THREADS_MAX: usize = 8;
 
 /// The digest of the first `bytes` bytes of a file, which nobody may write meanwhile.
 pub fn of_file(file: &File, bytes: u64) -> io::Result<String> {
+    of_parts(file, bytes, false)
+}
+
+/// The same, and makes holes of the pages of zeros that it meets, where the file system can.
+pub fn of_file_and_dig(file: &File, bytes: u64) -> io::Result<String> {
+    of_parts(file, bytes, true)
+}
+
+fn of_parts(file: &File, bytes: u64, dig: bool) -> io::Result<String> {
     let parts = bytes.div_ceil(PART_BYTES);
     let cpus = thread::available_parallelism().map_or(1, |cpus| cpus.get()).min(THREADS_MAX) as u64;
     let of = cpus.min(parts).max(1);
@@ -45,7 +54,7 @@ pub fn of_file(file: &File, bytes: u64) -> io::Result<String> {
         let mut data = 0..0;
         for part in (worker..parts).step_by(of as usize) {
             let from = part * PART_BYTES;
-            take_in(&mut digest, file, from, bytes.min(from + PART_BYTES), &mut data, &mut buffer)?;
+            take_in(&mut digest, file, from..bytes.min(from + PART_BYTES), dig, &mut data, &mut buffer)?;
         }
         Ok(digest)
     };
@@ -72,7 +81,7 @@ pub fn of_file(file: &File, bytes: u64) -> io::Result<String> {
 /// The digest of bytes in memory: that of a file that holds them.
 pub fn of_bytes(bytes: &[u8]) -> String {
     let mut digest = empty();
-    hash_pages(&mut digest, 0, bytes);
+    hash_pages(&mut digest, 0, bytes, |_| {});
     text(digest)
 }
 
@@ -84,17 +93,17 @@ fn text(digest: FullDigest) -> String {
     format!("{:016x}", digest.value())
 }
 
-/// Takes in the pages from byte `from` to byte `to`; `from` is a multiple of the page. `data` is the stretch of data
+/// Takes in the pages of a range that begins at a multiple of the page. `data` is the stretch of data
 /// met last: the kernel finds the end of one page by page, and it may be as long as the file.
 fn take_in(
     digest: &mut FullDigest,
     file: &File,
-    from: u64,
-    to: u64,
+    range: std::ops::Range<u64>,
+    dig: bool,
     data: &mut std::ops::Range<u64>,
     buffer: &mut [u8],
 ) -> io::Result<()> {
-    let mut at = from;
+    let (mut at, to) = (range.start, range.end);
     while at < to {
         if !data.contains(&at) {
             let Some(start) = seek_data(file.as_fd(), at)? else {
@@ -113,20 +122,39 @@ fn take_in(
         }
         let length = (data.end.min(to) - at).min(buffer.len() as u64) as usize;
         file.read_exact_at(&mut buffer[..length], at)?;
-        hash_pages(digest, at, &buffer[..length]);
+        let mut zeros = 0..0;
+        hash_pages(digest, at, &buffer[..length], |page| {
+            if zeros.end != page {
+                dig_up(file, dig, &zeros);
+                zeros.start = page;
+            }
+            zeros.end = page + 1;
+        });
+        dig_up(file, dig, &zeros);
         at += length as u64;
     }
     Ok(())
 }
 
-/// Takes in the bytes of a file from byte `at`, a multiple of the page, on.
-fn hash_pages(digest: &mut FullDigest, at: u64, bytes: &[u8]) {
+/// Makes a hole of these pages of zeros. A file system that cannot keeps them as they are.
+fn dig_up(file: &File, dig: bool, pages: &std::ops::Range<u64>) {
+    if dig && !pages.is_empty() {
+        let _ = punch_hole(file.as_fd(), pages.start * PAGE_BYTES, (pages.end - pages.start) * PAGE_BYTES);
+    }
+}
+
+/// Takes in the bytes of a file from byte `at`, a multiple of the page, on; and says which pages are zeros.
+fn hash_pages(digest: &mut FullDigest, at: u64, bytes: &[u8], mut zero: impl FnMut(u64)) {
     let hash = PageHash::detect();
     let pages = bytes.chunks_exact(PAGE_BYTES as usize);
     let rest = pages.remainder();
     let mut number = at / PAGE_BYTES;
     for page in pages {
-        digest.page(number, hash.hash_bytes(page));
+        let hash = hash.hash_bytes(page);
+        digest.page(number, hash);
+        if hash == ZERO_HASH && page.iter().all(|byte| *byte == 0) {
+            zero(number);
+        }
         number += 1;
     }
     if !rest.is_empty() {

@@ -144,7 +144,7 @@ impl Writer {
         let tail_file = write_file(&tail_path, tail)?;
         for block in &mut self.blocks {
             let path = self.partial.join(&block.entry.file);
-            let digest = digest::of_file(&block.file, block.entry.bytes);
+            let digest = digest::of_file_and_dig(&block.file, block.entry.bytes);
             block.entry.digest = digest.map_err(|e| sentence("read", &path, &e))?;
         }
         let manifest = self.manifest(tail, facts);
