@@ -38,6 +38,7 @@ Examples:
   pageferry demo                                            migrate a made-up 2 GiB guest
   pageferry receive --listen 127.0.0.1:4444 --ram b.img     wait for a RAM image ...
   pageferry send --to 127.0.0.1:4444 --ram a.img            ... and send it, from another terminal
+  pageferry qemu receive --listen 127.0.0.1:4444 --out vm   take a running VM from QEMU, and keep it
 
 Exit codes: 0 completed, and verified where asked; 1 failed; 2 wrong usage;
 3 uncertain: the other side may have taken over (`pageferry settle` asks it, and has exit codes of
