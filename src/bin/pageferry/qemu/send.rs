@@ -183,7 +183,8 @@ fn version(machine: &str) -> Option<(u32, u32)> {
 
 fn parse_uuid(text: &str) -> Result<[u8; 16], String> {
     let digits: String = text.chars().filter(|c| *c != '-').collect();
-    let number = u128::from_str_radix(&digits, 16).ok().filter(|_| digits.len() == 32);
+    let sound = digits.len() == 32 && digits.chars().all(|c| c.is_ascii_hexdigit());
+    let number = u128::from_str_radix(&digits, 16).ok().filter(|_| sound);
     Ok(number.ok_or_else(|| format!("{text} is no UUID: 32 hexadecimal digits"))?.to_be_bytes())
 }
 
