@@ -31,8 +31,8 @@ pub use inflate::Inflate;
 pub use none::{Deflate, Inflate};
 
 #[cfg(feature = "qemu-compression")]
-use super::wire::COMPRESSED_BYTES_MAX;
-use super::wire::{Compression, PACKET_PAGES_MAX, PAGE_BYTES};
+use super::wire::{COMPRESSED_BYTES_MAX, Compression};
+use super::wire::{PACKET_PAGES_MAX, PAGE_BYTES};
 
 /// Most bytes of the pages of a packet: 512 KiB.
 pub const PACKET_BYTES_MAX: usize = PACKET_PAGES_MAX * PAGE_BYTES as usize;
@@ -41,8 +41,8 @@ pub const PACKET_BYTES_MAX: usize = PACKET_PAGES_MAX * PAGE_BYTES as usize;
 /// wants 512 KiB.
 pub const ZSTD_WINDOW_BYTES_MAX: usize = 32 << 20;
 
-#[cfg(feature = "qemu-compression")]
 /// What is wrong with the length of what a packet's pages are, or are to be put into.
+#[cfg(feature = "qemu-compression")]
 fn check_pages(method: Compression, bytes: usize) -> Result<(), PackError> {
     if bytes > 0 && bytes <= PACKET_BYTES_MAX && bytes % PAGE_BYTES as usize == 0 {
         return Ok(());
@@ -50,8 +50,8 @@ fn check_pages(method: Compression, bytes: usize) -> Result<(), PackError> {
     Err(PackError { method, at: 0, fault: PackFault::Pages { bytes } })
 }
 
-#[cfg(feature = "qemu-compression")]
 /// What is wrong with the length of a packet's data.
+#[cfg(feature = "qemu-compression")]
 fn check_data(method: Compression, bytes: usize) -> Result<(), PackError> {
     let limit = COMPRESSED_BYTES_MAX as usize;
     if (1..=limit).contains(&bytes) {
