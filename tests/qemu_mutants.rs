@@ -14,7 +14,6 @@ mod mutate;
 mod program;
 #[path = "qemu_mutants/reference.rs"]
 mod reference;
-mod support;
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -33,15 +32,6 @@ use reference::{Meaning, meaning};
 
 /// How long a receiver may go on after its source has closed everything.
 const END_TIME_MAX: Duration = Duration::from_secs(15);
-
-/// Whether the program has the commands at all.
-fn speaks_qemu(test: &str) -> bool {
-    let help = std::process::Command::new(program::PAGEFERRY).args(["qemu", "--help"]).output().unwrap();
-    if !help.status.success() {
-        support::skip(test, "the program has no command `qemu`");
-    }
-    help.status.success()
-}
 
 /// Says a stream, and that no more comes; reads what is answered, so that nobody waits for a reader.
 fn feed(address: &str, stream: &[u8]) {
@@ -125,9 +115,6 @@ fn judge(capture: &Capture) -> &'static str {
 
 #[test]
 fn migrations_without_damage_are_stored() {
-    if !speaks_qemu("migrations_without_damage_are_stored") {
-        return;
-    }
     for dialect in [Dialect::V10_0, Dialect::V7_2] {
         for return_path in [true, false] {
             assert_eq!(judge(&capture(dialect, return_path)), "stored", "{dialect:?}, return path: {return_path}");
@@ -146,9 +133,6 @@ fn mutant(seed: u64) -> (Capture, Vec<String>) {
 
 #[test]
 fn damaged_migrations_are_refused_or_stored_as_what_they_mean() {
-    if !speaks_qemu("damaged_migrations_are_refused_or_stored_as_what_they_mean") {
-        return;
-    }
     let setting = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().expect("a whole number"));
     let seeds = match setting("PAGEFERRY_MUTANT") {
         Some(seed) => seed..seed + 1,

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::{LINUX, Q35_7, Q35_10, judged, run, run_case, speaks_qemu};
+use super::{LINUX, Q35_7, Q35_10, judged, run, run_case};
 use crate::case::{Case, Way, goes_on};
 use crate::files::pages_in_use;
 use crate::forwarder::Forwarder;
@@ -90,7 +90,6 @@ fn this_rig_sees_pages_of_the_first_round() {
 #[test]
 fn the_destination_holds_pages_before_the_first_round_is_over() {
     run("the_destination_holds_pages_before_the_first_round_is_over", || {
-        speaks_qemu()?;
         let mut relay = None;
         pages_are_there_in_the_first_round(|address| {
             let words = ["qemu", "relay", "--listen", "127.0.0.1:0", "--to", address, "--json"];

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::{Q35_10, judged, run, speaks_qemu};
+use super::{Q35_10, judged, run};
 use crate::case::{goes_on, holds};
 use crate::machine::{Lacking, Machine, PLAIN, RICH, Scratch, Setup, Wire};
 use crate::program::{self, Program};
@@ -20,7 +20,6 @@ const AT_ONCE: Duration = Duration::from_secs(10);
 
 /// A guest that counts, and a source that is ready to migrate.
 fn source(setup: Setup, wire: Wire) -> Result<Machine, Lacking> {
-    speaks_qemu()?;
     let mut source = Machine::start(setup, false)?;
     wire.set(&mut source)?;
     source.wait_for_number(40);
