@@ -122,6 +122,10 @@ impl Incoming for Machine {
     fn prepare(&mut self, _setup: &Setup) -> Result<Ram, HookError> {
         let writer = self.writer.as_mut().ok_or("there is no store")?;
         let blocks = self.seen.facts().blocks;
+        // Memory that both sides share does not travel, and there is no telling which does: a store would lack it.
+        if blocks.iter().any(|block| block.guest_address.is_some()) {
+            return Err("the source has x-ignore-shared on, and leaves shared memory out; turn it off".into());
+        }
         let add = |block: &pageferry::qemu::wire::Block| {
             writer.add_block(block.name.as_str(), block.guest_address, block.bytes)
         };
