@@ -56,14 +56,14 @@ fn channel(stream: &[u8], dialect: Dialect) -> Result<(u8, Vec<Vec<Written>>), S
     }
     decoder.finish().map_err(|error| error.to_string())?;
     if !round.is_empty() {
-        return Err("pages behind the last barrier".to_owned());
+        return Err(format!("{SURPLUS}: pages behind the last one"));
     }
     Ok((id.ok_or("no channel")?, rounds))
 }
 
 /// Begins the reason where a channel goes on behind the last barrier. With everything else said, a receiver that has not
 /// heard that yet cannot know it, as nothing on the main connection says where a channel ends.
-pub const SURPLUS: &str = "a SYNC too many";
+pub const SURPLUS: &str = "more behind the last SYNC";
 
 /// What the streams mean, or what is wrong with them.
 pub fn meaning(streams: &[Vec<u8>], dialect: Dialect) -> Result<Meaning, String> {
