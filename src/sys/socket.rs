@@ -219,6 +219,13 @@ impl Socket {
         let _ = unsafe { libc::shutdown(self.0.as_raw_fd(), libc::SHUT_WR) };
     }
 
+    /// Ends the receiving direction on this side alone: what has come is still read, and behind it the end of the stream. A
+    /// thread that is blocked in a receive comes back.
+    pub fn shutdown_read(&self) {
+        // SAFETY: takes no pointer. ENOTCONN is no error to us: nothing comes any more.
+        let _ = unsafe { libc::shutdown(self.0.as_raw_fd(), libc::SHUT_RD) };
+    }
+
     /// Sends bytes of our own; may send fewer.
     ///
     /// # Errors
@@ -383,6 +390,34 @@ mod tests {
         b.shutdown();
         let unconnected = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         assert!(!Socket::from_fd(unconnected.into()).unwrap().is_within_host(), "it has no peer");
+    }
+
+    #[test]
+    fn a_receiving_direction_that_was_ended_here_gives_what_had_come_and_then_its_end() {
+        let unix = UnixStream::pair().unwrap();
+        let unix = (Socket::from_fd(unix.0.into()).unwrap(), Socket::from_fd(unix.1.into()).unwrap());
+        for (from, to) in [unix, tcp_pair("127.0.0.1", "127.0.0.1").unwrap()] {
+            from.send(b"before").unwrap();
+            let mut bytes = [0; 16];
+            assert_eq!(to.recv(&mut bytes[..3]).unwrap(), 3);
+            to.shutdown_read();
+            assert_eq!(to.recv(&mut bytes).unwrap(), 3);
+            assert_eq!(to.recv(&mut bytes).unwrap(), 0);
+            assert_eq!(to.send(b"back").unwrap(), 4, "the other direction goes on");
+        }
+    }
+
+    #[test]
+    fn ending_the_receiving_direction_wakes_a_blocked_receiver() {
+        let unix = UnixStream::pair().unwrap();
+        let unix = (Socket::from_fd(unix.0.into()).unwrap(), Socket::from_fd(unix.1.into()).unwrap());
+        for (_from, to) in [unix, tcp_pair("127.0.0.1", "127.0.0.1").unwrap()] {
+            std::thread::scope(|scope| {
+                let blocked = scope.spawn(|| to.recv(&mut [0; 1]).unwrap());
+                to.shutdown_read();
+                assert_eq!(blocked.join().unwrap(), 0);
+            });
+        }
     }
 
     #[test]

@@ -22,6 +22,7 @@ use crate::poll::PollSleeper;
 use crate::progress::Progress;
 use crate::session::source::FIRST_GENERATION;
 use crate::session::target::TargetEvent;
+use crate::sys::socket::Socket;
 use crate::units::{BlockId, ChannelId, Generation, Round};
 use crate::wire::control::{BlockInfo, LanePong};
 
@@ -56,6 +57,8 @@ struct Lane {
     /// What the counters stood at when it began.
     wire_bytes_before: u64,
     cpu: Option<usize>,
+    /// Its connection, where the control connection says when all has come: see [`Lanes::drain`].
+    socket: Option<Arc<Socket>>,
     /// Its connection has ended where the wire lets it.
     ended: bool,
 }
@@ -84,6 +87,9 @@ impl Lanes {
         let ids: Vec<_> = streams.iter().enumerate().filter(|(_, stream)| stream.is_some()).map(|(id, _)| id).collect();
         (0..count).filter(|id| !ids.contains(id)).for_each(|id| barrier.retire(id));
         let kit = LaneKit { gear: &gear, look, barrier: &barrier, landed: &landed, named: &named };
+        let drains = gear.framing.control_meets();
+        let socket = |stream: &Option<Stream>| stream.as_ref().filter(|_| drains).map(|stream| stream.socket().clone());
+        let mut sockets: Vec<_> = streams.iter().map(socket).collect();
         let first = launch(&place, options, &gear, ids, |bells| {
             let connected = streams.into_iter().enumerate().filter_map(|(id, stream)| stream.map(|stream| (id, stream)));
             let role = |(own, (id, stream)): (usize, (usize, Stream))| {
@@ -92,12 +98,13 @@ impl Lanes {
             };
             connected.enumerate().map(role).collect()
         })?;
-        let lane = |_| Lane {
+        let lane = |id: usize| Lane {
             at: Place::Nowhere,
             seen: Default::default(),
             generation: FIRST_GENERATION,
             wire_bytes_before: 0,
             cpu: None,
+            socket: sockets[id].take(),
             ended: false,
         };
         let mut lanes: Vec<_> = (0..count).map(lane).collect();
@@ -233,6 +240,11 @@ impl Lanes {
         self.lanes.iter().enumerate().map(pong).collect()
     }
 
+    /// Lets every lane read what has come by now, and then end as if the source had ended its connection there.
+    pub fn drain(&self) {
+        self.lanes.iter().filter_map(|lane| lane.socket.as_ref()).for_each(|socket| socket.shutdown_read());
+    }
+
     /// Ends every lane and joins it. Harmless when done before.
     pub fn end(&mut self) {
         self.first.close(Close::Abort);
@@ -294,6 +306,11 @@ impl Lanes {
         self.named.mark_range(id, page, 1);
         let is_zero = !self.landed.is_marked(id, page) || write_zeros(block, page, 1);
         is_zero.then_some(block.page_size().bytes())
+    }
+
+    /// Whether the connections of all lanes have ended where they may.
+    pub fn all_ended(&self) -> bool {
+        self.lanes.iter().all(|lane| lane.ended)
     }
 
     /// Whether a lane's connection has ended where it may.

@@ -251,7 +251,8 @@ impl TargetDialogue {
 impl Dialogue<TargetFrame, SourceFrame> for TargetDialogue {
     fn say(&mut self, frame: &TargetFrame, out: &mut Vec<u8>) -> Result<(), Garbled> {
         match frame {
-            TargetFrame::Loaded { .. } => self.commit = true,
+            // Whatever came meanwhile is heard before it counts.
+            TargetFrame::Loaded { .. } => (self.commit, self.quiet) = (true, false),
             TargetFrame::Running => self.shut(0),
             TargetFrame::Refused { .. }
             | TargetFrame::DigestMismatch { .. }
@@ -291,11 +292,11 @@ impl Dialogue<TargetFrame, SourceFrame> for TargetDialogue {
                 return Ok(Some(heard));
             }
         }
-        if std::mem::take(&mut self.commit) {
-            return Ok(Some(Heard::Frame(SourceFrame::Commit)));
-        }
         // With a return path the connection stays open behind the end.
         let is_end = self.ended || (self.quiet && self.decoder.return_path_is_open());
+        if is_end && std::mem::take(&mut self.commit) {
+            return Ok(Some(Heard::Frame(SourceFrame::Commit)));
+        }
         if self.whole && is_end && !self.final_said {
             return Ok(Some(Heard::Frame(self.last())));
         }

@@ -64,7 +64,7 @@ impl QemuReader {
     /// How many bytes follow, and of what kind.
     fn payload(&mut self, packet: &RamPacket<'_>) -> Result<Payload, Garbled> {
         if packet.normal.is_empty() {
-            return Ok(if packet.sync && packet.zero.is_empty() { Payload::None } else { Payload::Plain(0) });
+            return Ok(if packet.zero.is_empty() { Payload::None } else { Payload::Plain(0) });
         }
         let method = packet.compression;
         match &self.inflate {
