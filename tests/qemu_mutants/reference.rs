@@ -56,14 +56,10 @@ fn channel(stream: &[u8], dialect: Dialect) -> Result<(u8, Vec<Vec<Written>>), S
     }
     decoder.finish().map_err(|error| error.to_string())?;
     if !round.is_empty() {
-        return Err(format!("{SURPLUS}: pages behind the last one"));
+        return Err("pages behind the last SYNC".to_owned());
     }
     Ok((id.ok_or("no channel")?, rounds))
 }
-
-/// Begins the reason where a channel goes on behind the last barrier. With everything else said, a receiver that has not
-/// heard that yet cannot know it, as nothing on the main connection says where a channel ends.
-pub const SURPLUS: &str = "more behind the last SYNC";
 
 /// What the streams mean, or what is wrong with them.
 pub fn meaning(streams: &[Vec<u8>], dialect: Dialect) -> Result<Meaning, String> {
@@ -129,8 +125,7 @@ pub fn meaning(streams: &[Vec<u8>], dialect: Dialect) -> Result<Meaning, String>
         return Err("pages of the main stream behind the last barrier".to_owned());
     }
     if let Some(channel) = channels.iter().find(|channel| channel.len() != rounds.len()) {
-        let what = if channel.len() > rounds.len() { SURPLUS } else { "SYNCs are missing" };
-        return Err(format!("{what}: {} for {} barriers", channel.len(), rounds.len()));
+        return Err(format!("{} SYNCs for {} barriers", channel.len(), rounds.len()));
     }
     if names.iter().any(|(_, bytes)| *bytes > RAM_BYTES_MAX) {
         return Err("no such amount of RAM".to_owned());
