@@ -91,6 +91,11 @@ impl PollSet {
         self.until = Some(self.until.map_or(when, |t| t.min(when)));
     }
 
+    /// Whether the last wait found the eventfd signalled.
+    pub fn is_signalled(&self) -> bool {
+        self.fds[0].revents != 0
+    }
+
     /// What the last wait found at a place that [`PollSet::watch`] gave.
     pub fn ready(&self, place: usize) -> Ready {
         let got = self.fds.get(place).map_or(0, |p| p.revents);

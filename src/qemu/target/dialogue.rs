@@ -46,6 +46,7 @@ pub struct TargetDialogue {
     commit: bool,
     replies: Vec<u8>,
     shut: bool,
+    failed: Option<Garbled>,
 }
 
 impl TargetDialogue {
@@ -77,6 +78,7 @@ impl TargetDialogue {
             commit: false,
             replies: Vec::new(),
             shut: false,
+            failed: None,
         }
     }
 
@@ -114,12 +116,15 @@ impl TargetDialogue {
                 self.page.1 += bytes.len() as u64;
                 return Ok(Some(Heard::Page { block, offset, bytes }));
             }
-            Record::Flush => return Ok(Some(self.barrier())),
+            Record::Flush if self.channels == 0 => {
+                return Err(Garbled("the source sends its pages on channels, and none are taken here".to_owned()));
+            }
+            Record::Flush => return self.barrier().map(Some),
             Record::EndOfSection => {
                 let barrier = self.decoder.barrier();
                 self.seen.learn(|facts| facts.barrier = barrier);
                 if barrier == Some(Barrier::PerSection) {
-                    return Ok(Some(self.barrier()));
+                    return self.barrier().map(Some);
                 }
                 if self.last_part && !self.flushed {
                     let at = self.decoder.at();
@@ -195,22 +200,25 @@ impl TargetDialogue {
         })
     }
 
-    fn barrier(&mut self) -> Heard<'static, SourceFrame> {
+    fn barrier(&mut self) -> Result<Heard<'static, SourceFrame>, Garbled> {
         self.flushed = true;
         let round = Round(self.barriers);
-        self.barriers += 1;
+        self.barriers =
+            self.barriers.checked_add(1).ok_or_else(|| Garbled("more rounds than can be counted".to_owned()))?;
         self.seen.count(&Counts { barriers: 1, ..Counts::default() });
-        Heard::Barrier(round)
+        Ok(Heard::Barrier(round))
     }
 
     /// Lets the source stop its guest when it likes, as far as this side goes: it may have been told to wait for that. One
-    /// from before QEMU 8.1 does not know the word. The first packets of the channels have been read by now.
+    /// from before QEMU 8.1 does not know the word. The first packets of the channels have been read by now; where there
+    /// are none, the machine type says how old the source is at least.
     fn ask_to_switch(&mut self) {
         if std::mem::replace(&mut self.asked_to_switch, true) {
             return;
         }
         let facts = self.seen.facts();
-        if facts.barrier == Some(Barrier::PerRound) || facts.dialect == Some(Dialect::V10_0) {
+        let is_new = facts.machine.is_some_and(|machine| version(machine.as_str()) >= Some((8, 1)));
+        if facts.barrier == Some(Barrier::PerRound) || facts.dialect == Some(Dialect::V10_0) || is_new {
             self.answer(&ReturnMessage::SwitchoverAck);
         }
     }
@@ -243,36 +251,7 @@ impl TargetDialogue {
         })
     }
 
-    fn behind_the_end(&self) -> Garbled {
-        Garbled(format!("main stream, byte {}: more bytes came behind the end", self.decoder.at()))
-    }
-}
-
-impl Dialogue<TargetFrame, SourceFrame> for TargetDialogue {
-    fn say(&mut self, frame: &TargetFrame, out: &mut Vec<u8>) -> Result<(), Garbled> {
-        match frame {
-            // Whatever came meanwhile is heard before it counts.
-            TargetFrame::Loaded { .. } => (self.commit, self.quiet) = (true, false),
-            TargetFrame::Running => self.shut(0),
-            TargetFrame::Refused { .. }
-            | TargetFrame::DigestMismatch { .. }
-            | TargetFrame::RunFailed { .. }
-            | TargetFrame::Discarded { .. }
-            | TargetFrame::Error(_) => self.shut(1),
-            // The source does not ask.
-            TargetFrame::Ready { .. }
-            | TargetFrame::EpochApplied { .. }
-            | TargetFrame::ChannelFailed { .. }
-            | TargetFrame::ChannelRetired { .. }
-            | TargetFrame::ChannelJoined { .. }
-            | TargetFrame::Pong { .. }
-            | TargetFrame::QueryAnswer { .. } => {}
-        }
-        self.reply(out);
-        Ok(())
-    }
-
-    fn hear<'i>(&mut self, input: &mut &'i [u8]) -> Result<Option<Heard<'i, SourceFrame>>, Garbled> {
+    fn hear_next<'i>(&mut self, input: &mut &'i [u8]) -> Result<Option<Heard<'i, SourceFrame>>, Garbled> {
         if !input.is_empty() {
             self.quiet = false;
         }
@@ -303,6 +282,42 @@ impl Dialogue<TargetFrame, SourceFrame> for TargetDialogue {
         Ok(None)
     }
 
+    fn behind_the_end(&self) -> Garbled {
+        Garbled(format!("main stream, byte {}: more bytes came behind the end", self.decoder.at()))
+    }
+}
+
+impl Dialogue<TargetFrame, SourceFrame> for TargetDialogue {
+    fn say(&mut self, frame: &TargetFrame, out: &mut Vec<u8>) -> Result<(), Garbled> {
+        match frame {
+            // Whatever came meanwhile is heard before it counts.
+            TargetFrame::Loaded { .. } => (self.commit, self.quiet) = (true, false),
+            TargetFrame::Running => self.shut(0),
+            TargetFrame::Refused { .. }
+            | TargetFrame::DigestMismatch { .. }
+            | TargetFrame::RunFailed { .. }
+            | TargetFrame::Discarded { .. }
+            | TargetFrame::Error(_) => self.shut(1),
+            // The source does not ask.
+            TargetFrame::Ready { .. }
+            | TargetFrame::EpochApplied { .. }
+            | TargetFrame::ChannelFailed { .. }
+            | TargetFrame::ChannelRetired { .. }
+            | TargetFrame::ChannelJoined { .. }
+            | TargetFrame::Pong { .. }
+            | TargetFrame::QueryAnswer { .. } => {}
+        }
+        self.reply(out);
+        Ok(())
+    }
+
+    fn hear<'i>(&mut self, input: &mut &'i [u8]) -> Result<Option<Heard<'i, SourceFrame>>, Garbled> {
+        match &self.failed {
+            Some(why) => Err(why.clone()),
+            None => self.hear_next(input).map_err(|why| self.failed.insert(why).clone()),
+        }
+    }
+
     fn quiet(&mut self) {
         self.quiet = true;
     }
@@ -322,6 +337,12 @@ impl Dialogue<TargetFrame, SourceFrame> for TargetDialogue {
         self.ended = true;
         Ok(true)
     }
+}
+
+/// The version in the name of a machine type: that of the first QEMU that had it.
+fn version(machine: &str) -> Option<(u32, u32)> {
+    let (major, minor) = machine.rsplit('-').next()?.split_once('.')?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
 }
 
 fn words(error: StreamError) -> Garbled {
