@@ -352,3 +352,6 @@ fn words(error: StreamError) -> Garbled {
 fn post_copy(what: &str) -> Garbled {
     Garbled(format!("{what} came: post-copy is not taken here; migrate without postcopy-ram"))
 }
+
+#[cfg(test)]
+mod tests;

@@ -179,3 +179,6 @@ fn append(offsets: Offsets<'_>, kind: RunKind, runs: &mut Vec<RunEntry>) {
 fn words(error: StreamError) -> Garbled {
     Garbled(error.to_string())
 }
+
+#[cfg(test)]
+mod tests;
