@@ -169,7 +169,11 @@ fn judge(capture: &Capture) -> &'static str {
     let report = ended.expect(1, "failed");
     assert!(!ended.stderr.contains("panicked"), "{ended:#?}");
     assert!(report["error"].as_str().is_some_and(|error| error.len() > 10), "{report}");
-    if meaning.is_ok() { "refused, though it has a meaning" } else { "refused" }
+    if meaning.is_err() {
+        return "refused";
+    }
+    eprintln!("    {}", report["error"]);
+    "refused, though it has a meaning"
 }
 
 #[test]
@@ -202,7 +206,9 @@ fn damaged_migrations_are_refused_or_stored_as_what_they_mean() {
     for seed in seeds {
         let (mutant, changes) = mutant(seed);
         eprintln!("PAGEFERRY_MUTANT={seed}: {changes:?}");
-        *ends.entry(judge(&mutant)).or_default() += 1;
+        let end = judge(&mutant);
+        eprintln!("    {end}");
+        *ends.entry(end).or_default() += 1;
     }
     println!("{ends:?}");
     let got = |end: &str| u64::from(ends.get(end).copied().unwrap_or(0));
