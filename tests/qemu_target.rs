@@ -16,9 +16,13 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use pageferry::config::Timeouts;
+use pageferry::dirty::combined::Still;
 use pageferry::qemu::Qemu;
-use pageferry::qemu::wire::{Dialect, InitPacket, MAIN_MAGIC, Name, NewRamPacket, ReturnDecoder, ReturnMessage};
-use pageferry::{Outcome, Target, TargetReport};
+use pageferry::qemu::wire::{
+    Barrier, Dialect, InitPacket, MAIN_MAGIC, Name, NewRamPacket, ReturnDecoder, ReturnMessage,
+};
+use pageferry::units::PageSize;
+use pageferry::{Guest, HookError, Outcome, Source, StateWriter, Target, TargetReport, Verify};
 
 use capture::{BLOCKS, CHANNELS, Capture, PAGE, capture};
 use vmm::TestIncoming;
@@ -382,4 +386,50 @@ fn channels_whose_source_gave_up_before_it_began_make_room_for_those_of_another(
     thread.join().unwrap();
     drop((wires, main));
     assert_eq!((&report.outcome, vmm.runs), (&Outcome::Completed, 1), "{report:#?}");
+}
+
+/// A machine that stands still, as QEMU would describe it.
+struct Standing;
+
+impl Guest for Standing {
+    fn setup_bytes(&mut self) -> Result<Vec<u8>, HookError> {
+        Ok(b"\x07\0\0\0\x0bpc-q35-10.0".to_vec())
+    }
+
+    fn pause(&mut self) -> Result<(), HookError> {
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), HookError> {
+        Ok(())
+    }
+
+    fn save_state(&mut self, out: &mut StateWriter) -> Result<(), HookError> {
+        Ok(out.write_all(b"\0\x06\0\0\0\x1f{\"page_size\":4096,\"devices\":[]}")?)
+    }
+}
+
+#[test]
+fn a_source_of_this_library_is_taken_through_any_number_of_channels() {
+    vmm::allow_many_descriptors();
+    let ram = vmm::ram(PageSize::SIZE_4K, &[700, 3]);
+    vmm::fill(&ram, 1);
+    for (channels, dialect, barrier, return_path) in [
+        (0, Dialect::V10_0, Barrier::PerSection, true),
+        (1, Dialect::V10_0, Barrier::PerRound, false),
+        (3, Dialect::V7_2, Barrier::PerSection, false),
+        (255, Dialect::V10_0, Barrier::PerRound, true),
+    ] {
+        let target = Target::builder().framing(Qemu::new(channels)).listen("127.0.0.1:0").unwrap();
+        let address = target.address().unwrap().to_string();
+        let (ended, thread) = receive(target, TestIncoming::new());
+        let qemu = Qemu::new(channels).dialect(dialect, barrier).return_path(return_path);
+        let source = Source::builder(ram.clone()).verify(Verify::Off).framing(qemu).connect(&address).unwrap();
+        let sent = source.migrate(&mut Still::new(), &mut Standing);
+        let (report, vmm) = ended.recv_timeout(PATIENCE).expect("it hangs");
+        thread.join().unwrap();
+        assert_eq!((&sent.outcome, &report.outcome), (&Outcome::Completed, &Outcome::Completed), "{channels} channels");
+        assert_eq!(vmm::first_difference(&ram, vmm.ram.as_ref().unwrap()), None);
+        assert!(report.downtime < Duration::from_secs(5), "{channels} channels: {:?}", report.downtime);
+    }
 }
