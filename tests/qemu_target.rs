@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use pageferry::config::Timeouts;
 use pageferry::dirty::combined::Still;
+use pageferry::progress::Stage;
 use pageferry::qemu::Qemu;
 use pageferry::qemu::wire::{
     Barrier, Dialect, InitPacket, MAIN_MAGIC, Name, NewRamPacket, ReturnDecoder, ReturnMessage,
@@ -222,6 +223,26 @@ fn channels_that_a_source_leaves_open_behind_its_end_are_waited_for_no_longer_th
     let report = play.completes(&capture);
     assert!(report.downtime >= SILENCE, "{:?}", report.downtime);
     assert!(report.remarks.iter().any(|remark| remark.contains("not its channels")), "{:?}", report.remarks);
+}
+
+#[test]
+fn a_target_that_waits_for_channels_to_end_can_be_cancelled() {
+    let (near, mut wires): (Vec<_>, Vec<_>) = (0..=CHANNELS).map(|_| UnixStream::pair().unwrap()).unzip();
+    let patient = target().timeouts(Timeouts { silence: PATIENCE, ..Timeouts::default() });
+    let target = patient.connections(near.into_iter().map(OwnedFd::from)).unwrap();
+    let (cancel, progress) = (target.cancel_handle(), target.progress());
+    let (ended, thread) = receive(target, TestIncoming::new());
+    for (wire, records) in wires.iter_mut().zip(&capture(Dialect::V10_0, false).streams).rev() {
+        wire.write_all(&records.concat()).unwrap();
+    }
+    wires[0].shutdown(Shutdown::Write).unwrap();
+    while progress.now().stage != Stage::HandOver {
+        std::thread::yield_now();
+    }
+    cancel.cancel();
+    let (report, vmm) = ended.recv_timeout(PATIENCE / 2).expect("it hangs");
+    assert_eq!((report.outcome, vmm.runs, vmm.discards), (Outcome::Cancelled, 0, 1));
+    thread.join().unwrap();
 }
 
 #[test]

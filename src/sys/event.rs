@@ -65,7 +65,10 @@ impl PollSet {
     /// A set that holds the eventfd alone, and waits without limit.
     pub fn new(event: Arc<EventFd>) -> PollSet {
         let own = libc::pollfd { fd: event.raw(), events: libc::POLLIN, revents: 0 };
-        PollSet { event, fds: vec![own], until: None }
+        // Room for one more, so that whoever waits for one socket allocates nothing later.
+        let mut fds = Vec::with_capacity(2);
+        fds.push(own);
+        PollSet { event, fds, until: None }
     }
 
     /// The eventfd of this set.

@@ -1,6 +1,7 @@
 #![forbid(unsafe_code)]
 //! What the target hears on the control connection, and how long it waits for more. Where the control connection carries
-//! pages, it is a member of the barrier that the lanes meet at: then nothing of it is heard while it waits there.
+//! pages, it is a member of the barrier that the lanes meet at: then nothing of it is heard while it waits there, and its
+//! last words count when the lanes have read to their ends.
 
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
