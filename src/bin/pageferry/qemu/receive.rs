@@ -74,8 +74,14 @@ fn take_in(args: &Args, out: Output) -> Result<Report, String> {
     let writer = Writer::create(&args.out, args.force)?;
     warn_if_open(&args.listen, None);
     let qemu = Qemu::new(args.channels).accept_missing(args.accept_missing);
-    let mut machine =
-        Machine { writer: Some(writer), seen: qemu.seen(), channels: args.channels, tail: Vec::new(), stored: None };
+    let mut machine = Machine {
+        writer: Some(writer),
+        ram: None,
+        seen: qemu.seen(),
+        channels: args.channels,
+        tail: Vec::new(),
+        stored: None,
+    };
     let cpus = args.cpus.clone().unwrap_or_default().0;
     let target = Target::builder().framing(qemu).cpus(cpus);
     let target = target.listen(&args.listen.to_string()).map_err(|e| listen_advice(&e))?;
@@ -112,6 +118,7 @@ fn take_in(args: &Args, out: Output) -> Result<Report, String> {
 struct Machine {
     /// Until it is finished, or given up.
     writer: Option<Writer>,
+    ram: Option<Ram>,
     seen: Seen,
     channels: u8,
     tail: Vec<u8>,
@@ -129,8 +136,9 @@ impl Incoming for Machine {
         let add = |block: &pageferry::qemu::wire::Block| {
             writer.add_block(block.name.as_str(), block.guest_address, block.bytes)
         };
-        let blocks = blocks.iter().map(add).collect::<Result<Vec<_>, _>>()?;
-        Ok(Ram::new(blocks)?)
+        let ram = Ram::new(blocks.iter().map(add).collect::<Result<Vec<_>, _>>()?)?;
+        self.ram = Some(ram.clone());
+        Ok(ram)
     }
 
     fn load_state(&mut self, state: &mut dyn Read) -> Result<(), HookError> {
@@ -141,13 +149,13 @@ impl Incoming for Machine {
 
     /// The source can still be told if it does not get to the disk.
     fn run(&mut self) -> Result<(), HookError> {
-        let writer = self.writer.take().ok_or("there is no store")?;
-        self.stored = Some(writer.finish(&self.tail, &facts(&self.seen, self.channels))?);
+        let (writer, ram) = self.writer.take().zip(self.ram.take()).ok_or("there is no store")?;
+        self.stored = Some(writer.finish(&ram, &self.tail, &facts(&self.seen, self.channels))?);
         Ok(())
     }
 
     fn discard(&mut self) {
-        self.writer = None;
+        (self.writer, self.ram) = (None, None);
     }
 }
 

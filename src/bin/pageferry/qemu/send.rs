@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::thread::{self, Scope, ScopedJoinHandle};
 use std::time::Duration;
 
 use clap::ValueEnum;
@@ -10,7 +11,9 @@ use pageferry::dirty::combined::Still;
 use pageferry::net::Address;
 use pageferry::qemu::Qemu;
 use pageferry::qemu::wire::{Barrier, Compression, Dialect};
-use pageferry::sys::thread::process_cpu_time;
+use pageferry::sync::AtomicBool;
+use pageferry::sync::Ordering::Relaxed;
+use pageferry::sys::thread::{process_cpu_time, with_signals_blocked};
 use pageferry::{Guest, HookError, Source, StateWriter, Timeouts, Verify};
 
 use crate::interrupt::Interrupt;
@@ -114,12 +117,11 @@ fn ship(args: &Args, out: Output) -> Result<Report, String> {
     }
     let store = Reader::open(&args.store)?;
     let (dialect, barrier) = spoken(args, store.manifest())?;
-    let mut machine = Stored { configuration: store.manifest().configuration.clone(), tail: store.tail()? };
-    // Nobody compares anything on the way or at the destination: what is damaged would run there.
-    store.verify()?;
+    let tail = store.tail()?;
     let ram = store.ram()?;
-    let cut = format!("{} was changed while it was sent, or its disk failed", args.store.display());
-    on_bus_error_fail(out, COMMAND, cut, None);
+    // A file that is cut short while it is mapped shows itself as a bus error.
+    let cut = format!("{} was cut short while it was sent, or its disk failed; let it lie still", args.store.display());
+    on_bus_error_fail(out, COMMAND, cut.clone(), None);
     let mut qemu = Qemu::new(args.channels)
         .dialect(dialect, barrier)
         .section(store.manifest().section)
@@ -133,18 +135,49 @@ fn ship(args: &Args, out: Output) -> Result<Report, String> {
         qemu = qemu.uuid(uuid);
     }
     let seen = qemu.seen();
-    let source = Source::builder(ram)
-        .verify(Verify::Off)
-        .timeouts(Timeouts { hook: LOAD_TIME, ..Timeouts::default() })
-        .framing(qemu)
-        .connect(&args.to.to_string())
-        .map_err(|e| e.to_string())?;
-    interrupt.attach(source.cancel_handle());
-    let watch = Watch::start(source.progress(), Side::Source, out);
-    let report = source.migrate(&mut Still::new(), &mut machine);
-    drop(watch);
+    let unwanted = AtomicBool::new(false);
+    let stop = || unwanted.load(Relaxed) || interrupt.asked();
+    let (report, still) = thread::scope(|scope| {
+        let _unwanted_in_the_end = Raised(&unwanted);
+        // Nobody compares anything on the way or at the destination: what is damaged would run there. That takes as long
+        // as sending it may: both at once, and no device is sent before this has ended well.
+        let check = Check::start(scope, || store.verify(&ram, stop));
+        let source = Source::builder(ram.clone())
+            .verify(Verify::Off)
+            .timeouts(Timeouts { hook: LOAD_TIME, ..Timeouts::default() })
+            .framing(qemu)
+            .connect(&args.to.to_string())
+            .map_err(|e| e.to_string())?;
+        interrupt.attach(source.cancel_handle());
+        let watch = Watch::start(source.progress(), Side::Source, out);
+        let mut machine = Stored { store: &store, tail: &tail, check };
+        let report = source.migrate(&mut Still::new(), &mut machine);
+        drop(watch);
+        Ok::<_, String>((report, machine.check_still()))
+    })?;
     let rounds = report.rounds.into();
     let mut report = Report::of_source(COMMAND, report, process_cpu_time().unwrap_or_default());
+    match (report.outcome, still) {
+        // What has not been compared to its end, because nobody wanted it any more, is no failure.
+        (End::Failed, Err(_)) if interrupt.asked() => {
+            (report.outcome, report.error) = (End::Cancelled, Some("cancelled".to_owned()));
+        }
+        // In its own words, without the hook's.
+        (End::Failed, Err(error)) => report.error = Some(error),
+        // What was queued when the destination could still do without was read after that.
+        (End::Completed, Err(error)) => {
+            report.outcome = End::Failed;
+            report.error = Some(format!("{error}: the destination runs the machine, with some of what was written"));
+        }
+        _ => {}
+    }
+    if let Some(error) = &mut report.error {
+        // The kernel met the missing page before a look at it could raise a bus error.
+        if error.contains("sending pages") && error.contains(&format!("(os error {})", libc::EFAULT)) {
+            error.push_str("; ");
+            error.push_str(&cut);
+        }
+    }
     let sent = seen.counts();
     report.counters = Some(Counters {
         main_bytes: sent.main_bytes,
@@ -188,15 +221,61 @@ fn parse_uuid(text: &str) -> Result<[u8; 16], String> {
     Ok(number.ok_or_else(|| format!("{text} is no UUID: 32 hexadecimal digits"))?.to_be_bytes())
 }
 
-/// The stored machine, in the place of a guest: it never runs here.
-struct Stored {
-    configuration: Vec<u8>,
-    tail: Vec<u8>,
+/// Set when it goes.
+struct Raised<'a>(&'a AtomicBool);
+
+impl Drop for Raised<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Relaxed);
+    }
 }
 
-impl Guest for Stored {
+/// Whether the RAM is what was written: on its way to be known, or known.
+enum Check<'s> {
+    GoesOn(ScopedJoinHandle<'s, Result<(), String>>),
+    Known(Result<(), String>),
+}
+
+impl<'s> Check<'s> {
+    /// Finds out on a thread, or now if none is to be had.
+    fn start(scope: &'s Scope<'s, '_>, verify: impl Fn() -> Result<(), String> + Send + Clone + 's) -> Check<'s> {
+        let named = thread::Builder::new().name("pf-digest-0".to_owned());
+        let on_thread = verify.clone();
+        match with_signals_blocked(|| named.spawn_scoped(scope, on_thread)) {
+            Ok(thread) => Check::GoesOn(thread),
+            Err(_) => Check::Known(verify()),
+        }
+    }
+
+    /// Waits until it is known.
+    fn known(self) -> Result<(), String> {
+        match self {
+            Check::Known(known) => known,
+            Check::GoesOn(thread) => thread.join().unwrap_or_else(|_| Err("internal error: hashing died".to_owned())),
+        }
+    }
+}
+
+/// The stored machine, in the place of a guest: it never runs here.
+struct Stored<'s> {
+    store: &'s Reader,
+    tail: &'s [u8],
+    check: Check<'s>,
+}
+
+impl Stored<'_> {
+    /// Whether the RAM is known to be what was written, and lies still.
+    fn check_still(&self) -> Result<(), String> {
+        match &self.check {
+            Check::Known(known) => known.clone().and_then(|()| self.store.check_still()),
+            Check::GoesOn(_) => Ok(()),
+        }
+    }
+}
+
+impl Guest for Stored<'_> {
     fn setup_bytes(&mut self) -> Result<Vec<u8>, HookError> {
-        Ok(self.configuration.clone())
+        Ok(self.store.manifest().configuration.clone())
     }
 
     fn pause(&mut self) -> Result<(), HookError> {
@@ -208,7 +287,10 @@ impl Guest for Stored {
     }
 
     fn save_state(&mut self, out: &mut StateWriter) -> Result<(), HookError> {
-        Ok(out.write_all(&self.tail)?)
+        let check = std::mem::replace(&mut self.check, Check::Known(Ok(())));
+        self.check = Check::Known(check.known());
+        self.check_still()?;
+        Ok(out.write_all(self.tail)?)
     }
 }
 

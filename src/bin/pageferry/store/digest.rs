@@ -6,16 +6,22 @@
 //! not be read. A last page that is not whole is filled up with zeros; the length is no part of it. Its 16 hexadecimal
 //! digits are the same on every machine, for ever: a test keeps them.
 //!
-//! Files are read, not mapped: a disk that fails is an error then and no signal, and holes on tmpfs stay holes.
+//! RAM is hashed where it is mapped, which is three times as fast as reading it: what has just landed is there already. Its
+//! holes are passed over: on tmpfs a look at one would fill it.
+//!
+//! Measured, 1 GiB on tmpfs, 2 cores of an EPYC Zen 4, virtual: 38 ms where it has just landed, 67 ms where it was not
+//! mapped before.
 
-use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
+use std::ops::Range;
+use std::os::fd::BorrowedFd;
 use std::thread;
 
+use pageferry::RamBlock;
 use pageferry::digest::FullDigest;
 use pageferry::memory::hash::{PageHash, ZERO_HASH};
+use pageferry::memory::look::{Look, Seen};
+use pageferry::sync::{AtomicU64, Ordering};
 use pageferry::sys::memory::{punch_hole, seek_data, seek_hole};
 use pageferry::sys::thread::with_signals_blocked;
 use pageferry::units::{BlockId, SessionId};
@@ -25,63 +31,64 @@ use super::PAGE_BYTES;
 /// What the manifest calls it.
 pub const NAME: &str = "pf-page-hash-v1";
 
-/// Read at once: it stays in the second-level cache until it is hashed.
-const BUFFER_BYTES: usize = 256 << 10;
-
 /// What a thread takes before it looks for more.
-const PART_BYTES: u64 = 16 << 20;
+const PART_BYTES: u64 = 4 << 20;
 
 /// More would wait for memory.
 const THREADS_MAX: usize = 8;
 
-/// The digest of the first `bytes` bytes of a file, which nobody may write meanwhile.
-pub fn of_file(file: &File, bytes: u64) -> io::Result<String> {
-    of_parts(file, bytes, false)
+/// The digest of a block, the mapping of a file that nobody may write meanwhile; `None` if `stop` said that nobody wants
+/// it any more.
+pub fn of_block(block: &RamBlock, stop: &(impl Fn() -> bool + Sync)) -> io::Result<Option<String>> {
+    of_parts(block, false, stop)
 }
 
 /// The same, and makes holes of the pages of zeros that it meets, where the file system can.
-pub fn of_file_and_dig(file: &File, bytes: u64) -> io::Result<String> {
-    of_parts(file, bytes, true)
+pub fn of_block_and_dig(block: &RamBlock) -> io::Result<String> {
+    let digest = of_parts(block, true, &|| false)?;
+    digest.ok_or_else(|| io::Error::other("internal error: nobody has asked to stop"))
 }
 
-fn of_parts(file: &File, bytes: u64, dig: bool) -> io::Result<String> {
-    let parts = bytes.div_ceil(PART_BYTES);
+fn of_parts(block: &RamBlock, dig: bool, stop: &(impl Fn() -> bool + Sync)) -> io::Result<Option<String>> {
+    let Some(file) = block.fd() else {
+        return Err(io::Error::other("internal error: a block of a store is no file"));
+    };
+    let parts = block.bytes().div_ceil(PART_BYTES);
     let cpus = thread::available_parallelism().map_or(1, |cpus| cpus.get()).min(THREADS_MAX) as u64;
-    let of = cpus.min(parts).max(1);
-    let work = |worker: u64| -> io::Result<FullDigest> {
-        let mut digest = empty();
-        let mut buffer = vec![0; BUFFER_BYTES];
-        let mut data = 0..0;
-        for part in (worker..parts).step_by(of as usize) {
+    let next = AtomicU64::new(0);
+    let work = || -> io::Result<FullDigest> {
+        let mut pages = Pages { block, file, look: Look::new(true, dig), digest: empty(), data: 0..0 };
+        loop {
+            let part = next.fetch_add(1, Ordering::Relaxed);
+            if part >= parts || stop() {
+                return Ok(pages.digest);
+            }
             let from = part * PART_BYTES;
-            take_in(&mut digest, file, from..bytes.min(from + PART_BYTES), dig, &mut data, &mut buffer)?;
+            pages.take_in(from..block.bytes().min(from + PART_BYTES), dig)?;
         }
-        Ok(digest)
     };
     let sum = thread::scope(|scope| {
-        let others: Vec<_> = (1..of)
-            .map(|worker| {
+        let others: Vec<_> = (1..cpus.min(parts))
+            .filter_map(|worker| {
                 let named = thread::Builder::new().name(format!("pf-digest-{worker}"));
-                (worker, with_signals_blocked(|| named.spawn_scoped(scope, move || work(worker))))
+                // Without a thread the others take its parts.
+                with_signals_blocked(|| named.spawn_scoped(scope, work)).ok()
             })
             .collect();
-        let mut sum = work(0)?;
-        for (worker, other) in others {
-            // What a thread that could not be had was to do, this one does.
-            sum.merge(match other.map(|thread| thread.join()) {
-                Ok(Ok(digest)) => digest?,
-                Ok(Err(_)) | Err(_) => work(worker)?,
-            });
+        let mut sum = work()?;
+        for other in others {
+            let digest = other.join().map_err(|_| io::Error::other("internal error: a thread that hashes has died"))?;
+            sum.merge(digest?);
         }
         io::Result::Ok(sum)
     })?;
-    Ok(text(sum))
+    Ok((!stop()).then(|| text(sum)))
 }
 
 /// The digest of bytes in memory: that of a file that holds them.
 pub fn of_bytes(bytes: &[u8]) -> String {
     let mut digest = empty();
-    hash_pages(&mut digest, 0, bytes, |_| {});
+    hash_pages(&mut digest, bytes);
     text(digest)
 }
 
@@ -93,68 +100,81 @@ fn text(digest: FullDigest) -> String {
     format!("{:016x}", digest.value())
 }
 
-/// Takes in the pages of a range that begins at a multiple of the page. `data` is the stretch of data
-/// met last: the kernel finds the end of one page by page, and it may be as long as the file.
-fn take_in(
-    digest: &mut FullDigest,
-    file: &File,
-    range: std::ops::Range<u64>,
-    dig: bool,
-    data: &mut std::ops::Range<u64>,
-    buffer: &mut [u8],
-) -> io::Result<()> {
-    let (mut at, to) = (range.start, range.end);
-    while at < to {
-        if !data.contains(&at) {
-            let Some(start) = seek_data(file.as_fd(), at)? else {
-                hash_zeros(digest, at, to);
-                return Ok(());
-            };
-            // From whole page to whole page, whatever the file system's blocks are.
-            let end = seek_hole(file.as_fd(), start)?.max(start + 1).next_multiple_of(PAGE_BYTES);
-            *data = start - start % PAGE_BYTES..end;
-        }
-        if data.start > at {
-            let next = data.start.min(to);
-            hash_zeros(digest, at, next);
-            at = next;
-            continue;
-        }
-        let length = (data.end.min(to) - at).min(buffer.len() as u64) as usize;
-        file.read_exact_at(&mut buffer[..length], at)?;
-        let mut zeros = 0..0;
-        hash_pages(digest, at, &buffer[..length], |page| {
-            if zeros.end != page {
-                dig_up(file, dig, &zeros);
-                zeros.start = page;
+/// What one thread has hashed of a block.
+struct Pages<'a> {
+    block: &'a RamBlock,
+    file: BorrowedFd<'a>,
+    look: Look,
+    digest: FullDigest,
+    /// The stretch of data met last: the kernel finds the end of one page by page, and it may be as long as the file.
+    data: Range<u64>,
+}
+
+impl Pages<'_> {
+    /// Takes in the pages of a range that begins at a multiple of the page.
+    fn take_in(&mut self, range: Range<u64>, dig: bool) -> io::Result<()> {
+        let (mut at, to) = (range.start, range.end);
+        while at < to {
+            if !self.data.contains(&at) {
+                let Some(start) = seek_data(self.file, at)? else {
+                    self.zeros(at, to);
+                    return Ok(());
+                };
+                // From whole page to whole page, whatever the file system's blocks are.
+                let end = seek_hole(self.file, start)?.max(start + 1).next_multiple_of(PAGE_BYTES);
+                self.data = start - start % PAGE_BYTES..end;
             }
-            zeros.end = page + 1;
-        });
-        dig_up(file, dig, &zeros);
-        at += length as u64;
+            let next = self.data.start.clamp(at, to);
+            self.zeros(at, next);
+            let end = self.data.end.min(to).max(next);
+            self.bytes(next, end, dig)?;
+            at = end;
+        }
+        Ok(())
     }
-    Ok(())
+
+    fn zeros(&mut self, from: u64, to: u64) {
+        (from / PAGE_BYTES..to / PAGE_BYTES).for_each(|page| self.digest.page(page, ZERO_HASH));
+    }
+
+    /// Hashes pages; and makes holes of those of zeros if it is to dig.
+    fn bytes(&mut self, from: u64, to: u64, dig: bool) -> io::Result<()> {
+        let mut zeros = from..from;
+        for at in (from..to).step_by(PAGE_BYTES as usize) {
+            let page = at / PAGE_BYTES;
+            match self.look.at(self.block, page) {
+                Some(Seen::Data(hash)) => self.digest.page(page, hash),
+                Some(Seen::Zero) => {
+                    self.digest.page(page, ZERO_HASH);
+                    if zeros.end != at {
+                        self.dig_up(&zeros, dig);
+                        zeros.start = at;
+                    }
+                    zeros.end = at + PAGE_BYTES;
+                }
+                None => return Err(io::Error::other("internal error: a page is outside its block")),
+            }
+        }
+        self.dig_up(&zeros, dig);
+        Ok(())
+    }
+
+    /// Makes a hole of these pages of zeros. A file system that cannot keeps them as they are.
+    fn dig_up(&self, zeros: &Range<u64>, dig: bool) {
+        if dig && !zeros.is_empty() {
+            let _ = punch_hole(self.file, zeros.start, zeros.end - zeros.start);
+        }
+    }
 }
 
-/// Makes a hole of these pages of zeros. A file system that cannot keeps them as they are.
-fn dig_up(file: &File, dig: bool, pages: &std::ops::Range<u64>) {
-    if dig && !pages.is_empty() {
-        let _ = punch_hole(file.as_fd(), pages.start * PAGE_BYTES, (pages.end - pages.start) * PAGE_BYTES);
-    }
-}
-
-/// Takes in the bytes of a file from byte `at`, a multiple of the page, on; and says which pages are zeros.
-fn hash_pages(digest: &mut FullDigest, at: u64, bytes: &[u8], mut zero: impl FnMut(u64)) {
+/// Takes in bytes in memory.
+fn hash_pages(digest: &mut FullDigest, bytes: &[u8]) {
     let hash = PageHash::detect();
     let pages = bytes.chunks_exact(PAGE_BYTES as usize);
     let rest = pages.remainder();
-    let mut number = at / PAGE_BYTES;
+    let mut number = 0;
     for page in pages {
-        let hash = hash.hash_bytes(page);
-        digest.page(number, hash);
-        if hash == ZERO_HASH && page.iter().all(|byte| *byte == 0) {
-            zero(number);
-        }
+        digest.page(number, hash.hash_bytes(page));
         number += 1;
     }
     if !rest.is_empty() {
@@ -162,8 +182,4 @@ fn hash_pages(digest: &mut FullDigest, at: u64, bytes: &[u8], mut zero: impl FnM
         page[..rest.len()].copy_from_slice(rest);
         digest.page(number, hash.hash_bytes(&page));
     }
-}
-
-fn hash_zeros(digest: &mut FullDigest, from: u64, to: u64) {
-    (from / PAGE_BYTES..to.div_ceil(PAGE_BYTES)).for_each(|page| digest.page(page, ZERO_HASH));
 }

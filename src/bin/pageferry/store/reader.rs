@@ -10,7 +10,7 @@ use pageferry::{Ram, RamBlock};
 
 use super::manifest::{FORMAT, Manifest};
 use super::{BLOCKS, MANIFEST, TAIL, digest};
-use crate::image::sentence;
+use crate::image::{Stamp, sentence};
 
 /// No manifest of 1024 blocks with the longest names and a configuration is longer.
 const MANIFEST_BYTES_MAX: u64 = 16 << 20;
@@ -26,6 +26,8 @@ pub struct Reader {
     manifest: Manifest,
     /// In the order of the manifest's blocks.
     blocks: Vec<File>,
+    /// Likewise, from when they were opened.
+    stamps: Vec<Stamp>,
     tail: File,
 }
 
@@ -45,8 +47,10 @@ impl Reader {
         let manifest = Manifest::parse(&text).map_err(in_store)?;
         let blocks = manifest.blocks.iter().map(|block| open_whole(dir, &block.file, block.bytes));
         let blocks = blocks.collect::<Result<Vec<File>, String>>()?;
+        let stamp = |file| Stamp::of(file).map_err(|e| sentence("look into", dir, &e));
+        let stamps = blocks.iter().map(stamp).collect::<Result<Vec<Stamp>, String>>()?;
         let tail = open_whole(dir, &manifest.tail.file, manifest.tail.bytes)?;
-        let reader = Reader { dir: dir.to_owned(), manifest, blocks, tail };
+        let reader = Reader { dir: dir.to_owned(), manifest, blocks, stamps, tail };
         reader.tail()?;
         Ok(reader)
     }
@@ -85,15 +89,31 @@ impl Reader {
         Ok(tail)
     }
 
-    /// Reads all RAM and compares it with its digests.
+    /// Reads all of this RAM, which is the store's, and compares it with its digests; until `stop` says that nobody wants
+    /// to know any more.
     ///
     /// # Errors
-    /// The first block that cannot be read, or is not what was written.
-    pub fn verify(&self) -> Result<(), String> {
-        for (block, file) in self.manifest.blocks.iter().zip(&self.blocks) {
+    /// The first block that cannot be read, or is not what was written; that it was stopped.
+    pub fn verify(&self, ram: &Ram, stop: impl Fn() -> bool + Sync) -> Result<(), String> {
+        for (block, mapped) in self.manifest.blocks.iter().zip(ram.blocks()) {
             let path = self.dir.join(&block.file);
-            let found = digest::of_file(file, block.bytes).map_err(|e| sentence("read", &path, &e))?;
+            let found = digest::of_block(mapped, &stop).map_err(|e| sentence("read", &path, &e))?;
+            let found = found.ok_or_else(|| format!("{} was not compared to its end", path.display()))?;
             same_digest(&path, &block.digest, &found)?;
+        }
+        Ok(())
+    }
+
+    /// Whether no file of the RAM was written since the store was opened.
+    ///
+    /// # Errors
+    /// The first that was, or that cannot be looked at.
+    pub fn check_still(&self) -> Result<(), String> {
+        for ((block, file), stamp) in self.manifest.blocks.iter().zip(&self.blocks).zip(&self.stamps) {
+            let path = self.dir.join(&block.file);
+            if Stamp::of(file).map_err(|e| sentence("look at", &path, &e))? != *stamp {
+                return Err(format!("{} was written while it was sent; let it lie still", path.display()));
+            }
         }
         Ok(())
     }
@@ -145,7 +165,8 @@ fn open_inside(dir: &Path, file: &str) -> Result<(File, u64), String> {
             return Err(format!("{} is no {kind}: a store has no links and nothing special", path.display()));
         }
     }
-    let opened = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(&path);
+    // Nor does it wait for one that took its place since.
+    let opened = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(&path);
     let opened = opened.map_err(|e| sentence("open", &path, &e))?;
     let bytes = opened.metadata().map_err(|e| sentence("look at", &path, &e))?.len();
     Ok((opened, bytes))

@@ -5,6 +5,8 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
 use pageferry::sys::random::random_16;
+use pageferry::units::PageSize;
+use pageferry::{Ram, RamBlock};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
@@ -63,7 +65,7 @@ fn facts() -> Facts {
 /// What `write` puts into the RAM: page 3, a page in the middle, and the last one.
 const PAGES: [(u64, u8); 3] = [(3, 7), (5000, 8), ((RAM_BYTES >> 12) - 1, 9)];
 
-fn fill(writer: &mut Writer) {
+fn fill(writer: &mut Writer) -> Ram {
     let ram = writer.add_block("pc.ram", None, RAM_BYTES).unwrap();
     let rom = writer.add_block("/rom@etc/acpi/tables", Some(0xfffc_0000), 0x20000).unwrap();
     assert_eq!((ram.name(), rom.name(), rom.guest_address()), ("pc.ram", "/rom@etc/acpi/tables", 0xfffc_0000));
@@ -73,12 +75,13 @@ fn fill(writer: &mut Writer) {
     for (page, value) in PAGES {
         file.write_all_at(&[value; 4096], page << 12).unwrap();
     }
+    Ram::new([ram, rom]).unwrap()
 }
 
 fn write(dir: &Path, force: bool) -> Result<Stored, String> {
     let mut writer = Writer::create(dir, force)?;
-    fill(&mut writer);
-    writer.finish(TAIL_BYTES, &facts())
+    let ram = fill(&mut writer);
+    writer.finish(&ram, TAIL_BYTES, &facts())
 }
 
 /// A store in a folder of its own.
@@ -87,6 +90,11 @@ fn store() -> (Folder, PathBuf) {
     let dir = folder.0.join("vm");
     write(&dir, false).unwrap();
     (folder, dir)
+}
+
+/// Reads all of its RAM.
+fn verify(reader: &Reader) -> Result<(), String> {
+    reader.verify(&reader.ram()?, || false)
 }
 
 /// The error of what has to fail, which must speak of `word`.
@@ -102,7 +110,7 @@ fn what_is_written_is_read_again() {
     let (folder, dir) = store();
     assert_eq!(folder.names(), ["vm"]);
     let reader = Reader::open(&dir).unwrap();
-    reader.verify().unwrap();
+    verify(&reader).unwrap();
     assert_eq!(reader.tail().unwrap(), TAIL_BYTES);
     let manifest = reader.manifest();
     let facts = facts();
@@ -144,11 +152,11 @@ fn a_store_that_is_not_finished_leaves_nothing_behind() {
     assert_eq!(folder.names(), [""; 0]);
 
     let mut writer = Writer::create(&folder.0.join("vm"), false).unwrap();
-    fill(&mut writer);
+    let ram = fill(&mut writer);
     let facts = Facts { dialect: "11.0", ..facts() };
-    refused(writer.finish(TAIL_BYTES, &facts), "its dialect is \"11.0\"");
+    refused(writer.finish(&ram, TAIL_BYTES, &facts), "its dialect is \"11.0\"");
     let writer = Writer::create(&folder.0.join("vm"), false).unwrap();
-    refused(writer.finish(TAIL_BYTES, &self::facts()), "0 RAM blocks");
+    refused(writer.finish(&ram, TAIL_BYTES, &self::facts()), "0 RAM blocks");
     assert_eq!(folder.names(), [""; 0]);
 }
 
@@ -162,12 +170,12 @@ fn blocks_that_cannot_be_are_refused() {
     refused(writer.add_block(&"x".repeat(256), None, 4096), "name");
     refused(writer.add_block("high", Some(u64::MAX - 4095), 8192), "fit");
     refused(writer.add_block("huge", None, 1 << 63), "bytes");
-    writer.add_block("ram", None, 4096).unwrap();
+    let ram = writer.add_block("ram", None, 4096).unwrap();
     refused(writer.add_block("ram", None, 4096), "twice");
     // One name of a file for both, but for the number.
-    writer.add_block("a/b", None, 4096).unwrap();
-    writer.add_block("a_b", None, 4096).unwrap();
-    writer.finish(TAIL_BYTES, &facts()).unwrap();
+    let slash = writer.add_block("a/b", None, 4096).unwrap();
+    let line = writer.add_block("a_b", None, 4096).unwrap();
+    writer.finish(&Ram::new([ram, slash, line]).unwrap(), TAIL_BYTES, &facts()).unwrap();
     let reader = Reader::open(&folder.0.join("vm")).unwrap();
     assert_eq!(reader.manifest().blocks[1].name, "a/b");
     assert_ne!(reader.manifest().blocks[1].file, reader.manifest().blocks[2].file);
@@ -180,9 +188,9 @@ fn only_a_store_is_replaced_and_only_by_force() {
     let before = fs::metadata(dir.join("manifest.json")).unwrap().ino();
     // As long as the new one is not whole, the old one stands.
     let mut writer = Writer::create(&dir, true).unwrap();
-    fill(&mut writer);
-    Reader::open(&dir).unwrap().verify().unwrap();
-    writer.finish(TAIL_BYTES, &facts()).unwrap();
+    let ram = fill(&mut writer);
+    verify(&Reader::open(&dir).unwrap()).unwrap();
+    writer.finish(&ram, TAIL_BYTES, &facts()).unwrap();
     assert_ne!(fs::metadata(dir.join("manifest.json")).unwrap().ino(), before);
     assert_eq!(folder.names(), ["vm"]);
 
@@ -208,10 +216,10 @@ fn what_comes_to_stand_there_meanwhile_is_not_replaced() {
     let dir = folder.0.join("vm");
     for force in [false, true] {
         let mut writer = Writer::create(&dir, force).unwrap();
-        fill(&mut writer);
+        let ram = fill(&mut writer);
         fs::create_dir_all(&dir).unwrap();
         fs::write(dir.join("notes"), "mine").unwrap();
-        refused(writer.finish(TAIL_BYTES, &facts()), "not empty");
+        refused(writer.finish(&ram, TAIL_BYTES, &facts()), "not empty");
         assert_eq!(folder.names(), ["vm"]);
         assert_eq!(fs::read_dir(&dir).unwrap().count(), 1);
         fs::remove_file(dir.join("notes")).unwrap();
@@ -314,14 +322,14 @@ fn what_is_not_in_the_store_or_damaged_is_found() {
     // A bit of a page, a page in a hole, and two pages that change places.
     for (at, bytes, undo) in [(3 << 12, vec![6], vec![7]), (1 << 20, vec![1], vec![0])] {
         file.write_all_at(&bytes, at).unwrap();
-        refused(Reader::open(&dir).unwrap().verify(), "damaged");
+        refused(verify(&Reader::open(&dir).unwrap()), "damaged");
         file.write_all_at(&undo, at).unwrap();
-        Reader::open(&dir).unwrap().verify().unwrap();
+        verify(&Reader::open(&dir).unwrap()).unwrap();
     }
     for (page, value) in [(3, 8), (5000, 7)] {
         file.write_all_at(&[value; 4096], page << 12).unwrap();
     }
-    refused(Reader::open(&dir).unwrap().verify(), "damaged");
+    refused(verify(&Reader::open(&dir).unwrap()), "damaged");
     for (page, value) in PAGES {
         file.write_all_at(&[value; 4096], page << 12).unwrap();
     }
@@ -358,7 +366,8 @@ fn digest_of(folder: &Folder, bytes: u64, pages: &[(u64, u8)]) -> String {
     for (page, value) in pages {
         file.write_all_at(&[*value; 4096], page << 12).unwrap();
     }
-    digest::of_file(&file, bytes).unwrap()
+    let block = RamBlock::file("ram", 0, &file, bytes, PageSize::SIZE_4K, false).unwrap();
+    digest::of_block(&block, &|| false).unwrap().unwrap()
 }
 
 #[test]

@@ -7,11 +7,11 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
-use pageferry::RamBlock;
 use pageferry::memory::{BLOCKS_MAX, Initial};
 use pageferry::sys::random::random_16;
 use pageferry::sys::rename::exchange;
 use pageferry::units::PageSize;
+use pageferry::{Ram, RamBlock};
 
 use super::manifest::{BlockEntry, Counters, FORMAT, Manifest, TailEntry, VERSION};
 use super::names::block_path;
@@ -128,7 +128,7 @@ impl Writer {
         Ok(block.with_initial(Initial::Zeroed))
     }
 
-    /// Takes the digests of the blocks, to which nobody may write any more, adds the device state and the manifest, waits
+    /// Takes the digests of the blocks, all of which are in `ram` and to which nobody may write any more, adds the device state and the manifest, waits
     /// until all of it is on the disk, and gives the store its name. When this returns, the store is whole, and survives
     /// a power cut.
     ///
@@ -138,14 +138,15 @@ impl Writer {
     /// # Errors
     /// What the system has against writing; something stands in the store's place meanwhile. There is no store then, and
     /// nothing is left behind; what stood there stands there still.
-    pub fn finish(mut self, tail: &[u8], facts: &Facts) -> Result<Stored, String> {
+    pub fn finish(mut self, ram: &Ram, tail: &[u8], facts: &Facts) -> Result<Stored, String> {
         let mut fsync = Duration::ZERO;
         let tail_path = self.partial.join(TAIL);
         let tail_file = write_file(&tail_path, tail)?;
         for block in &mut self.blocks {
             let path = self.partial.join(&block.entry.file);
-            let digest = digest::of_file_and_dig(&block.file, block.entry.bytes);
-            block.entry.digest = digest.map_err(|e| sentence("read", &path, &e))?;
+            let mapped = ram.blocks().iter().find(|mapped| mapped.name() == block.entry.name);
+            let mapped = mapped.ok_or_else(|| format!("internal error: RAM has no block {:?}", block.entry.name))?;
+            block.entry.digest = digest::of_block_and_dig(mapped).map_err(|e| sentence("read", &path, &e))?;
         }
         let manifest = self.manifest(tail, facts);
         manifest.check().map_err(|what| format!("the store would not be one: {what}"))?;
