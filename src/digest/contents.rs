@@ -137,7 +137,10 @@ impl Contents {
         let is_written_zero = |(hash, mark): (&AtomicU64, &AtomicU8)| {
             mark.load(Ordering::Relaxed) & WRITTEN != 0 && hash.load(Ordering::Relaxed) == super::ZERO_CONTENT
         };
-        (0..).zip(block.hashes.iter().zip(&block.marks)).filter(move |(_, page)| is_written_zero(*page)).map(|(page, _)| page)
+        (0..)
+            .zip(block.hashes.iter().zip(&block.marks))
+            .filter(move |(_, page)| is_written_zero(*page))
+            .map(|(page, _)| page)
     }
 }
 
