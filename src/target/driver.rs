@@ -422,7 +422,12 @@ impl Driver<'_> {
             _ => Duration::ZERO,
         };
         let mut control = self.control.take();
-        let last_word = control.as_mut().and_then(|c| c.part(self.bell.sleeper().set(), LAST_WORDS));
+        let set = self.bell.sleeper().set();
+        let (last_word, whole) = control.as_mut().map_or((None, false), |c| c.part(set, LAST_WORDS));
+        // Where nobody can ask later, it is worth a wait to know.
+        let waits = outcome == Outcome::Completed && !self.settings.framing.mends();
+        let patience = if waits { ACKNOWLEDGED } else { Duration::ZERO };
+        let source_told = whole && control.as_mut().is_some_and(|c| c.is_taken_in(set, patience));
         let control_bytes = control.as_ref().map_or(0, Control::wire_bytes);
         self.progress.stage(Stage::Ended);
         let counts = self.progress.channels();
@@ -458,6 +463,7 @@ impl Driver<'_> {
             cpus: self.lanes.as_ref().map_or_else(Vec::new, |lanes| lanes.cpus().collect()),
             turned_away,
             session: self.id,
+            source_told,
             channels_lost: self.channels_lost,
             resumes: self.resumes,
             repairs: self.session.mismatches(),
@@ -476,6 +482,9 @@ fn ready(mut stream: Stream) -> Result<Stream, Failure> {
 
 /// How long the target tries to get its last frames out.
 const LAST_WORDS: Duration = Duration::from_millis(50);
+/// How long it waits, then, for a source that cannot ask how it ended to acknowledge them: a few round trips, and one that
+/// was lost.
+const ACKNOWLEDGED: Duration = Duration::from_secs(3);
 
 /// The pieces of device state, read as one.
 struct Pieces<'a> {

@@ -109,6 +109,9 @@ pub struct TargetReport {
     pub turned_away: u64,
     /// The session, as the source calls it.
     pub session: SessionId,
+    /// Whether the source's system is known to have taken in all that was said to it, the last word included. If not, the
+    /// source may take the guest for its own, whatever the outcome here.
+    pub source_told: bool,
     /// Connections of data channels that were lost on the way.
     pub channels_lost: u32,
     /// How often all connections were lost, and the source took the session up again.

@@ -120,7 +120,7 @@ fn ship(args: &Args, out: Output) -> Result<Report, String> {
     let ram = store.ram()?;
     // A file that is cut short while it is mapped shows itself as a bus error.
     let cut = format!("{} was cut short while it was sent, or its disk failed; let it lie still", args.store.display());
-    on_bus_error_fail(out, COMMAND, cut.clone(), None);
+    on_bus_error_fail(out, COMMAND, cut.clone(), Vec::new());
     let mut qemu = Qemu::new(args.channels)
         .dialect(dialect, barrier)
         .section(store.manifest().section)

@@ -10,6 +10,7 @@
 //! [`Reader`] trusts nothing that it finds.
 
 mod digest;
+mod leftovers;
 mod manifest;
 mod names;
 mod reader;

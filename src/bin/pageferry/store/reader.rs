@@ -130,7 +130,14 @@ pub fn is_store(dir: &Path) -> bool {
         let value: serde_json::Value = serde_json::from_str(&read_text(&file).ok()?).ok()?;
         Some(value["format"] == FORMAT)
     };
-    fs::read_dir(dir).is_ok_and(|mut entries| entries.all(ours)) && says_so() == Some(true)
+    let is_ram = |entry: io::Result<fs::DirEntry>| {
+        entry.is_ok_and(|entry| {
+            entry.file_type().is_ok_and(|kind| kind.is_file()) && entry.path().extension() == Some("ram".as_ref())
+        })
+    };
+    fs::read_dir(dir).is_ok_and(|mut entries| entries.all(ours))
+        && fs::read_dir(dir.join(BLOCKS)).map_or(true, |mut entries| entries.all(is_ram))
+        && says_so() == Some(true)
 }
 
 fn read_text(file: &File) -> io::Result<String> {
