@@ -251,10 +251,12 @@ impl Driver<'_> {
         let harvest_time = begun.elapsed();
         let mut bytes = 0;
         let mut result = Ok(true);
-        let mut runs = scanner.runs(chunk).flat_map(|run| run.pieces(pages_max));
-        for run in runs.by_ref() {
-            batch.push(Item::Run(run));
-            bytes += u64::from(run.pages) * page_bytes;
+        let touched = scanner.runs(chunk).flat_map(|run| run.pieces(pages_max)).map(Item::Run);
+        let untouched = scanner.untouched_runs(chunk).flat_map(|run| run.pieces(pages_max)).map(Item::Untouched);
+        let mut items = touched.chain(untouched);
+        for item in items.by_ref() {
+            batch.push(item);
+            bytes += item.run().map_or(0, |run| u64::from(run.pages)) * page_bytes;
             if batch.len() == PUSH_RUNS_MAX || bytes >= batch_bytes {
                 result = self.push(batch, &mut bytes);
                 if !matches!(result, Ok(true)) {
@@ -267,7 +269,8 @@ impl Driver<'_> {
         }
         // Harvested and not pushed: kept back for the next round. Allocates, where nothing is in a hurry any more.
         let broken_off = !matches!(result, Ok(true));
-        let rest: Vec<Run> = batch.drain(..).filter_map(Item::run).chain(runs).take_while(|_| broken_off).collect();
+        let rest = batch.drain(..).chain(items).filter_map(Item::run).take_while(|_| broken_off);
+        let rest: Vec<Run> = rest.collect();
         scanner.keep_back(&rest);
         self.scanner = Some(scanner);
         result.map(|_| harvest_time)
