@@ -149,8 +149,7 @@ impl RecvRole {
                 self.head[..header.len()].copy_from_slice(header);
             }
             Payload::Packed(bytes) => {
-                self.unpack(bytes)?;
-                // A digest of it is not kept: nothing that is compressed comes with digests.
+                self.unpack(packet, bytes)?;
                 if packet.mark.is_none() && !self.read_header()? {
                     return Err(ChannelError::Closed { expected: "a packet" });
                 }
@@ -163,7 +162,7 @@ impl RecvRole {
     }
 
     /// Receives compressed pages, and puts them where they belong.
-    fn unpack(&mut self, bytes: usize) -> Result<(), ChannelError> {
+    fn unpack(&mut self, packet: &Packet, bytes: usize) -> Result<(), ChannelError> {
         let (mut packed, mut unpacked) = (std::mem::take(&mut self.packed), std::mem::take(&mut self.unpacked));
         packed.resize(bytes, 0);
         unpacked.resize(self.scatter.payload_bytes(), 0);
@@ -171,8 +170,24 @@ impl RecvRole {
         self.gear.reader.unpack(&packed, &mut unpacked).map_err(garbled)?;
         let filled = self.scatter.fill(&unpacked);
         (self.packed, self.unpacked) = (packed, unpacked);
-        // What recvmsg(2) says of memory that it may not write.
-        if filled < self.scatter.payload_bytes() { Err(receiving(unwritable())) } else { Ok(()) }
+        if filled < self.scatter.payload_bytes() {
+            // What recvmsg(2) says of memory that it may not write.
+            return Err(receiving(unwritable()));
+        }
+        self.hash(packet)
+    }
+
+    /// Notes the digests of the pages of a packet, all of which have landed.
+    fn hash(&self, packet: &Packet) -> Result<(), ChannelError> {
+        let (Some(table), Some(block)) = (&self.gear.digests, self.gear.ram.block(packet.block)) else { return Ok(()) };
+        let mut recorder = table.recorder(packet.block, packet.round);
+        for run in self.runs.iter().filter(|run| run.kind == RunKind::Data) {
+            for page in run.first..run.first + u64::from(run.pages) {
+                let hash = self.gear.look.hash_at(block, page);
+                recorder.page(page, hash.ok_or(ChannelError::Internal("a run leaves its block"))?);
+            }
+        }
+        Ok(())
     }
 
     /// Makes the zero runs true. Memory in which nothing has landed reads as zeros since Setup.

@@ -54,10 +54,13 @@ pub(in crate::qemu) struct SourceDialogue {
     /// Everything behind the last round but one, once Final has said that this is all; and how much of it is out.
     ending: Vec<u8>,
     ending_out: usize,
+    ending_zeros: u64,
     /// All of it is with the kernel.
     ended: bool,
     committed: bool,
     told: bool,
+    /// The destination has asked for what nobody offered.
+    asks_for_pages: bool,
 }
 
 impl SourceDialogue {
@@ -75,9 +78,11 @@ impl SourceDialogue {
             state: Vec::new(),
             ending: Vec::new(),
             ending_out: 0,
+            ending_zeros: 0,
             ended: false,
             committed: false,
             told: false,
+            asks_for_pages: false,
         }
     }
 
@@ -141,7 +146,7 @@ impl SourceDialogue {
         encoder.encode(&Record::RamEnd, &mut ending).map_err(words)?;
         if let (Some(zeros), Some(last)) = (self.shared.zeros.get(), self.rounds.checked_sub(1)) {
             // Not taken: should the attempt be, they belong to a part.
-            zeros.look(Round(last)).put(&mut encoder, &mut ending, usize::MAX)?;
+            (self.ending_zeros, _) = zeros.look(Round(last)).put(&mut encoder, &mut ending, usize::MAX)?;
         }
         self.close(&mut encoder, &mut ending)?;
         encoder.encode(&Record::Tail(&self.state), &mut ending).map_err(words)?;
@@ -200,7 +205,10 @@ impl Dialogue<SourceFrame, TargetFrame> for SourceDialogue {
                 self.end()?;
                 self.answers.push_back(TargetFrame::Loaded { round: last.round });
             }
-            SourceFrame::Commit => self.committed = true,
+            SourceFrame::Commit => {
+                self.committed = true;
+                self.seen.count(&Counts { zero_pages: self.ending_zeros, ..Counts::default() });
+            }
             SourceFrame::Ping { nonce: HEARD_THE_END } => {}
             SourceFrame::Ping { nonce } => self.answers.push_back(self.pong(*nonce)),
             // A stream that ends before its end says as much.
@@ -256,17 +264,16 @@ impl Dialogue<SourceFrame, TargetFrame> for SourceDialogue {
         if let Some(answer) = self.answers.pop_front() {
             return Ok(Some(Heard::Frame(answer)));
         }
-        while let Some(message) = self.decoder.pull(input).map_err(words)? {
+        while !self.asks_for_pages {
+            let Some(message) = self.decoder.pull(input).map_err(words)? else { return Ok(None) };
             match message {
                 ReturnMessage::Pong { .. } | ReturnMessage::SwitchoverAck => {}
                 ReturnMessage::Shut { error } if !self.told => return Ok(Some(Heard::Frame(self.shut(error)))),
                 ReturnMessage::Shut { .. } => {}
-                ReturnMessage::RequestPages { .. } | ReturnMessage::ResumeAck { .. } => {
-                    return Err(Garbled("the destination asks for post-copy, which was not offered".to_owned()));
-                }
+                ReturnMessage::RequestPages { .. } | ReturnMessage::ResumeAck { .. } => self.asks_for_pages = true,
             }
         }
-        Ok(None)
+        Err(Garbled("the destination asks for post-copy, which was not offered".to_owned()))
     }
 
     fn has_news(&self) -> bool {
