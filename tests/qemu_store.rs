@@ -29,8 +29,8 @@ fn guest() -> TestGuest {
     let block = |name: &str, bytes| RamBlock::anonymous(name, 0, bytes, PageSize::SIZE_4K, Backing::Base).unwrap();
     let long = "x".repeat(255);
     let ram = Ram::new([block("pc.ram", RAM_BYTES), block("pc.rom", 65 * 4096), block(&long, 5 << 20)]).unwrap();
-    (0..1500).for_each(|n| vmm::write_page(&ram, BlockId(0), n * 6, n + 1));
-    (0..300).for_each(|n| vmm::zero_page(&ram, BlockId(0), n * 6 + 1));
+    (0..300).for_each(|n| vmm::write_page(&ram, BlockId(0), n * 31, n + 1));
+    (0..300).for_each(|n| vmm::zero_page(&ram, BlockId(0), n * 31 + 1));
     vmm::write_page(&ram, BlockId(1), 64, 7);
     vmm::write_page(&ram, BlockId(2), (5 << 8) - 1, 8);
     let mut guest = TestGuest::new(&ram, &DirtyBitmap::for_ram(&ram));
