@@ -17,7 +17,7 @@ use pageferry::framing::read::PacketReader;
 use pageferry::framing::{Dialogue, Framing, Garbled, Heard, PacketWriter, Place, Room, Zeros};
 use pageferry::memory::gather::Gather;
 use pageferry::qemu::Qemu;
-use pageferry::qemu::wire::{ChannelDecoder, ChannelEvent, Dialect, MainDecoder, Record, ReturnMessage};
+use pageferry::qemu::wire::{Barrier, ChannelDecoder, ChannelEvent, Dialect, MainDecoder, Record, ReturnMessage};
 use pageferry::source::SourceBuilder;
 use pageferry::units::{BlockId, ChannelId, Item, PageSize, Round};
 use pageferry::wire::control::{BlockInfo, SourceFrame, TargetFrame};
@@ -259,6 +259,32 @@ fn a_main_connection_that_takes_no_more_pages_does_not_hold_up_a_paused_guest_fo
         assert!(failed || unsure, "{pages} pages: {}", report.outcome);
         assert_eq!(guest.resumed == guest.paused, failed, "{pages} pages: the guest stands still");
     }
+}
+
+#[test]
+fn a_main_connection_that_nobody_reads_ends_it_before_the_guest_is_paused() {
+    let destination = Destination::new();
+    let to = destination.address();
+    let (over, ended) = channel::<()>();
+    let received = thread::spawn(move || {
+        let (main, channels) = destination.accept(2);
+        let lanes: Vec<_> = channels.into_iter().map(read_all).collect();
+        let _ = ended.recv_timeout(2 * PATIENCE);
+        drop(main);
+        lanes.into_iter().for_each(|lane| drop(lane.join().unwrap()));
+    });
+    // Most of it was never touched: its names take more room than the main connection has.
+    let mut guest = guest(1);
+    guest.ram = vmm::ram(PageSize::SIZE_4K, &[(512 << 20) / 4096]);
+    vmm::write_page(&guest.ram, BlockId(0), 3, 1);
+    let times = Timeouts { stall: Duration::from_millis(500), ..Timeouts::default() };
+    let qemu = Qemu::new(2).dialect(Dialect::V7_2, Barrier::PerSection);
+    let builder = Source::builder(guest.ram.clone()).framing(qemu).timeouts(times);
+    let (report, guest) = migrates(guest, &mut Still::new(), builder, &to);
+    assert!(matches!(report.outcome, Outcome::Failed(Failure::Stalled { .. })), "{}", report.outcome);
+    assert_eq!(guest.paused, 0);
+    drop(over);
+    received.join().unwrap();
 }
 
 /// Reads a channel as QEMU does: behind a SYNC it waits until all have read theirs. Beyond `slowly` a second it does not go.

@@ -2,7 +2,7 @@
 #![cfg(all(not(loom), feature = "qemu"))]
 #![forbid(unsafe_code)]
 
-use pageferry::framing::{Dialogue, Framing, Heard, PacketWriter, Place};
+use pageferry::framing::{Dialogue, Framing, Heard, PacketWriter, Place, Zeros};
 use pageferry::memory::gather::Gather;
 use pageferry::memory::{Backing, Ram, RamBlock};
 use pageferry::qemu::Qemu;
@@ -32,22 +32,14 @@ struct Side {
 impl Side {
     /// Behind Setup, with one channel.
     fn new(dialect: Dialect, barrier: Barrier) -> Side {
-        let qemu = Qemu::new(1).dialect(dialect, barrier);
+        Side::with(Qemu::new(1).dialect(dialect, barrier), dialect)
+    }
+
+    fn with(qemu: Qemu, dialect: Dialect) -> Side {
         let block = RamBlock::anonymous("pc.ram", 0, PAGES * PAGE, PageSize::SIZE_4K, Backing::Base).unwrap();
-        let info = BlockInfo {
-            id: BlockId(0),
-            name: "pc.ram".to_owned(),
-            guest_address: 0,
-            bytes: PAGES * PAGE,
-            page_size: PageSize::SIZE_4K,
-            backing_page_bytes: PAGE,
-        };
-        let opaque = b"\x07\0\0\0\x02pc".to_vec();
-        let (blocks, features, state_bytes_max) = (vec![info], 0, 0);
-        let setup = Setup { verify: Verify::Off, channels: 1, features, state_bytes_max, blocks, opaque };
         let mut dialogue = qemu.at_source();
         let mut out = qemu_header();
-        dialogue.say(&SourceFrame::Setup(setup), &mut out).unwrap();
+        dialogue.say(&SourceFrame::Setup(setup()), &mut out).unwrap();
         let ram = Ram::new([block]).unwrap();
         let writer = qemu.packets(&ram, ChannelId(0)).unwrap();
         let packet = Gather::new(ram, writer.room().head_bytes);
@@ -69,17 +61,9 @@ impl Side {
         self.dialogue.say(&frame, &mut self.out).unwrap();
     }
 
-    fn hands_over(&mut self, last: u32, tail: &[u8]) {
+    fn hands_over(&mut self, last_round: u32, tail: &[u8]) {
         self.says(SourceFrame::State { offset: 0, bytes: tail.to_vec() });
-        self.says(SourceFrame::Final(Final {
-            round: Round(last),
-            epoch: Epoch(0),
-            lanes: vec![(ChannelId(0), FIRST_GENERATION)],
-            block_digests: vec![0],
-            full_digests: Vec::new(),
-            state_bytes: tail.len() as u64,
-            state_crc: 0,
-        }));
+        self.says(last(last_round, tail));
     }
 
     /// As if everything went out at once, again and again; the bytes so far.
@@ -121,8 +105,92 @@ impl Side {
     }
 }
 
+fn setup() -> Setup {
+    let info = BlockInfo {
+        id: BlockId(0),
+        name: "pc.ram".to_owned(),
+        guest_address: 0,
+        bytes: PAGES * PAGE,
+        page_size: PageSize::SIZE_4K,
+        backing_page_bytes: PAGE,
+    };
+    let opaque = b"\x07\0\0\0\x02pc".to_vec();
+    Setup { verify: Verify::Off, channels: 1, features: 0, state_bytes_max: 0, blocks: vec![info], opaque }
+}
+
+fn last(round: u32, tail: &[u8]) -> SourceFrame {
+    SourceFrame::Final(Final {
+        round: Round(round),
+        epoch: Epoch(0),
+        lanes: vec![(ChannelId(0), FIRST_GENERATION)],
+        block_digests: Vec::new(),
+        full_digests: Vec::new(),
+        state_bytes: tail.len() as u64,
+        state_crc: 0,
+    })
+}
+
 fn qemu_header() -> Vec<u8> {
     b"QEVM\0\0\0\x03".to_vec()
+}
+
+#[test]
+fn a_stream_begins_as_qemu_begins_it_to_the_byte() {
+    let before = b"QEVM\0\0\0\x03\x07\0\0\0\x02pc".to_vec();
+    let asked = b"\x08\0\x01\0\0\x08\0\x02\0\x04\0\0\0\x01".to_vec();
+    let start = |section: u8| {
+        let bytes = (PAGES * PAGE).to_be_bytes();
+        let total = (PAGES * PAGE | 4).to_be_bytes();
+        let head = [1, 0, 0, 0, section, 3, b'r', b'a', b'm', 0, 0, 0, 0, 0, 0, 0, 4];
+        [&head[..], &total, b"\x06pc.ram", &bytes].concat()
+    };
+    let flush = [0, 0, 0, 0, 0, 0, 2, 0];
+    let end = |section: u8| vec![0, 0, 0, 0, 0, 0, 0, 0x10, 0x7e, 0, 0, 0, section];
+    let begun = |qemu: Qemu| {
+        let mut side = Side::with(qemu, Dialect::V10_0);
+        side.begins(0);
+        side.out
+    };
+    let per_section = |channels| Qemu::new(channels).dialect(Dialect::V10_0, Barrier::PerSection);
+    assert_eq!(begun(Qemu::new(1)), [&before[..], &asked, &start(1), &flush, &end(1)].concat());
+    assert_eq!(begun(per_section(1).section(2)), [&before[..], &asked, &start(2), &end(2)].concat());
+    assert_eq!(begun(per_section(1).return_path(false)), [&before[..], &start(1), &end(1)].concat());
+    // Without channels nobody is to be waited for.
+    assert_eq!(begun(Qemu::new(0)), [&before[..], &asked, &start(1), &end(1)].concat());
+}
+
+#[test]
+fn a_configuration_that_is_not_whole_is_not_sent() {
+    let mut dialogue = Qemu::new(1).at_source();
+    for opaque in [&b""[..], b"\x07\0\0\0\x03pc", b"\x07\0\0\0\x02pc\x05", b"\x07\0\0\0\x02pc\x08\0\x01\0\0"] {
+        let setup = Setup { opaque: opaque.to_vec(), ..setup() };
+        let mut out = Vec::new();
+        assert!(dialogue.say(&SourceFrame::Setup(setup), &mut out).is_err(), "{opaque:?}");
+        assert_eq!(out, []);
+    }
+}
+
+#[test]
+fn pages_of_zeros_are_data_in_blocks_that_may_be_firmware_and_named_in_others() {
+    for (bytes, becomes) in [(PAGE, Zeros::Data), (4 << 20, Zeros::Data), ((4 << 20) + PAGE, Zeros::Named)] {
+        let block = RamBlock::anonymous("pc.ram", 0, bytes, PageSize::SIZE_4K, Backing::Base).unwrap();
+        let ram = Ram::new([block]).unwrap();
+        for (dialect, barrier) in [(Dialect::V10_0, Barrier::PerRound), (Dialect::V7_2, Barrier::PerSection)] {
+            let qemu = Qemu::new(1).dialect(dialect, barrier);
+            assert_eq!(qemu.untouched(&ram.blocks()[0]), becomes);
+            let writer = qemu.packets(&ram, ChannelId(0)).unwrap();
+            assert_eq!([writer.zeros(BlockId(0), Round(0)), writer.zeros(BlockId(0), Round(7))], [becomes; 2]);
+        }
+    }
+}
+
+#[test]
+fn a_tail_without_its_end_is_refused_while_the_guest_is_still_ours() {
+    let mut side = Side::new(Dialect::V10_0, Barrier::PerRound);
+    side.begins(0);
+    let cut = &tail(9)[..40];
+    side.says(SourceFrame::State { offset: 0, bytes: cut.to_vec() });
+    assert!(side.dialogue.say(&last(0, cut), &mut Vec::new()).is_err());
 }
 
 #[test]

@@ -70,12 +70,12 @@ impl Driver<'_> {
         self.pipe.as_ref().is_none_or(|pipe| pipe.dry)
     }
 
-    /// Bytes of pages that the control connection has not taken; at least one, if nobody knows.
-    pub fn carried_unsent_bytes(&self) -> u64 {
-        match (&self.pipe, &self.control) {
-            (Some(pipe), Some(control)) => control.unsent_bytes() as u64 + u64::from(!pipe.dry),
-            _ => 0,
-        }
+    /// Bytes of rounds that the control connection has not taken: pages, or what a target is told of a round. Nobody counts
+    /// them among what is left, and a paused guest would wait for them. At least one, if nobody knows. Where a target says
+    /// what has landed, they are next to nothing, and Pings are waited for.
+    pub fn owed_on_control(&self) -> u64 {
+        let unsent = self.control.as_ref().map_or(0, |control| control.unsent_bytes() as u64);
+        if self.settings.framing.mends() { 0 } else { unsent + u64::from(!self.has_carried_all()) }
     }
 
     /// Whether what the worker has may be waited for: not while there is no room for it.

@@ -29,6 +29,9 @@ impl Driver<'_> {
             self.in_round = true;
             self.ship_round(self.which, defer_bytes, self.settings.batch_bytes as u64)?;
             self.in_round = false;
+            // There is another one in any case, be it that of the pause: what the target is to be told of this one need not
+            // wait for that, when the guest stands still.
+            self.round_begins()?;
             self.sample_rate();
             let dirty_bytes = self.dirty_bytes()?;
             self.dirty_rate = (dirty_bytes as f64 / begun.elapsed().as_secs_f64().max(1e-3)) as u64;
@@ -48,7 +51,7 @@ impl Driver<'_> {
             let verdict = self.policy.decide(&now);
             self.set_throttle(guest, verdict.throttle);
             // What lost channels hold is not known before they are retired; without any, the rest could not be sent.
-            let ready = !self.session.awaits_retired() && self.session.live_channels() > 0;
+            let ready = !self.session.awaits_retired() && self.session.live_channels() > 0 && self.all_is_told();
             let decision = match verdict.decision {
                 Decision::SwitchOver if !ready => Decision::Wait,
                 other => other,

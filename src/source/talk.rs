@@ -80,11 +80,21 @@ impl Driver<'_> {
     /// before, or what they begin with: a target that hears it waits for that, and may wait for ever where a channel was cut
     /// off before it. Not later, as it holds back what comes behind that end.
     pub fn round_begins(&mut self) -> Result<(), Over> {
+        let round = self.session.round();
+        if self.begun == Some(round) {
+            return Ok(());
+        }
         while self.begins.is_some() {
             self.service(true)?;
         }
-        self.begins = Some(self.session.round());
+        (self.begun, self.begins) = (Some(round), Some(round));
         self.say_that_a_round_begins()
+    }
+
+    /// Whether the target has been told of all rounds that have been pushed. Where it says itself what has landed, nobody
+    /// asks.
+    pub fn all_is_told(&self) -> bool {
+        self.settings.framing.mends() || (self.begins.is_none() && self.owed_on_control() == 0)
     }
 
     pub fn say_that_a_round_begins(&mut self) -> Result<(), Over> {

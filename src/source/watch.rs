@@ -77,11 +77,11 @@ impl Driver<'_> {
         let epochs_wait = !self.session.may_close_epoch() && self.session.waits_for_hook().is_none();
         let (mut all_quiet, mut sum, mut live) = (!epochs_wait, 0u64, 0);
         let mut stalled = Vec::new();
-        // Without channels of their own pages may wait here when the worker has nothing left to do. Behind Commit it is the
-        // hook of the target that is waited for.
-        let carried = if self.session.is_committed() { 0 } else { self.carried_unsent_bytes() };
-        all_quiet &= carried == 0;
-        sum = sum.wrapping_add(carried);
+        // What waits for the control connection holds everything up, too, when the workers have nothing left to do. Behind
+        // Commit it is the hook of the target that is waited for.
+        let owed_on_control = if self.session.is_committed() { 0 } else { self.owed_on_control() };
+        all_quiet &= owed_on_control == 0;
+        sum = sum.wrapping_add(owed_on_control);
         // Where nobody says who is at the barrier, it is whoever has sent more rounds than another.
         let slowest = (0..self.motion.channels.len()).map(|index| lanes.rounds_sent(index)).min().unwrap_or(0);
         let mends = self.settings.framing.mends();
