@@ -117,21 +117,21 @@ fn ways() -> Vec<Way> {
                 channels: 3,
                 verify: Verify::Off,
                 source: |b| b.framing(Qemu::new(3)),
-                target: |b| b.framing(Qemu::new(3).accept_missing(true)),
+                target: |b| b.framing(Qemu::new(3)),
             },
             Way {
                 name: "QEMU 7.2",
                 channels: 2,
                 verify: Verify::Off,
                 source: |b| b.framing(Qemu::new(2).dialect(Dialect::V7_2, Barrier::PerSection)),
-                target: |b| b.framing(Qemu::new(2).accept_missing(true)),
+                target: |b| b.framing(Qemu::new(2)),
             },
             Way {
                 name: "QEMU without multifd",
                 channels: 0,
                 verify: Verify::Off,
                 source: |b| b.framing(Qemu::new(0)),
-                target: |b| b.framing(Qemu::new(0).accept_missing(true)),
+                target: |b| b.framing(Qemu::new(0)),
             },
         ]);
     }
@@ -144,7 +144,7 @@ fn ways() -> Vec<Way> {
             channels: 2,
             verify: Verify::Off,
             source: |b| b.framing(Qemu::new(2).compression(Compression::Zlib)),
-            target: |b| b.framing(Qemu::new(2).accept_missing(true)),
+            target: |b| b.framing(Qemu::new(2)),
         });
     }
     ways

@@ -51,14 +51,14 @@ impl Recording<'_> {
         }
     }
 
-    /// A page of zeros.
+    /// Pages of zeros.
     #[inline]
-    pub fn zero(&mut self, page: u64) {
+    pub fn zeros(&mut self, first: u64, pages: u32) {
         if let Some(digests) = &mut self.digests {
-            digests.zero(page, 1);
+            digests.zero(first, pages);
         }
         if let Some(contents) = &mut self.contents {
-            contents.zero(page);
+            (first..first + u64::from(pages)).for_each(|page| contents.zero(page));
         }
     }
 }

@@ -191,7 +191,7 @@ impl RecvRole {
                 if self.gear.landed.is_marked(id, page) && !write_zeros(block, page, 1) {
                     return Err(ChannelError::Internal("a run leaves its block"));
                 }
-                records.zero(page);
+                records.zeros(page, 1);
             }
         }
         Ok(())

@@ -80,6 +80,8 @@ pub(super) struct Driver<'a> {
     pub pace: Option<Pace>,
     /// The round of which the control connection is to say that it begins, as soon as all of those before it are out.
     pub begins: Option<Round>,
+    /// The last round of which that has been asked for.
+    pub begun: Option<Round>,
     /// Whether a round is being shipped while the guest runs.
     pub in_round: bool,
     /// Whether what is on its way to the target is waited for.
@@ -156,6 +158,7 @@ pub(super) fn migrate(source: Source, dirty: &mut dyn DirtySource, guest: &mut d
         dirty_rate: 0,
         pace: None,
         begins: None,
+        begun: None,
         in_round: false,
         draining: false,
         wake_at: None,

@@ -21,6 +21,8 @@ use crate::poll::PollSleeper;
 use crate::progress::Progress;
 use crate::ring::{Consumer, Producer, ring};
 use crate::source::Settings;
+use crate::sync::AtomicUsize;
+use crate::sync::Ordering::Relaxed;
 use crate::units::{ChannelId, Epoch, Item, Round, Run};
 
 /// Runs in one ring at the most: as many single pages as [`super::QUEUE_BYTES`] holds, and marks.
@@ -49,6 +51,8 @@ pub(super) struct Lanes {
     channels: Vec<Channel>,
     /// How far each worker has sent; those of no use are out of it.
     sent: Arc<Barrier>,
+    /// How many workers have sent what comes first on their connections.
+    begun: Arc<AtomicUsize>,
     place: Placement,
     queue_bytes: u64,
     /// The ring that was filled last: of several that are equally empty the next one is taken, so that few runs reach
@@ -102,6 +106,7 @@ impl Lanes {
         let mut lanes = Lanes {
             channels: (0..count).map(|_| Channel::default()).collect(),
             sent: Arc::new(Barrier::new(count)),
+            begun: Arc::default(),
             place: kit.options.place(count, peer)?,
             queue_bytes: kit.settings.queue_bytes,
             last: count - 1,
@@ -146,6 +151,7 @@ impl Lanes {
             look: Look::new(kit.records.want_hashes(), kit.settings.zero_test),
             records: kit.records.clone(),
             sent: self.sent.clone(),
+            begun: self.begun.clone(),
             controller: kit.controller.clone(),
             batch_bytes: kit.settings.batch_bytes,
             low_water_bytes: kit.settings.queue_bytes / 2,
@@ -300,14 +306,24 @@ impl Lanes {
         }
     }
 
+    /// Whether as many workers as there are channels have sent what comes first on their connections.
+    pub fn all_have_begun(&self) -> bool {
+        self.begun.load(Relaxed) >= self.channels.len()
+    }
+
     /// Whether every worker has sent the end of this round: then all rings and hands are empty of it.
     pub fn all_sent(&self, round: Round) -> bool {
         self.sent.may_go(round)
     }
 
+    /// Of how many rounds this worker has sent the end.
+    pub fn rounds_sent(&self, index: usize) -> u64 {
+        self.sent.passed(index).count()
+    }
+
     /// Whether this worker has sent the end of all rounds before this one.
     pub fn has_sent_before(&self, index: usize, round: Round) -> bool {
-        self.sent.passed(index).count() >= u64::from(round.0)
+        self.rounds_sent(index) >= u64::from(round.0)
     }
 
     /// A worker that has ended since this was last asked, why, and whether another connection would not help.

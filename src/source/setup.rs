@@ -214,7 +214,7 @@ impl Driver<'_> {
     pub fn arm(&mut self) -> Result<(), Over> {
         // Allocated before tracking begins: from then on, rounds allocate nothing.
         let framing = self.settings.framing.clone();
-        self.scanner = Some(Scanner::new(&self.ram).looking(&self.ram, |block| framing.skips_untouched(block)));
+        self.scanner = Some(Scanner::new(&self.ram).treating(&self.ram, |block| framing.untouched(block)));
         self.armed = true;
         let armed = self.dirty.arm(&self.ram);
         self.armed_at = Instant::now();

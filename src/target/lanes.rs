@@ -299,7 +299,7 @@ impl Lanes {
         let block = self.gear.ram.block(id).filter(|block| page < block.pages())?;
         self.named.mark_range(id, page, 1);
         let is_zero = !self.landed.is_marked(id, page) || write_zeros(block, page, 1);
-        self.gear.records.of(id, round).zero(page);
+        self.gear.records.of(id, round).zeros(page, 1);
         is_zero.then_some(block.page_size().bytes())
     }
 
