@@ -80,7 +80,7 @@ fn first_store(folder: &Folder, name: &str, qemu: Qemu) -> String {
     assert_eq!(report.outcome, Outcome::Completed);
     program.end().expect(0, "completed");
     let arrived = Path::new(&store).join("blocks");
-    assert!(bytes_on_disk(&arrived.join(&first_file(&arrived))) < 16 << 20, "untouched pages are holes");
+    assert!(bytes_on_disk(&arrived.join(first_file(&arrived))) < 16 << 20, "untouched pages are holes");
     store
 }
 
