@@ -2,13 +2,14 @@
 
 use std::process::ExitCode;
 
-use pageferry::Outcome;
 use pageferry::net::Address;
 use pageferry::qemu::relay::{Relay, RelayReport};
+use pageferry::{CancelAnswer, Outcome};
 use serde::Serialize;
 
 use crate::interrupt::Interrupt;
 use crate::output::{Output, complain};
+use crate::progress::{Side, Watch};
 use crate::receive::{Listening, listen_advice};
 use crate::report::End;
 use crate::sizes::{human, ms};
@@ -79,11 +80,19 @@ fn pass_on(args: &Args, out: Output) -> Result<RelayReport, String> {
     let builder = args.channels.map_or_else(Relay::builder, |channels| Relay::builder().channels(channels));
     let listening = builder.listen(&args.listen.to_string()).map_err(|e| listen_advice(&e))?;
     let relay = listening.to(&args.to.to_string()).map_err(|e| e.to_string())?;
-    interrupt.attach(relay.cancel_handle());
+    let handle = relay.stop_handle();
+    interrupt.attach_to(move || {
+        if handle.stop() == CancelAnswer::TooLate {
+            complain("too late to cancel: the destination may have the guest, and has a little time to say so");
+        }
+    });
     let at = relay.address().ok_or("the address that is listened on is not known")?;
     out.event(&Listening::at(&at));
     out.say(format_args!("listening at {at}, for {}", args.to));
-    Ok(relay.run())
+    let watch = Watch::start(relay.progress(), Side::Relay, out);
+    let report = relay.run();
+    drop(watch);
+    Ok(report)
 }
 
 fn end(report: RelayReport, out: Output) -> ExitCode {
