@@ -15,3 +15,10 @@ mod passing;
 mod stuck;
 #[path = "qemu_relay/world.rs"]
 mod world;
+
+#[cfg(feature = "cli")]
+#[path = "qemu_relay/by_program.rs"]
+mod by_program;
+#[cfg(feature = "cli")]
+#[path = "support/program.rs"]
+mod program;

@@ -73,7 +73,7 @@ pub struct RelayBuilder {
 
 impl RelayBuilder {
     /// How many multifd channels there are, which no stream says. Unless told, the source has those that have said SYNC when
-    /// its section START is over and half a second has brought no more of them.
+    /// its first barrier has come, and half a second has brought no more of them.
     #[must_use]
     pub fn channels(mut self, channels: u8) -> Self {
         self.channels = Some(channels);

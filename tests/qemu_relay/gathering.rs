@@ -89,17 +89,17 @@ fn channels_that_do_not_come_end_it_in_bounded_time() {
 }
 
 #[test]
-fn a_start_that_does_not_come_ends_it_in_bounded_time() {
+fn a_first_barrier_that_does_not_come_ends_it_in_bounded_time() {
     let world = World::new(1);
     let start = Main::usual(TEN).start;
-    let mut main = world.connect(&start[..start.len() - 9]);
+    let mut main = world.connect(&start[..start.len() - 22]);
     assert_eq!(read(&mut main, 8), SHUT_ERROR);
     drop(main);
-    fails(world, "START");
+    fails(world, "the first barrier");
 }
 
 #[test]
-fn a_source_that_dies_before_start_is_over_ends_it() {
+fn a_source_that_dies_before_its_first_barrier_ends_it() {
     let world = World::new(1);
     let start = Main::usual(TEN).start;
     drop(world.connect(&start[..40]));
@@ -130,9 +130,8 @@ fn a_source_with_multifd_is_refused_where_it_was_said_to_have_none() {
 #[test]
 fn a_destination_that_cannot_be_reached_is_told_to_the_source() {
     let world = World::new(1);
-    let World { destination, .. } = &world;
     // Nobody listens there any more.
-    hang_up_listener(destination);
+    hang_up_listener(&world.destination);
     let mut main = world.connect(&Main::usual(TEN).start);
     let channel = world.connect(&greeting(0));
     assert_eq!(read(&mut main, 8), SHUT_ERROR);
@@ -161,4 +160,23 @@ fn a_whole_migration_may_be_there_before_the_destination_is() {
     assert_eq!((rest(&mut main_there), rest(&mut channel_there)), (vec![], vec![]));
     drop(main_there);
     assert_eq!(world.end().outcome, Outcome::Completed);
+}
+
+#[test]
+fn a_source_that_keeps_the_rest_of_start_back_until_its_channels_are_read_is_relayed() {
+    // Behind the flush word there are the end word and the footer; without flush words, the footer.
+    for (tongue, kept) in [(TEN, 13), (SEVEN, 5)] {
+        for told in [Some(1), None] {
+            let world = World::new(told);
+            let start = Main::usual(tongue).start;
+            let (first, rest_of_start) = start.split_at(start.len() - kept);
+            let main = world.connect(first);
+            let channel = world.connect(&[&init(0)[..], &sync(tongue.dialect), &packet(tongue.dialect, 0)].concat());
+            let mut through = world.arrive(main, vec![channel], first, tongue);
+            assert_eq!(read(&mut through.channels_there[0], 1344 + 4096), packet(tongue.dialect, 0));
+            through.say_main(rest_of_start);
+            drop((through.main, through.channels));
+            fails(world, "main stream");
+        }
+    }
 }

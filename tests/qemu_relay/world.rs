@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::ops::Deref;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -104,14 +105,27 @@ pub fn sync(dialect: Dialect) -> Vec<u8> {
     NewRamPacket::sync(0).encode(dialect).unwrap().to_vec()
 }
 
-/// A relay that runs, and the listener behind it.
-pub struct World {
+/// Where a relay listens, and the listener behind it.
+pub struct Place {
     pub at: String,
     pub destination: TcpListener,
+}
+
+/// A relay that runs.
+pub struct World {
+    place: Place,
     pub cancel: CancelHandle,
     pub stop: StopHandle,
     pub progress: Progress,
     relay: JoinHandle<RelayReport>,
+}
+
+impl Deref for World {
+    type Target = Place;
+
+    fn deref(&self) -> &Place {
+        &self.place
+    }
 }
 
 /// A connection through the relay: the source's end, and the destination's.
@@ -141,9 +155,16 @@ impl World {
         let relay = builder.listen("127.0.0.1:0").unwrap().to(&to).unwrap();
         let (at, cancel, stop) = (relay.address().unwrap().to_string(), relay.cancel_handle(), relay.stop_handle());
         let progress = relay.progress();
-        World { at, destination, cancel, stop, progress, relay: thread::spawn(move || relay.run()) }
+        let place = Place { at, destination };
+        World { place, cancel, stop, progress, relay: thread::spawn(move || relay.run()) }
     }
 
+    pub fn end(self) -> RelayReport {
+        self.relay.join().unwrap()
+    }
+}
+
+impl Place {
     /// A connection that has said this.
     pub fn connect(&self, said: &[u8]) -> TcpStream {
         let mut stream = TcpStream::connect(&self.at).unwrap();
@@ -197,10 +218,6 @@ impl World {
         }
         assert_eq!(read(&mut main_there, start.len() - 4), start[4..]);
         Through { main, main_there, channels, channels_there }
-    }
-
-    pub fn end(self) -> RelayReport {
-        self.relay.join().unwrap()
     }
 }
 

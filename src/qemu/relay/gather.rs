@@ -2,9 +2,9 @@
 //! Gathers the connections of one source, before the destination hears of any.
 //!
 //! No stream says how many channels there are, and a QEMU destination falls over one that is wrong: it stands still for one
-//! that says nothing, and dies of one too many. But a source ends the section START only when each of its channels has
-//! sent its first SYNC. So the channels are those that have said it when START is over, and a stranger, even one that says
-//! the first 64 bytes of a channel, is none.
+//! that says nothing, and dies of one too many. But a source says the first barrier, in the section START, only when each of
+//! its channels has sent its SYNC. So the channels are those that have said it when that barrier is there, and a stranger,
+//! even one that says the first 64 bytes of a channel, is none.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -62,9 +62,9 @@ pub struct Gathering {
     patience: Duration,
     mains: Vec<Main>,
     channels: Vec<Channel>,
-    /// When a channel, or the end of START, came last.
+    /// When a channel, or the first barrier, came last.
     moved: Instant,
-    /// Since when START is over.
+    /// Since when the first barrier is there.
     started: Option<Instant>,
 }
 
@@ -111,7 +111,7 @@ impl Gathering {
     pub fn watch(&mut self, set: &mut PollSet) {
         for main in &self.mains {
             main.trunk.watch(set);
-            if !main.trunk.has_started {
+            if main.trunk.barrier.is_none() {
                 set.until(main.until);
             }
         }
@@ -143,13 +143,13 @@ impl Gathering {
         self.hear_channels(set, now, strangers);
         self.hear_mains(gate, counts, now, strangers)?;
         let Some(started) = self.started else { return Ok(None) };
-        let Some(index) = self.mains.iter().position(|main| main.trunk.has_started) else { return Ok(None) };
-        let barrier = self.mains[index].trunk.barrier();
+        let Some(index) = self.mains.iter().position(|main| main.trunk.barrier.is_some()) else { return Ok(None) };
+        let barrier = self.mains[index].trunk.barrier;
         if !self.is_complete(barrier, now)? {
             if now < started + self.patience {
                 return Ok(None);
             }
-            return Err(Failure::Protocol(format!("{}, {:?} after START", self.census(), self.patience)));
+            return Err(Failure::Protocol(format!("{}, {:?} after the first barrier", self.census(), self.patience)));
         }
         let trunk = self.mains.swap_remove(index).trunk;
         let others = self.mains.drain(..).map(|_| "another one's main connection is the source's".to_owned());
@@ -194,7 +194,7 @@ impl Gathering {
         let mut index = 0;
         while let Some(Main { trunk, until }) = self.mains.get_mut(index) {
             let heard = trunk.pump(gate, counts);
-            let is_late = !trunk.has_started && now >= *until;
+            let is_late = trunk.barrier.is_none() && now >= *until;
             if !trunk.is_source && (trunk.has_ended() || is_late) {
                 strangers.push("a main connection that has named no machine".to_owned());
                 self.mains.remove(index);
@@ -202,10 +202,10 @@ impl Gathering {
             }
             heard?;
             if is_late {
-                let (waiting_for, ms) = ("the section START of the source", self.patience.as_millis() as u64);
+                let (waiting_for, ms) = ("the first barrier of the source", self.patience.as_millis() as u64);
                 return Err(Failure::Silent { waiting_for, ms });
             }
-            if trunk.has_started && self.started.is_none() {
+            if trunk.barrier.is_some() && self.started.is_none() {
                 (self.started, self.moved) = (Some(now), now);
             }
             index += 1;

@@ -59,8 +59,9 @@ pub struct Trunk {
     answers: ReturnDecoder,
     /// The machine has been named: it is more than four bytes that make a source.
     pub is_source: bool,
-    /// The section START has come.
-    pub has_started: bool,
+    /// The first barrier has come, in the section START, and where all of them are. What is behind it in START may come
+    /// much later: QEMU keeps it back.
+    pub barrier: Option<Barrier>,
     /// Barriers that have come, for each of which every channel has one SYNC.
     pub barriers: u64,
     holds: VecDeque<Hold>,
@@ -98,7 +99,7 @@ impl Trunk {
             decoder,
             answers: ReturnDecoder::new(),
             is_source: false,
-            has_started: false,
+            barrier: None,
             barriers: 0,
             holds: VecDeque::new(),
             in_end: false,
@@ -114,11 +115,6 @@ impl Trunk {
     /// The RAM blocks; none before they have come.
     pub fn blocks(&self) -> &[Block] {
         self.decoder.blocks()
-    }
-
-    /// Where the barriers are; known once START has come.
-    pub fn barrier(&self) -> Option<Barrier> {
-        self.decoder.barrier()
     }
 
     /// Adds both ends to a poll set.
@@ -281,13 +277,13 @@ impl Trunk {
             let word = self.decoder.at().saturating_sub(WORD_BYTES);
             match record {
                 Record::Machine(_) => self.is_source = true,
-                Record::Footer => self.has_started = true,
                 Record::Flush => {
+                    self.barrier.get_or_insert(Barrier::PerRound);
                     self.barriers += 1;
                     self.holds.push_back(Hold { at: word, syncs: self.barriers, closes: false });
                 }
                 Record::EndOfSection => {
-                    let is_barrier = self.decoder.barrier() == Some(Barrier::PerSection);
+                    let is_barrier = *self.barrier.get_or_insert(Barrier::PerSection) == Barrier::PerSection;
                     self.barriers += u64::from(is_barrier);
                     if is_barrier || self.in_end {
                         self.holds.push_back(Hold { at: word, syncs: self.barriers, closes: self.in_end });
@@ -316,8 +312,8 @@ impl Trunk {
             }
         }
         self.approve();
-        if self.destination.is_none() && !self.has_started && !self.there.wants_more() && !self.there.ended {
-            return Err(Failure::Protocol("too much came before the section START was over".into()));
+        if self.destination.is_none() && self.barrier.is_none() && !self.there.wants_more() && !self.there.ended {
+            return Err(Failure::Protocol("too much came before the first barrier".into()));
         }
         Ok(())
     }
