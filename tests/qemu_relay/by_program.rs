@@ -50,7 +50,7 @@ fn it_says_what_it_passes_on_while_it_does_and_in_the_end() {
 
 #[test]
 fn its_exit_codes_tell_a_cancel_from_a_guest_that_may_be_there() {
-    let (mut program, world) = relay(&["--channels", "2"]);
+    let (program, world) = relay(&["--channels", "2"]);
     program.signal("INT");
     assert_eq!(program.end().code, Some(130), "nobody had come");
     drop(world);

@@ -55,7 +55,9 @@ fn qemu_7_2_passes_with_pages_in_sync_packets_stale_sizes_and_zeros_on_the_main_
     through.say_main(&main.parts[0]);
     through.say(&stale);
     through.say_main(&main.parts[1]);
-    through.say(&[packet(Dialect::V7_2, 0), stale.to_vec()].concat());
+    // The last SYNC has pages, too, and an empty packet behind it.
+    let empty = NewRamPacket { sync: false, ..NewRamPacket::sync(8) }.encode(Dialect::V7_2).unwrap();
+    through.say(&[&header[..], &[9; 4096], &empty].concat());
     through.say_main(&main.end);
     through.say_main(TAIL);
     through.main_there.write_all(&shut(0)).unwrap();
