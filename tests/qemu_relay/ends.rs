@@ -9,8 +9,8 @@ use pageferry::qemu::wire::Dialect::V10_0;
 use crate::world::{Main, SHUT_ERROR, SHUT_OK, SILENCE, TAIL, TEN, Tongue, World, hang_up, packet, read, rest, shut};
 
 /// A tail that is cut off within a device, at a byte that is no end mark, and one that may be whole without a description.
-const HALF: &[u8] = b"\x04some dev";
-const UNDESCRIBED: &[u8] = b"\x04some device\x01\x00";
+pub const HALF: &[u8] = b"\x04some dev";
+pub const UNDESCRIBED: &[u8] = b"\x04some device\x01\x00";
 
 fn failed(outcome: &Outcome, why: &str) {
     assert!(matches!(outcome, Outcome::Failed(failure) if failure.to_string().contains(why)), "{outcome}");
@@ -133,7 +133,7 @@ fn a_source_that_dies_with_everything_said_leaves_the_answer_to_the_destination(
         }
         let outcome = world.end().outcome;
         match answer {
-            Some(0) => uncertain(&outcome, "it has taken the guest, which the source has not heard"),
+            Some(0) => uncertain(&outcome, "the destination has taken the guest, and the source does not know"),
             Some(error) => failed(&outcome, &format!("SHUT with error {error}")),
             None => {
                 uncertain(&outcome, if tail == TAIL { "before the destination has answered" } else { "main stream" });

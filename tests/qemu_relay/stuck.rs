@@ -7,12 +7,13 @@ use std::time::{Duration, Instant};
 use pageferry::qemu::wire::Dialect::V10_0;
 use pageferry::{CancelAnswer, Outcome};
 
+use crate::ends::{HALF, UNDESCRIBED};
 use crate::world::{
     Main, SHUT_ERROR, SHUT_OK, SILENCE, STALL, TAIL, TEN, Through, World, packet, read, rest, shut, sync,
 };
 
-/// How long a cancel may take.
-const SOON: Duration = Duration::from_millis(200);
+/// How long a cancel may take: less than a source has to hear the last word.
+const SOON: Duration = Duration::from_millis(800);
 
 /// Cancels, and looks at what the source is told.
 fn cancel(world: World, through: Through) {
@@ -77,7 +78,7 @@ fn a_cancel_ends_it_within_the_devices_as_long_as_they_are_not_all_there() {
     let world = World::new(1);
     let mut through = world.through(TEN, 1);
     through.say_ram(TEN);
-    through.say_main(b"\x04some dev");
+    through.say_main(HALF);
     assert_eq!(world.cancel.cancel(), CancelAnswer::TooLate, "it may be, as far as a cancel knows");
     world.stop.stop();
     assert_eq!(read(&mut through.main, 8), SHUT_ERROR);
@@ -101,6 +102,22 @@ fn a_destination_that_never_answers_is_waited_for_until_somebody_asks_to_stop_an
         drop((through.main, through.channels));
         let outcome = world.end().outcome;
         assert!(matches!(outcome, Outcome::Uncertain(_)), "{outcome}");
+    }
+}
+
+#[test]
+fn a_destination_that_has_an_end_mark_may_run_the_guest_whatever_is_cut_off_behind_it() {
+    for description in [&b""[..], b"\x06", b"\x06\x00\x00\x00\x1f", b"\x06\x00\x00\x00\x1f{"] {
+        let world = World::new(1);
+        let mut through = world.through(TEN, 1);
+        through.say_ram(TEN);
+        through.say_main(&[UNDESCRIBED, description].concat());
+        world.settle();
+        (0..2).for_each(|_| drop(world.stop.stop()));
+        assert_eq!(rest(&mut through.main), [0; 0], "nobody says what nobody knows");
+        drop((through.main, through.channels));
+        let outcome = world.end().outcome;
+        assert!(matches!(outcome, Outcome::Uncertain(_)), "{outcome} with {description:?}");
     }
 }
 

@@ -194,8 +194,10 @@ impl Driver {
 
     /// Somebody has said who it is.
     fn greet(&mut self, stream: &Stream, hello: &Hello) {
-        self.begun.get_or_insert_with(Instant::now);
         let source = stream.socket().clone();
+        if self.gathering.is_some() && hello.role == HelloRole::Control {
+            self.begun = Some(Instant::now());
+        }
         let greeted = match (&mut self.gathering, hello.role) {
             (Some(gathering), HelloRole::Control) => gathering.main(source),
             (Some(gathering), HelloRole::Data(id)) => {

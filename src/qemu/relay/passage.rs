@@ -89,6 +89,11 @@ impl Passage {
         (self.start + self.sent as u64, &self.bytes[self.sent..self.approved])
     }
 
+    /// The first byte that has come and was not sent.
+    pub fn next_unsent(&self) -> Option<u8> {
+        self.bytes[self.sent..self.filled].first().copied()
+    }
+
     /// The last `count` bytes that were sent, none of which is older than the last [`Passage::receive`].
     pub fn newest_sent(&self, count: usize) -> &[u8] {
         &self.bytes[self.sent - count..self.sent]

@@ -28,7 +28,7 @@ pub struct Hold {
 }
 
 /// How far the destination has been given the tail: the state of the devices, the end mark 00, and mostly a description.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Tail {
     /// Its first byte in the stream.
     from: u64,
@@ -39,12 +39,23 @@ struct Tail {
 }
 
 impl Tail {
+    const fn new(from: u64) -> Tail {
+        Tail { from, window: [0xFF; 7], described: false }
+    }
+
     fn passed_on(&mut self, bytes: &[u8]) {
         for byte in bytes {
             self.window.rotate_left(1);
             self.window[6] = *byte;
             self.described |= matches!(self.window, [0, 6, _, _, _, _, b'{']);
         }
+    }
+
+    /// Whether the end mark may be among what was passed on, if `next` comes behind it. A destination that has it runs the
+    /// guest, even if the connection breaks within the description.
+    fn may_be_over(&self, next: Option<u8>) -> bool {
+        let is_mark = self.window[6] == 0 && matches!(next, None | Some(6));
+        self.described || is_mark || self.window[1..].windows(2).any(|pair| pair == [0, 6])
     }
 }
 
@@ -144,8 +155,7 @@ impl Trunk {
     /// Whether the destination may run the guest: it has had an end mark, as far as anybody can tell that does not know the
     /// devices. QEMU can be told to leave the description out; then nothing comes behind the mark.
     pub fn may_run(&self) -> bool {
-        self.tail.as_ref().is_some_and(|tail| tail.described || self.there.is_empty() && tail.window[6] == 0)
-            && self.there.pending().0 > self.tail.as_ref().map_or(0, |tail| tail.from)
+        self.tail.as_ref().is_some_and(|tail| tail.may_be_over(self.there.next_unsent()))
     }
 
     /// The destination is waited for, and the source hears nothing any more: why.
@@ -163,7 +173,10 @@ impl Trunk {
         match self.shut {
             Some(_) if self.deaf.is_none() && self.back.has_pending() => None,
             Some(0) => Some(match &self.deaf {
-                Some(why) => Outcome::Uncertain(Failure::Peer(format!("it has taken the guest, which the source has not heard: {why}"))),
+                Some(why) => {
+                    let text = format!("the destination has taken the guest, and the source does not know: {why}");
+                    Outcome::Uncertain(Failure::Control { doing: "telling the source", reason: OsReason { errno: None, text } })
+                }
                 None => Outcome::Completed,
             }),
             Some(error) => Some(Outcome::Failed(Failure::Peer(format!("the destination said SHUT with error {error}")))),
@@ -295,7 +308,7 @@ impl Trunk {
                 Record::Tail(bytes) => {
                     self.is_whole = false;
                     let from = self.decoder.at() - bytes.len() as u64;
-                    self.tail.get_or_insert_with(|| Tail { from, ..Tail::default() });
+                    self.tail.get_or_insert(Tail::new(from));
                 }
                 Record::TailWhole => self.is_whole = true,
                 Record::Packaged(_)
