@@ -113,7 +113,7 @@ fn a_destination_that_has_an_end_mark_may_run_the_guest_whatever_is_cut_off_behi
         through.say_ram(TEN);
         through.say_main(&[UNDESCRIBED, description].concat());
         world.settle();
-        (0..2).for_each(|_| drop(world.stop.stop()));
+        (0..2).for_each(|_| assert_eq!(world.stop.stop(), CancelAnswer::TooLate));
         assert_eq!(rest(&mut through.main), [0; 0], "nobody says what nobody knows");
         drop((through.main, through.channels));
         let outcome = world.end().outcome;
