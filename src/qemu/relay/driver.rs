@@ -110,7 +110,10 @@ impl Driver {
         if let Some(outcome) = self.pump()? {
             return Ok(Some(outcome));
         }
-        self.reap()?;
+        if let Err(why) = self.reap() {
+            // A destination that gives up may have said so on the main connection.
+            return self.pump()?.map_or(Err(why), |outcome| Ok(Some(outcome)));
+        }
         let stall = self.check_barriers()?;
         if let Some(outcome) = self.check_patience() {
             return Ok(Some(outcome));
