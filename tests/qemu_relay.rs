@@ -9,6 +9,8 @@ mod barriers;
 mod ends;
 #[path = "qemu_relay/gathering.rs"]
 mod gathering;
+#[path = "qemu_relay/mutants.rs"]
+mod mutants;
 #[path = "qemu_relay/passing.rs"]
 mod passing;
 #[path = "qemu_relay/stuck.rs"]

@@ -5,7 +5,9 @@ use std::time::Instant;
 use pageferry::Outcome;
 use pageferry::qemu::wire::Dialect::{V7_2, V10_0};
 
-use crate::world::{HELLO, Main, SEVEN, SHUT_ERROR, TEN, Tongue, World, hang_up, init, packet, read, rest, sync};
+use crate::world::{
+    HELLO, Main, SEVEN, SHUT_ERROR, TEN, Tongue, World, close, hang_up, init, packet, read, rest, sync,
+};
 
 fn greeting(channel: u8) -> Vec<u8> {
     [&init(channel)[..], &sync(V10_0)].concat()
@@ -131,18 +133,12 @@ fn a_source_with_multifd_is_refused_where_it_was_said_to_have_none() {
 fn a_destination_that_cannot_be_reached_is_told_to_the_source() {
     let world = World::new(1);
     // Nobody listens there any more.
-    hang_up_listener(&world.destination);
+    close(&world.destination);
     let mut main = world.connect(&Main::usual(TEN).start);
     let channel = world.connect(&greeting(0));
     assert_eq!(read(&mut main, 8), SHUT_ERROR);
     drop((main, channel));
     fails(world, "cannot connect");
-}
-
-fn hang_up_listener(listener: &std::net::TcpListener) {
-    // Shutting a listener down makes the system refuse who connects.
-    let socket: std::net::TcpStream = std::os::fd::OwnedFd::from(listener.try_clone().unwrap()).into();
-    socket.shutdown(std::net::Shutdown::Both).unwrap();
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::ops::Deref;
+use std::os::fd::OwnedFd;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -269,6 +270,12 @@ pub fn rest(from: &mut TcpStream) -> Vec<u8> {
 /// Closes a connection so that its peer reads the end of the stream, and no reset.
 pub fn hang_up(stream: &TcpStream) {
     stream.shutdown(Shutdown::Write).unwrap();
+}
+
+/// Makes the system refuse whoever connects to this listener.
+pub fn close(listener: &TcpListener) {
+    let socket = TcpStream::from(OwnedFd::from(listener.try_clone().unwrap()));
+    socket.shutdown(Shutdown::Both).unwrap();
 }
 
 pub fn shut(error: u32) -> Vec<u8> {
