@@ -108,7 +108,7 @@ fn play(streams: &[Vec<u8>; 3]) {
 
 #[test]
 fn damaged_streams_end_in_bounded_time_and_nothing_is_made_up() {
-    let count = std::env::var("PAGEFERRY_RELAY_MUTANTS").ok().and_then(|n| n.parse().ok()).unwrap_or(40);
+    let count = std::env::var("PAGEFERRY_RELAY_MUTANTS").ok().and_then(|n| n.parse().ok()).unwrap_or(15);
     let workers: Vec<_> = (0..4_u64)
         .map(|worker| {
             thread::spawn(move || {
