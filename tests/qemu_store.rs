@@ -1,138 +1,295 @@
-//! Stores of QEMU's machines, from one `pageferry qemu` to the next: what was received and is sent again arrives as the
-//! same store, and needs no word from whoever does it.
-#![cfg(all(not(loom), feature = "cli"))]
+//! `pageferry qemu receive` and `send`, and the folder between them: what a source is told, and what is on the disk then.
+#![cfg(all(not(loom), feature = "cli", feature = "qemu"))]
+#![forbid(unsafe_code)]
 
-#[path = "support/files.rs"]
-mod files;
 #[path = "support/program.rs"]
 mod program;
-#[path = "support/vmm.rs"]
-mod vmm;
+#[path = "qemu_store/source.rs"]
+mod source;
+#[path = "support/mod.rs"]
+mod support;
 
+use std::fs;
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
 
-use files::{bytes_on_disk, demand_same};
-use pageferry::dirty::combined::Still;
-use pageferry::memory::{Backing, Ram, RamBlock};
-use pageferry::qemu::Qemu;
-use pageferry::qemu::wire::{Barrier, Dialect};
-use pageferry::units::{BlockId, PageSize};
-use pageferry::{DirtyBitmap, Outcome, Source, Verify};
-use program::{Folder, Program, number, start};
+use pageferry::qemu::wire::{Block, Name, Record, ReturnMessage, Subsection};
+use program::{Ended, Folder, Program, launch, start};
 use serde_json::Value;
-use vmm::TestGuest;
+use source::{PAGE, PAGES, Source, page};
 
-/// Of this guest's RAM most was never touched.
-const RAM_BYTES: u64 = (40 << 20) + 67 * 4096;
-
-fn guest() -> TestGuest {
-    let block = |name: &str, bytes| RamBlock::anonymous(name, 0, bytes, PageSize::SIZE_4K, Backing::Base).unwrap();
-    let long = "x".repeat(255);
-    let ram = Ram::new([block("pc.ram", RAM_BYTES), block("pc.rom", 65 * 4096), block(&long, 5 << 20)]).unwrap();
-    (0..300).for_each(|n| vmm::write_page(&ram, BlockId(0), n * 31, n + 1));
-    (0..300).for_each(|n| vmm::zero_page(&ram, BlockId(0), n * 31 + 1));
-    vmm::write_page(&ram, BlockId(1), 64, 7);
-    vmm::write_page(&ram, BlockId(2), (5 << 8) - 1, 8);
-    let mut guest = TestGuest::new(&ram, &DirtyBitmap::for_ram(&ram));
-    guest.setup = b"\x07\0\0\0\x0bpc-q35-10.0".to_vec();
-    let text = br#"{"configuration": {}, "page_size": 4096, "devices": []}"#;
-    guest.state = [&[0, 6], &(text.len() as u32).to_be_bytes()[..], text].concat();
-    guest
+fn receiver(store: &str, more: &[&str]) -> Program {
+    start(
+        &[&["qemu", "receive", "--listen", "127.0.0.1:0", "--channels", "0", "--out", store, "--json"], more].concat(),
+    )
 }
 
-fn receive(store: &str, channels: &str) -> (Program, String) {
-    let words = ["qemu", "receive", "--listen", "127.0.0.1:0", "--channels", channels, "--out", store, "--json"];
-    let mut program = start(&words);
-    let address = program.address();
-    (program, address)
+fn connect(receiver: &mut Program) -> Source {
+    Source::new(TcpStream::connect(receiver.address()).unwrap())
 }
 
-fn send(store: &str, to: &str, channels: &str, more: &[&str]) -> Value {
-    let words = ["qemu", "send", "--to", to, "--channels", channels, "--in", store, "--json"];
-    start(&[&words, more].concat()).end().expect(0, "completed").clone()
-}
-
-/// Both stores have the same blocks and devices; and holes are no data.
-fn demand_same_stores(left: &str, right: &str) {
-    let manifest = |store: &str| -> Value {
-        serde_json::from_str(&std::fs::read_to_string(Path::new(store).join("manifest.json")).unwrap()).unwrap()
-    };
-    let (ours, theirs) = (manifest(left), manifest(right));
-    assert_eq!(ours["blocks"], theirs["blocks"]);
-    assert_eq!(ours["machine"], theirs["machine"]);
-    let files: Vec<String> =
-        ours["blocks"].as_array().unwrap().iter().map(|b| b["file"].as_str().unwrap().to_owned()).collect();
-    assert_eq!(files.len(), 3);
-    for file in files.iter().map(String::as_str).chain(["device.state"]) {
-        let [left, right] = [left, right].map(|store| Path::new(store).join(file));
-        demand_same(file, &left, &right);
-        assert!(bytes_on_disk(&right) <= bytes_on_disk(&left) + (1 << 20), "{file}: holes were filled");
-    }
-}
-
-/// Stores the guest, by a source that speaks this.
-fn first_store(folder: &Folder, name: &str, qemu: Qemu) -> String {
-    let store = folder.file(name);
-    let (program, address) = receive(&store, "2");
-    let mut guest = guest();
-    let source = Source::builder(guest.ram.clone()).verify(Verify::Off).framing(qemu);
-    let report = source.connect(&address).unwrap().migrate(&mut Still::new(), &mut guest);
-    assert_eq!(report.outcome, Outcome::Completed);
-    program.end().expect(0, "completed");
-    let arrived = Path::new(&store).join("blocks");
-    assert!(bytes_on_disk(&arrived.join(&first_file(&arrived))) < 16 << 20, "untouched pages are holes");
+/// A store of the one machine that there is here.
+fn stored(folder: &Folder) -> String {
+    let store = folder.file("store");
+    let mut receiver = receiver(&store, &[]);
+    let mut source = connect(&mut receiver);
+    source.migrate();
+    assert_eq!(source.answer(), Some(ReturnMessage::Shut { error: 0 }));
+    drop(source);
+    let ended = receiver.end();
+    let report = ended.expect(0, "completed");
+    assert_eq!(report["source_told"], true, "{report}");
     store
 }
 
-fn first_file(blocks: &Path) -> String {
-    let names = std::fs::read_dir(blocks).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
-    names.min().unwrap()
+fn manifest(store: &str) -> Value {
+    serde_json::from_str(&fs::read_to_string(Path::new(store).join("manifest.json")).unwrap()).unwrap()
 }
 
-#[test]
-fn a_store_that_is_sent_to_receive_is_the_same_store() {
-    let folder = Folder::new();
-    let store = first_store(&folder, "first", Qemu::new(2));
-    let all_pages = RAM_BYTES / 4096 + 65 + (5 << 8);
-    let ways: [(&str, &[&str]); 5] = [
-        ("2", &[]),
-        ("0", &[]),
-        ("3", &["--compress", "zlib"]),
-        ("1", &["--compress", "zstd", "--return-path", "off"]),
-        ("2", &["--dialect", "7.2"]),
-    ];
-    for (index, (channels, more)) in ways.into_iter().enumerate() {
-        let again = folder.file(&format!("again-{index}"));
-        let (program, address) = receive(&again, channels);
-        let report = send(&store, &address, channels, more);
-        program.end().expect(0, "completed");
-        demand_same_stores(&store, &again);
-        let named = number(&report["counters"], "normal_pages") + number(&report["counters"], "zero_pages");
-        assert_eq!(named, all_pages, "{channels} channels, {more:?}: every page is named once");
-        std::fs::remove_dir_all(&again).unwrap();
+fn block_file(store: &str) -> std::path::PathBuf {
+    Path::new(store).join(manifest(store)["blocks"][0]["file"].as_str().unwrap())
+}
+
+/// The store holds what the source has sent.
+fn is_whole(store: &str) {
+    let bytes = fs::read(block_file(store)).unwrap();
+    assert_eq!(bytes.len() as u64, PAGES * PAGE as u64);
+    for (number, found) in bytes.chunks(PAGE).enumerate() {
+        assert!(found == page(number as u64), "page {number}");
     }
 }
 
 #[test]
-fn a_store_of_qemu_7_2_goes_on_as_one() {
+fn a_source_that_waits_is_told_and_counters_and_times_are_there() {
     let folder = Folder::new();
-    let store = first_store(&folder, "first", Qemu::new(2).dialect(Dialect::V7_2, Barrier::PerSection).section(2));
-    let again = folder.file("again");
-    let (program, address) = receive(&again, "2");
-    send(&store, &address, "2", &[]);
-    program.end().expect(0, "completed");
-    demand_same_stores(&store, &again);
+    let store = stored(&folder);
+    is_whole(&store);
+    let counters = &manifest(&store)["counters"];
+    assert_eq!(counters["normal_pages"].as_u64().unwrap() + counters["zero_pages"].as_u64().unwrap(), PAGES);
+    assert_eq!(folder.names(), ["store"]);
 }
 
 #[test]
-fn a_store_that_is_sent_through_a_relay_is_the_same_store() {
+fn people_are_told_how_long_the_disk_took_and_what_was_counted() {
     let folder = Folder::new();
-    let (store, again) = (first_store(&folder, "first", Qemu::new(2)), folder.file("again"));
-    let (program, address) = receive(&again, "2");
-    let mut relay = start(&["qemu", "relay", "--listen", "127.0.0.1:0", "--to", &address, "--json"]);
-    let between = relay.address();
-    send(&store, &between, "2", &[]);
-    relay.end().expect(0, "completed");
-    program.end().expect(0, "completed");
-    demand_same_stores(&store, &again);
+    let address = {
+        let free = TcpListener::bind("127.0.0.1:0").unwrap();
+        free.local_addr().unwrap()
+    };
+    let store = folder.file("store");
+    let mut command = Command::new(program::PAGEFERRY);
+    command.args(["qemu", "receive", "--channels", "0", "--listen", &address.to_string(), "--out", &store]);
+    let receiver = thread::spawn(move || command.output().unwrap());
+    let until = Instant::now() + program::PATIENCE;
+    let mut source = loop {
+        match TcpStream::connect(address) {
+            Ok(stream) => break Source::new(stream),
+            Err(e) => assert!(Instant::now() < until, "{e}"),
+        }
+        thread::park_timeout(Duration::from_millis(5));
+    };
+    source.migrate();
+    source.answer();
+    drop(source);
+    let output = receiver.join().unwrap();
+    let words = String::from_utf8(output.stdout).unwrap();
+    let counters = &manifest(&store)["counters"];
+    let (normal, zero) = (&counters["normal_pages"], &counters["zero_pages"]);
+    for word in [
+        "completed\n".to_owned(),
+        format!("{store}, 4.00 MiB"),
+        " ms to hash it, and ".to_owned(),
+        " ms more until all of it was on the disk".to_owned(),
+        format!("; {normal} pages with data, {zero} of zeros, 0 SYNC packets"),
+    ] {
+        assert!(words.contains(&word), "{word:?} is not in {words}");
+    }
+}
+
+#[test]
+fn a_source_that_is_cancelled_before_it_is_told_makes_it_uncertain_who_has_the_guest() {
+    let folder = Folder::new();
+    let store = folder.file("store");
+    let mut receiver = receiver(&store, &[]);
+    let mut source = connect(&mut receiver);
+    source.migrate();
+    // As QEMU's migrate_cancel does; the socket itself stays.
+    source.stream.shutdown(Shutdown::Both).unwrap();
+    let ended = receiver.end();
+    let report = ended.expect(3, "uncertain");
+    assert_eq!(report["source_told"], false, "{report}");
+    assert!(report["error"].as_str().unwrap().contains("its guest may run on there"), "{report}");
+    drop(source);
+    // It holds the guest as it stood still: perhaps there is no other.
+    is_whole(&store);
+}
+
+#[test]
+fn a_source_that_is_cancelled_is_noticed_over_a_unix_socket_too() {
+    let folder = Folder::new();
+    let (store, socket) = (folder.file("store"), folder.file("socket"));
+    let at = format!("unix:{socket}");
+    let words = ["qemu", "receive", "--listen", &at, "--channels", "0", "--out", &store, "--json"];
+    let mut receiver = start(&words);
+    receiver.address();
+    let mut source = Source::new(std::os::unix::net::UnixStream::connect(&socket).unwrap());
+    source.migrate();
+    source.stream.shutdown(Shutdown::Both).unwrap();
+    let ended = receiver.end();
+    assert_eq!(ended.expect(3, "uncertain")["source_told"], false);
+    is_whole(&store);
+}
+
+#[test]
+fn a_source_that_only_says_no_more_is_told() {
+    let folder = Folder::new();
+    let store = folder.file("store");
+    let mut receiver = receiver(&store, &[]);
+    let mut source = connect(&mut receiver);
+    source.migrate();
+    source.stream.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(source.answer(), Some(ReturnMessage::Shut { error: 0 }));
+    assert_eq!(receiver.end().expect(0, "completed")["source_told"], true);
+}
+
+#[test]
+fn a_guest_whose_shared_memory_does_not_travel_is_refused_and_its_source_told() {
+    let folder = Folder::new();
+    let store = folder.file("store");
+    let mut receiver = receiver(&store, &[]);
+    let mut source = connect(&mut receiver);
+    source.head(&[Subsection::Capabilities(vec![Name::new("x-ignore-shared").unwrap()])]);
+    source.say(&Record::RamStart { section: 1 });
+    let block = Block::new(Name::new("pc.ram").unwrap(), PAGES * PAGE as u64);
+    source.say(&Record::Blocks(vec![Block { guest_address: Some(0), ..block }]));
+    assert_eq!(source.answer(), Some(ReturnMessage::Shut { error: 1 }));
+    let ended = receiver.end();
+    let report = ended.expect(1, "failed");
+    assert!(report["error"].as_str().unwrap().contains("x-ignore-shared"), "{report}");
+    assert_eq!(folder.names(), [""; 0]);
+}
+
+#[test]
+fn a_killed_receiver_leaves_no_store_and_the_next_one_says_what_it_left() {
+    let folder = Folder::new();
+    let store = folder.file("store");
+    let mut killed = receiver(&store, &[]);
+    let mut source = connect(&mut killed);
+    source.begin();
+    killed.wait_for_pages();
+    // One that is at work is none that is left.
+    let beside = receiver(&store, &[]);
+    let mut beside = { beside };
+    beside.address();
+    beside.signal("INT");
+    assert!(!beside.end().stderr.contains("cut off"));
+    killed.signal("KILL");
+    assert_eq!(killed.end().code, None);
+    let left = folder.names();
+    assert!(left.len() == 1 && left[0].starts_with("store.partial-"), "{left:?}");
+
+    let mut next = receiver(&store, &[]);
+    let mut source = connect(&mut next);
+    source.migrate();
+    source.answer();
+    drop(source);
+    let ended = next.end();
+    ended.expect(0, "completed");
+    assert!(ended.stderr.contains(&left[0]) && ended.stderr.contains("remove it"), "{}", ended.stderr);
+    is_whole(&store);
+    // It is somebody's to remove.
+    assert!(folder.names().contains(&left[0]));
+}
+
+/// Sends a store to `receive`, in the place of a QEMU that waits for it; the sender's end and the receiver's.
+fn send(store: &str, to: &str) -> (Ended, Ended) {
+    let mut receiver = receiver(to, &["--accept-missing"]);
+    let address = receiver.address();
+    let sender = start(&["qemu", "send", "--to", &address, "--channels", "0", "--in", store, "--json"]);
+    let sent = sender.end();
+    (sent, receiver.end())
+}
+
+#[test]
+fn a_store_arrives_as_it_is_and_a_damaged_one_never_runs() {
+    let folder = Folder::new();
+    let store = stored(&folder);
+    let copy = folder.file("copy");
+    let (sent, received) = send(&store, &copy);
+    sent.expect(0, "completed");
+    received.expect(0, "completed");
+    is_whole(&copy);
+    let digest = |store: &str| manifest(store)["blocks"][0]["digest"].clone();
+    assert_eq!(digest(&store), digest(&copy));
+
+    let file = fs::OpenOptions::new().write(true).open(block_file(&store)).unwrap();
+    file.write_all_at(&[99], 7 * PAGE as u64).unwrap();
+    let (sent, received) = send(&store, &folder.file("damaged"));
+    let report = sent.expect(1, "failed");
+    assert!(report["error"].as_str().unwrap().contains("is not what was written"), "{report}");
+    received.expect(1, "failed");
+    assert_eq!(folder.names(), ["copy", "store"]);
+}
+
+/// The program in a mount namespace of its own, where one script has mounted something, and another looks afterwards;
+/// `None` where that is not allowed.
+fn among_mounts(test: &str, before: &str, after: &str, arguments: &[&str]) -> Option<Program> {
+    let allowed = Command::new("unshare").args(["-Urm", "mount", "-t", "tmpfs", "none", "/mnt"]).output();
+    if !allowed.is_ok_and(|output| output.status.success()) {
+        support::skip(test, "no mount namespace is to be had (unshare -Urm)");
+        return None;
+    }
+    let mut command = Command::new("unshare");
+    command
+        .args([
+            "-Urm",
+            "sh",
+            "-ec",
+            &format!("{before}; code=0; \"$0\" \"$@\" || code=$?; {after}; exit $code"),
+            program::PAGEFERRY,
+        ])
+        .args(arguments);
+    Some(launch(command))
+}
+
+#[test]
+fn a_full_disk_is_told_to_the_source_and_leaves_nothing() {
+    let folder = Folder::new();
+    let test = "a_full_disk_is_told_to_the_source_and_leaves_nothing";
+    // Full in the midst of RAM; and with room for the RAM as it comes, and nothing else.
+    for (size, expected) in [("1m", None), ("3584k", Some(ReturnMessage::Shut { error: 1 }))] {
+        let disk = folder.file("disk");
+        fs::create_dir_all(&disk).unwrap();
+        let store = format!("{disk}/store");
+        let (before, left) = (format!("mount -t tmpfs -o size={size} none {disk}"), folder.file("left"));
+        let words = ["qemu", "receive", "--listen", "127.0.0.1:0", "--channels", "0", "--out", &store, "--json"];
+        let Some(mut receiver) = among_mounts(test, &before, &format!("ls -A {disk} > {left}"), &words) else { return };
+        let mut source = connect(&mut receiver);
+        source.migrate();
+        let answer = source.answer();
+        let ended = receiver.end();
+        let report = ended.expect(1, "failed");
+        assert!(report["error"].as_str().unwrap().contains("disk"), "{size}: {report}");
+        assert_eq!(answer, expected, "{size}");
+        assert_eq!(fs::read_to_string(left).unwrap(), "", "{size}");
+    }
+}
+
+#[test]
+fn a_folder_that_is_mounted_is_refused_before_anything_comes() {
+    let folder = Folder::new();
+    let (inner, outer) = (folder.file("inner"), folder.file("outer"));
+    fs::create_dir(&inner).unwrap();
+    fs::create_dir(&outer).unwrap();
+    let words = ["qemu", "receive", "--listen", "127.0.0.1:0", "--out", &outer, "--json"];
+    let test = "a_folder_that_is_mounted_is_refused_before_anything_comes";
+    // Of the same device: only the mount tells.
+    let Some(receiver) = among_mounts(test, &format!("mount --bind {inner} {outer}"), ":", &words) else { return };
+    let ended = receiver.end();
+    let report = ended.expect(1, "failed");
+    assert!(report["error"].as_str().unwrap().contains("is where a file system is mounted"), "{report}");
 }

@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use crate::barrier::Barrier;
 use crate::bell::{Park, Ringer, Wake};
+use crate::channel::records::{Recording, Records};
 use crate::channel::{ChannelError, ShutDown};
 use crate::crew::{Cx, Interrupt, Role};
-use crate::digest::DigestTable;
 use crate::dirty::bitmap::DirtyBitmap;
 use crate::framing::Garbled;
 use crate::framing::read::{Mark, Packet, PacketReader, Payload};
@@ -51,8 +51,8 @@ pub struct RecvGear {
     pub named: DirtyBitmap,
     /// How pages are hashed, where digests are kept.
     pub look: Look,
-    /// Digests of what lands, where they are kept.
-    pub digests: Option<Arc<DigestTable>>,
+    /// Where the hashes of what lands go.
+    pub records: Records,
     /// Where the lanes meet between rounds.
     pub barrier: Arc<Barrier>,
     /// Whom to tell of marks.
@@ -149,7 +149,11 @@ impl RecvRole {
                 self.head[..header.len()].copy_from_slice(header);
             }
             Payload::Packed(bytes) => {
-                self.unpack(packet, bytes)?;
+                self.unpack(bytes)?;
+                if self.gear.records.want_hashes() {
+                    let records = self.gear.records.of(packet.block, packet.round);
+                    Hashing { pages: data_pages(&self.runs), look: self.gear.look, records }.next(block, usize::MAX)?;
+                }
                 if packet.mark.is_none() && !self.read_header()? {
                     return Err(ChannelError::Closed { expected: "a packet" });
                 }
@@ -162,7 +166,7 @@ impl RecvRole {
     }
 
     /// Receives compressed pages, and puts them where they belong.
-    fn unpack(&mut self, packet: &Packet, bytes: usize) -> Result<(), ChannelError> {
+    fn unpack(&mut self, bytes: usize) -> Result<(), ChannelError> {
         let (mut packed, mut unpacked) = (std::mem::take(&mut self.packed), std::mem::take(&mut self.unpacked));
         packed.resize(bytes, 0);
         unpacked.resize(self.scatter.payload_bytes(), 0);
@@ -170,30 +174,14 @@ impl RecvRole {
         self.gear.reader.unpack(&packed, &mut unpacked).map_err(garbled)?;
         let filled = self.scatter.fill(&unpacked);
         (self.packed, self.unpacked) = (packed, unpacked);
-        if filled < self.scatter.payload_bytes() {
-            // What recvmsg(2) says of memory that it may not write.
-            return Err(receiving(unwritable()));
-        }
-        self.hash(packet)
-    }
-
-    /// Notes the digests of the pages of a packet, all of which have landed.
-    fn hash(&self, packet: &Packet) -> Result<(), ChannelError> {
-        let (Some(table), Some(block)) = (&self.gear.digests, self.gear.ram.block(packet.block)) else { return Ok(()) };
-        let mut recorder = table.recorder(packet.block, packet.round);
-        for run in self.runs.iter().filter(|run| run.kind == RunKind::Data) {
-            for page in run.first..run.first + u64::from(run.pages) {
-                let hash = self.gear.look.hash_at(block, page);
-                recorder.page(page, hash.ok_or(ChannelError::Internal("a run leaves its block"))?);
-            }
-        }
-        Ok(())
+        // What recvmsg(2) says of memory that it may not write.
+        if filled < self.scatter.payload_bytes() { Err(receiving(unwritable())) } else { Ok(()) }
     }
 
     /// Makes the zero runs true. Memory in which nothing has landed reads as zeros since Setup.
     fn zeros(&self, packet: &Packet, block: &RamBlock, cx: &Cx) -> Result<(), ChannelError> {
         let id: BlockId = packet.block;
-        let mut recorder = self.gear.digests.as_ref().map(|table| table.recorder(id, packet.round));
+        let mut records = self.gear.records.of(id, packet.round);
         for run in self.runs.iter().filter(|run| run.kind == RunKind::Zero) {
             for page in run.first..run.first + u64::from(run.pages) {
                 // One entry of the table may stand for a whole block: no lane outlives its abort by that.
@@ -203,9 +191,7 @@ impl RecvRole {
                 if self.gear.landed.is_marked(id, page) && !write_zeros(block, page, 1) {
                     return Err(ChannelError::Internal("a run leaves its block"));
                 }
-                if let Some(recorder) = &mut recorder {
-                    recorder.zero(page, 1);
-                }
+                records.zeros(page, 1);
             }
         }
         Ok(())
@@ -214,12 +200,8 @@ impl RecvRole {
     /// Receives the payload, and the next header if it is expected; hashes pages as they become whole, while they are in cache.
     fn land(&mut self, packet: &Packet, block: &RamBlock) -> Result<(), ChannelError> {
         let page_bytes = block.page_size().bytes() as usize;
-        let mut pages = self.runs.iter().filter(|run| run.kind == RunKind::Data).flat_map(|run| {
-            let end = run.first + u64::from(run.pages);
-            run.first..end
-        });
-        let digests = self.gear.digests.clone();
-        let mut recorder = digests.as_ref().map(|table| table.recorder(packet.block, packet.round));
+        let records = self.gear.records.clone();
+        let mut hashing = Hashing { pages: data_pages(&self.runs), look: self.gear.look, records: records.of(packet.block, packet.round) };
         let mut hashed = 0;
         while !self.scatter.is_complete() {
             let n = self.gear.stream.receive(&mut self.scatter).map_err(receiving)?;
@@ -229,11 +211,8 @@ impl RecvRole {
             add(&self.gear.progress.cells(self.gear.channel.0.into()).wire_bytes, n as u64);
             add(&self.gear.progress.cells(self.gear.channel.0.into()).syscalls, 1);
             let whole = self.scatter.landed() / page_bytes;
-            if let Some(recorder) = &mut recorder {
-                for page in pages.by_ref().take(whole - hashed) {
-                    let hash = self.gear.look.hash_at(block, page);
-                    recorder.page(page, hash.ok_or(ChannelError::Internal("a run leaves its block"))?);
-                }
+            if records.want_hashes() {
+                hashing.next(block, whole - hashed)?;
             }
             hashed = whole;
             if !self.scatter.is_complete() && !self.scatter.header().is_empty() {
@@ -308,6 +287,30 @@ impl RecvRole {
             add(&self.cells().syscalls, 1);
         }
     }
+}
+
+/// Hashes the pages of a packet in the order in which they come.
+struct Hashing<'a, P> {
+    pages: P,
+    look: Look,
+    records: Recording<'a>,
+}
+
+impl<P: Iterator<Item = u64>> Hashing<'_, P> {
+    /// The next ones, which are whole.
+    fn next(&mut self, block: &RamBlock, pages: usize) -> Result<(), ChannelError> {
+        for page in self.pages.by_ref().take(pages) {
+            let hash = self.look.hash_at(block, page).ok_or(ChannelError::Internal("a run leaves its block"))?;
+            self.records.data(page, hash);
+        }
+        Ok(())
+    }
+}
+
+/// The pages of a packet that come as data.
+fn data_pages(runs: &[RunEntry]) -> impl Iterator<Item = u64> {
+    let is_data = |run: &&RunEntry| run.kind == RunKind::Data;
+    runs.iter().filter(is_data).flat_map(|run| run.first..run.first + u64::from(run.pages))
 }
 
 fn receiving(source: std::io::Error) -> ChannelError {

@@ -6,11 +6,11 @@ use std::time::Instant;
 
 use crate::barrier::Barrier;
 use crate::bell::{Ringer, Wake};
+use crate::channel::records::Records;
 use crate::channel::zero_copy::ByReference;
 use crate::channel::{ChannelError, ShutDown};
 use crate::config::WhyCopied;
 use crate::crew::{Cx, Interrupt, Role};
-use crate::digest::DigestTable;
 use crate::framing::{Garbled, PacketWriter, Place, Room, Zeros};
 use crate::poll::PollSleeper;
 use crate::memory::gather::Gather;
@@ -79,8 +79,8 @@ pub struct SendGear {
     pub ram: Ram,
     /// How pages are looked at.
     pub look: Look,
-    /// Digests of what is sent, where they are kept.
-    pub digests: Option<Arc<DigestTable>>,
+    /// Where the hashes of what is sent go.
+    pub records: Records,
     /// Where sent rounds are published.
     pub sent: Arc<Barrier>,
     /// How many workers have sent what comes first on their connections.
@@ -111,7 +111,7 @@ const UNSENT_BYTES_MAX: u32 = 192 << 10;
 impl SendRole {
     /// A worker that is ready to start.
     pub fn new(gear: SendGear) -> SendRole {
-        let SendGear { channel, mut stream, by_reference, ring, journal, packets, ram, look, digests, .. } = gear;
+        let SendGear { channel, mut stream, by_reference, ring, journal, packets, ram, look, records, .. } = gear;
         stream.make_room_for_pages();
         let socket = stream.socket();
         socket.set_unsent_max(UNSENT_BYTES_MAX);
@@ -130,7 +130,7 @@ impl SendRole {
             zeros: Zeros::Named,
             room: Room { payload_bytes: gear.batch_bytes.min(room.payload_bytes), ..room },
         };
-        let eyes = Eyes { ram, look, digests };
+        let eyes = Eyes { ram, look, records };
         let (sent, begun, controller, takes_turns) = (gear.sent, gear.begun, gear.controller, gear.takes_turns);
         let (low_water_bytes, progress) = (gear.low_water_bytes, gear.progress);
         let (round, epoch) = (gear.round, gear.epoch);
@@ -394,7 +394,7 @@ impl Piece {
 struct Eyes {
     ram: Ram,
     look: Look,
-    digests: Option<Arc<DigestTable>>,
+    records: Records,
 }
 
 impl Eyes {
@@ -465,9 +465,7 @@ impl Batch {
         let block = eyes.ram.block(run.block).ok_or(ChannelError::Internal("a run names no block"))?;
         let room = (self.room.pages - self.pages).min(ZERO_PAGES_PER_PACKET_MAX - self.zero_pages);
         let pages = u64::from(run.pages).min(room);
-        if let Some(table) = &eyes.digests {
-            table.recorder(run.block, round).zero(run.first, pages as u32);
-        }
+        eyes.records.of(run.block, round).zeros(run.first, pages as u32);
         self.bytes += pages * block.page_size().bytes();
         self.pages += pages;
         self.zero_pages += pages;
@@ -479,18 +477,16 @@ impl Batch {
     fn add_pages(&mut self, eyes: &Eyes, run: &Run, round: Round) -> Result<u32, ChannelError> {
         let block = eyes.ram.block(run.block).ok_or(ChannelError::Internal("a run names no block"))?;
         let page_bytes = block.page_size().bytes();
-        let mut recorder = eyes.digests.as_ref().map(|table| table.recorder(run.block, round));
+        let mut records = eyes.records.of(run.block, round);
         for taken in 0..run.pages {
             if self.was_full() {
                 return Ok(taken);
             }
             let page = run.first + u64::from(taken);
             let seen = eyes.look.at(block, page).ok_or(ChannelError::Internal("a run leaves its block"))?;
-            if let Some(recorder) = &mut recorder {
-                match seen {
-                    Seen::Zero => recorder.zero(page, 1),
-                    Seen::Data(hash) => recorder.page(page, hash),
-                }
+            match seen {
+                Seen::Zero => records.zeros(page, 1),
+                Seen::Data(hash) => records.data(page, hash),
             }
             self.bytes += page_bytes;
             self.pages += 1;

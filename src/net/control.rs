@@ -288,18 +288,25 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
         self.wire_bytes
     }
 
-    /// As [`Control::farewell`], for a side that stays to listen. Gives the last frame that the peer said meanwhile.
-    pub fn part(&mut self, set: &mut PollSet, limit: Duration) -> Option<In> {
+    /// As [`Control::farewell`], for a side that stays to listen. Gives the last frame that the peer said meanwhile, and
+    /// whether the connection went to its end without an error.
+    pub fn part(&mut self, set: &mut PollSet, limit: Duration) -> (Option<In>, bool) {
         let until = Instant::now() + limit;
         let mut last = None;
         let mut closed = false;
         // The time is looked at after each read, too: a peer that never stops talking must not keep us.
-        while self.flush().is_ok() && Instant::now() < until {
+        loop {
+            if self.flush().is_err() {
+                return (last, false);
+            }
+            if Instant::now() >= until {
+                return (last, true);
+            }
             if self.unsent_bytes() == 0 && !closed {
                 closed = self.stream.end_sending();
             }
             match self.stream.recv(&mut self.inbox) {
-                Ok(0) => break,
+                Ok(0) => return (last, true),
                 Ok(n) => {
                     self.wire_bytes += n as u64;
                     // What makes no sense is no last word, and nobody is left to complain to.
@@ -312,16 +319,40 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
                     continue;
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-                Err(_) => break,
+                Err(_) => return (last, false),
             }
             set.clear();
             set.until(until);
             set.watch(self.stream.as_fd(), true, !closed);
             set.wait();
         }
-        last
+    }
+
+    /// After the last words: waits until the peer's system has acknowledged them, or `limit` is over. False if it has
+    /// not, or has said that nobody is there to read them.
+    ///
+    /// What a system has taken in, a program that has just died does not read: there is no more to be known.
+    pub fn is_taken_in(&mut self, set: &mut PollSet, limit: Duration) -> bool {
+        let until = Instant::now() + limit;
+        loop {
+            let left = self.stream.socket().unacknowledged_bytes().unwrap_or(usize::MAX);
+            if self.unsent_bytes() > 0 || self.stream.socket().take_error().is_err() {
+                return false;
+            }
+            let now = Instant::now();
+            if left == 0 || now >= until {
+                return left == 0;
+            }
+            // Nothing can be waited for: no event says that bytes were acknowledged.
+            set.clear();
+            set.until(until.min(now + ACKNOWLEDGED_EVERY));
+            set.wait();
+        }
     }
 }
+
+/// How often it is looked whether bytes were acknowledged.
+const ACKNOWLEDGED_EVERY: Duration = Duration::from_millis(1);
 
 /// Why a control connection failed.
 #[derive(Debug)]

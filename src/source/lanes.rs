@@ -7,11 +7,11 @@ use std::sync::Arc;
 use crate::barrier::Barrier;
 use crate::bell::{Close, Park, Ringer};
 use crate::channel::ChannelError;
+use crate::channel::records::Records;
 use crate::channel::send::{SendEnd, SendGear, SendRole};
 use crate::channel::zero_copy::ByReference;
 use crate::config::{CrewOptions, Peer, Placement, WhyCopied};
 use crate::crew::{Crew, Exit, Launch};
-use crate::digest::DigestTable;
 use crate::error::Failure;
 use crate::journal;
 use crate::memory::Ram;
@@ -41,7 +41,7 @@ pub(super) struct Kit<'a> {
     pub ram: &'a Ram,
     pub settings: &'a Settings,
     pub options: &'a CrewOptions,
-    pub digests: Option<&'a Arc<DigestTable>>,
+    pub records: &'a Records,
     pub controller: &'a Ringer<PollSleeper>,
     pub progress: &'a Progress,
 }
@@ -148,8 +148,8 @@ impl Lanes {
             journal: mends.then_some(journal_in),
             packets,
             ram: kit.ram.clone(),
-            look: Look::new(kit.digests.is_some(), kit.settings.zero_test),
-            digests: kit.digests.cloned(),
+            look: Look::new(kit.records.want_hashes(), kit.settings.zero_test),
+            records: kit.records.clone(),
             sent: self.sent.clone(),
             begun: self.begun.clone(),
             controller: kit.controller.clone(),

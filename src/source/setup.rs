@@ -47,7 +47,7 @@ impl Driver<'_> {
             let shapes: Vec<_> =
                 self.ram.blocks().iter().map(|b| BlockShape { pages: b.pages(), page_size: b.page_size() }).collect();
             match DigestTable::new(self.id, &shapes) {
-                Ok(table) => self.digests = Some(Arc::new(table)),
+                Ok(table) => self.records.digests = Some(Arc::new(table)),
                 Err(e) => return self.fail(Failure::Memory(format!("no memory for the page digests: {e}"))),
             }
         }
@@ -205,7 +205,7 @@ impl Driver<'_> {
             ram: &self.ram,
             settings: &self.settings,
             options: &self.options,
-            digests: self.digests.as_ref(),
+            records: &self.records,
             controller,
             progress: &self.progress,
         }

@@ -18,8 +18,8 @@ pub struct LastWords {
     pub stderr: Vec<u8>,
     /// Written to standard output; may be empty.
     pub stdout: Vec<u8>,
-    /// Removed.
-    pub remove: Option<CString>,
+    /// Files, and folders that are empty then, to be removed in this order; those that are not there are passed over.
+    pub remove: Vec<CString>,
     /// The exit code.
     pub code: u8,
 }
@@ -58,9 +58,12 @@ extern "C" fn speak(_signal: libc::c_int) {
     let mut code = 1;
     if let Some((words, outlets)) = WORDS.get() {
         code = words.code.into();
-        if let Some(path) = &words.remove {
+        for path in &words.remove {
             // SAFETY: a C string that lives for ever.
-            unsafe { libc::unlink(path.as_ptr()) };
+            if unsafe { libc::unlink(path.as_ptr()) } != 0 {
+                // SAFETY: as above.
+                unsafe { libc::rmdir(path.as_ptr()) };
+            }
         }
         // They are to be the last: what another thread prints from here on goes nowhere.
         // SAFETY: both descriptors are open: the one is ours, and standard output is there or is made here.

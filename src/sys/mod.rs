@@ -6,6 +6,8 @@ pub mod event;
 pub mod fault;
 #[cfg(feature = "kvm")]
 pub mod kvm;
+#[cfg(feature = "cli")]
+pub mod lock;
 pub mod memory;
 pub mod pagemap;
 pub mod random;

@@ -1,5 +1,5 @@
 //! Stream sockets: connect without blocking, send and receive whole iovec lists, shut down.
-// UNSAFETY: socket(2), connect(2), sendmsg(2), recvmsg(2), setsockopt(2) and shutdown(2) are C calls.
+// UNSAFETY: socket(2), connect(2), sendmsg(2), recvmsg(2), setsockopt(2), ioctl(2) and shutdown(2) are C calls.
 #![expect(unsafe_code)]
 
 use std::io;
@@ -109,6 +109,18 @@ impl Socket {
             0 => Ok(()),
             errno => Err(io::Error::from_raw_os_error(errno)),
         }
+    }
+
+    /// Bytes that the system holds because the peer's system has not acknowledged them; over a Unix socket, because the
+    /// peer has not read them.
+    ///
+    /// # Errors
+    /// What ioctl(2) says.
+    pub fn unacknowledged_bytes(&self) -> io::Result<usize> {
+        let mut bytes: libc::c_int = 0;
+        // SAFETY: SIOCOUTQ, which has the number of TIOCOUTQ, writes one int, to a local.
+        cvt(unsafe { libc::ioctl(self.0.as_raw_fd(), libc::TIOCOUTQ as _, &raw mut bytes) }.into())?;
+        Ok(usize::try_from(bytes).unwrap_or(0))
     }
 
     /// Turns Nagle's algorithm off on a TCP socket; on others this does nothing. Few, whole writes need no help from

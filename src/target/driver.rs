@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::bell::Bell;
+use crate::channel::records::Records;
 use crate::config::CrewOptions;
 use crate::digest::{BlockShape, DigestTable};
 use crate::error::{Failure, Outcome};
@@ -62,7 +63,8 @@ pub(super) struct Driver<'a> {
     pub streams: Vec<Option<(Stream, Generation)>>,
     pub lanes: Option<Lanes>,
     pub meeting: Meeting,
-    pub digests: Option<Arc<DigestTable>>,
+    /// Where the hashes of what lands go.
+    pub records: Records,
     pub state: Vec<Vec<u8>>,
     pub outcome: Option<Outcome>,
     /// Whether what landed is being compared with a Final, and a Final that came meanwhile.
@@ -111,7 +113,7 @@ pub(super) fn receive(target: Target, incoming: &mut dyn Incoming) -> (TargetRep
         streams,
         lanes: None,
         meeting: Meeting::new(),
-        digests: None,
+        records: Records::default(),
         state: Vec::new(),
         outcome: None,
         checking: false,
@@ -361,8 +363,9 @@ impl Driver<'_> {
             let shapes: Vec<_> =
                 ram.blocks().iter().map(|b| BlockShape { pages: b.pages(), page_size: b.page_size() }).collect();
             let table = DigestTable::new(self.id, &shapes).map_err(|e| format!("no memory for page digests: {e}"))?;
-            self.digests = Some(Arc::new(table));
+            self.records.digests = Some(Arc::new(table));
         }
+        self.records.contents = self.incoming.contents();
         self.streams.resize_with(setup.channels.into(), || None);
         self.blocks = setup.blocks.clone().into();
         random_16().map(InstanceId).map_err(|e| format!("no random number for the instance: {e}"))
@@ -378,7 +381,7 @@ impl Driver<'_> {
             ram: ram.clone(),
             framing: self.settings.framing.clone(),
             blocks: self.blocks.clone(),
-            digests: self.digests.clone(),
+            records: self.records.clone(),
             controller: self.bell.ringer(),
             progress: self.progress.clone(),
         };
@@ -419,7 +422,12 @@ impl Driver<'_> {
             _ => Duration::ZERO,
         };
         let mut control = self.control.take();
-        let last_word = control.as_mut().and_then(|c| c.part(self.bell.sleeper().set(), LAST_WORDS));
+        let set = self.bell.sleeper().set();
+        let (last_word, whole) = control.as_mut().map_or((None, false), |c| c.part(set, LAST_WORDS));
+        // Where nobody can ask later, it is worth a wait to know.
+        let waits = outcome == Outcome::Completed && !self.settings.framing.mends();
+        let patience = if waits { ACKNOWLEDGED } else { Duration::ZERO };
+        let source_told = whole && control.as_mut().is_some_and(|c| c.is_taken_in(set, patience));
         let control_bytes = control.as_ref().map_or(0, Control::wire_bytes);
         self.progress.stage(Stage::Ended);
         let counts = self.progress.channels();
@@ -455,6 +463,7 @@ impl Driver<'_> {
             cpus: self.lanes.as_ref().map_or_else(Vec::new, |lanes| lanes.cpus().collect()),
             turned_away,
             session: self.id,
+            source_told,
             channels_lost: self.channels_lost,
             resumes: self.resumes,
             repairs: self.session.mismatches(),
@@ -473,6 +482,9 @@ fn ready(mut stream: Stream) -> Result<Stream, Failure> {
 
 /// How long the target tries to get its last frames out.
 const LAST_WORDS: Duration = Duration::from_millis(50);
+/// How long it waits, then, for a source that cannot ask how it ended to acknowledge them: a few round trips, and one that
+/// was lost.
+const ACKNOWLEDGED: Duration = Duration::from_secs(3);
 
 /// The pieces of device state, read as one.
 struct Pieces<'a> {

@@ -61,7 +61,7 @@ impl Output {
 
 /// What is said, and removed, should memory that maps a file turn out not to be had: a bus error, which nobody gets to
 /// handle but a signal handler.
-pub fn on_bus_error_fail(out: Output, command: &'static str, error: String, remove: Option<CString>) {
+pub fn on_bus_error_fail(out: Output, command: &'static str, error: String, remove: Vec<CString>) {
     let stderr = format!("pageferry: {error}\n").into_bytes();
     let report = Report::early(command, End::Failed, Some(error));
     let line = serde_json::to_string(&report).ok().filter(|_| out.json);

@@ -105,7 +105,7 @@ fn take_in(args: &Args, out: Output, interrupt: &Interrupt) -> Result<(Report, W
     interrupt.attach(target.cancel_handle());
     // A full disk shows itself as a bus error where a hole is read that needs memory: full verification on tmpfs.
     let full = format!("cannot have a page of {}: bus error; its disk may be full, make room", args.ram.display());
-    on_bus_error_fail(out, COMMAND, full, arriving.partial_path());
+    on_bus_error_fail(out, COMMAND, full, arriving.partial_path().into_iter().collect());
     let at = target.address().ok_or("the address that is listened on is not known")?;
     out.event(&Listening::at(&at));
     out.say(format_args!("listening; send with: pageferry send --to {at} --ram FILE"));

@@ -107,9 +107,15 @@ pub struct Report {
     /// A file that was written.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub file: Option<String>,
+    /// How long it took to hash it, which is part of the time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub digest_ms: Option<f64>,
     /// How long its disk took: no part of the time.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fsync_ms: Option<f64>,
+    /// Whether the source's system has taken in that all is stored.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub source_told: Option<bool>,
     /// What was counted of a migration by QEMU.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub counters: Option<Counters>,
@@ -216,7 +222,9 @@ impl Report {
             convergence: None,
             demo: None,
             file: None,
+            digest_ms: None,
             fsync_ms: None,
+            source_told: None,
             counters: None,
         }
     }
@@ -282,6 +290,16 @@ impl Report {
 }
 
 impl Report {
+    /// Takes the time of the disk out of the times in which it is.
+    pub fn take_fsync_out(&mut self) {
+        let (fsync_ms, with_ms) = (self.fsync_ms.unwrap_or(0.0), self.total_ms);
+        self.total_ms = (with_ms - fsync_ms).max(0.0);
+        self.downtime_ms = (self.downtime_ms - fsync_ms).max(0.0);
+        if self.total_ms > 0.0 {
+            self.throughput_gib_s *= with_ms / self.total_ms;
+        }
+    }
+
     /// Says which threads did not get their CPU, where CPUs were asked for.
     pub fn note_cpus(&mut self, asked: Option<&Cpus>) {
         let missing: Vec<_> = self.cpus.iter().enumerate().filter(|(_, cpu)| cpu.is_none()).collect();
@@ -313,6 +331,8 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.outcome == End::Completed {
             let proof = match (self.verified, self.verify) {
+                // QEMU's wire has no digests.
+                _ if self.counters.is_some() => "",
                 (true, "full") => "; every byte was compared, by digests of all of RAM on both sides",
                 (true, _) => "; what landed is what was sent, by digests of every page",
                 (false, _) => "; not verified",
@@ -340,6 +360,12 @@ impl fmt::Display for Report {
         let channels = if self.channels == 1 { "channel" } else { "channels" };
         let rounds = if self.rounds == 1 { "round" } else { "rounds" };
         writeln!(f, " over {} {channels}, {} {rounds}", self.channels, self.rounds)?;
+        if let (Some(digest), Some(fsync)) = (self.digest_ms, self.fsync_ms) {
+            writeln!(
+                f,
+                "  disk        {digest:.0} ms to hash it, and {fsync:.0} ms more until all of it was on the disk"
+            )?;
+        }
         if let Some(demo) = &self.demo {
             demo.fmt_downtime(f, self)?;
         }
@@ -362,6 +388,12 @@ impl fmt::Display for Report {
             (None, None) => String::new(),
         };
         writeln!(f, "  cost        {:.2} s of CPU{calls}; {} on the wire", self.cpu_s, human(self.wire_bytes))?;
+        if let Some(counters) = &self.counters {
+            let Counters { main_bytes, channel_bytes, normal_pages, zero_pages, sync_packets, rounds: _ } = counters;
+            let (main, channels) = (human(*main_bytes), human(*channel_bytes));
+            write!(f, "  QEMU        {main} on the main connection, {channels} on channels; ")?;
+            writeln!(f, "{normal_pages} pages with data, {zero_pages} of zeros, {sync_packets} SYNC packets")?;
+        }
         if let Some(demo) = &self.demo {
             demo.fmt_guest(f)?;
         }

@@ -111,7 +111,7 @@ fn ship(args: &Args, out: Output) -> Result<Report, String> {
     let to: Vec<_> = args.to.iter().map(Address::to_string).collect();
     // A file that is cut short while it is mapped shows itself as a bus error.
     let cut = format!("{} was cut short while it was sent, or its disk failed; let it lie still", args.ram.display());
-    on_bus_error_fail(out, COMMAND, cut.clone(), None);
+    on_bus_error_fail(out, COMMAND, cut.clone(), Vec::new());
     let builder = Source::builder(ram)
         .channels(args.channels)
         .cpus(args.cpus.clone().unwrap_or_default().0)

@@ -3,7 +3,9 @@
 use std::io::Read;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
+use pageferry::digest::Contents;
 use pageferry::net::Address;
 use pageferry::qemu::wire::{Barrier, Compression, Dialect};
 use pageferry::qemu::{Qemu, Seen};
@@ -17,7 +19,7 @@ use crate::progress::{Side, Watch};
 use crate::receive::{Listening, listen_advice};
 use crate::report::{End, Report};
 use crate::sizes::{Cpus, human, ms};
-use crate::store::{Counters, Facts, Stored, Writer};
+use crate::store::{Counters, Facts, Stored, Writer, contents};
 use crate::tls::warn_if_open;
 
 /// Take one migration from QEMU, and store it: its RAM, and the state of its devices.
@@ -36,7 +38,8 @@ In QEMU's monitor, at the source:
   migrate_set_capability return-path on
   migrate tcp:10.0.0.2:4444
 
-Anybody who reaches the address can send: listen where only friends are.")]
+Anybody who reaches the address can send: listen where only friends are. Exit code 3: the store is whole, but the
+source left before it was told so, and its guest may run on.")]
 pub struct Args {
     /// Where to listen: HOST:PORT (port 0: any that is free) or unix:PATH
     #[arg(long, value_name = "ADDR")]
@@ -73,21 +76,30 @@ fn take_in(args: &Args, out: Output) -> Result<Report, String> {
     let interrupt = Interrupt::listen();
     let writer = Writer::create(&args.out, args.force)?;
     warn_if_open(&args.listen, None);
+    let full = format!("cannot have a page of {}: bus error; its disk may be full, make room", args.out.display());
     let qemu = Qemu::new(args.channels).accept_missing(args.accept_missing);
-    let mut machine =
-        Machine { writer: Some(writer), seen: qemu.seen(), channels: args.channels, tail: Vec::new(), stored: None };
+    let mut machine = Machine {
+        writer: Some(writer),
+        ram: None,
+        contents: None,
+        seen: qemu.seen(),
+        channels: args.channels,
+        tail: Vec::new(),
+        stored: None,
+        out,
+        full,
+    };
     let cpus = args.cpus.clone().unwrap_or_default().0;
     let target = Target::builder().framing(qemu).cpus(cpus);
     let target = target.listen(&args.listen.to_string()).map_err(|e| listen_advice(&e))?;
     interrupt.attach(target.cancel_handle());
-    let full = format!("cannot have a page of {}: bus error; its disk may be full, make room", args.out.display());
-    on_bus_error_fail(out, COMMAND, full, None);
     let at = target.address().ok_or("the address that is listened on is not known")?;
     out.event(&Listening::at(&at));
     out.say(format_args!("listening at {at}"));
     let watch = Watch::start(target.progress(), Side::Target, out);
     let report = target.receive(&mut machine);
     drop(watch);
+    let source_told = report.source_told;
     let mut report = Report::of_target(COMMAND, report, process_cpu_time().unwrap_or_default());
     report.note_cpus(args.cpus.as_ref());
     report.counters = Some(counters(&machine.seen));
@@ -98,12 +110,29 @@ fn take_in(args: &Args, out: Output) -> Result<Report, String> {
         }
     }
     if let Some(stored) = machine.stored {
+        report.digest_ms = Some(ms(stored.digest));
         report.fsync_ms = Some(ms(stored.fsync));
+        report.take_fsync_out();
         report.file = Some(format!("{}, {}", args.out.display(), human(stored.bytes)));
     }
-    if report.outcome == End::Completed && !machine.seen.facts().return_path {
-        let what = "the source had no return path: it did not wait to be told that all is stored";
-        report.remarks.push(what.to_owned());
+    match (report.outcome, machine.seen.facts().return_path) {
+        (End::Completed, true) => {
+            report.source_told = Some(source_told);
+            if !source_told {
+                // It was cancelled there, or has died. If both ran, they would share their disks.
+                report.outcome = End::Uncertain;
+                report.error = Some(format!(
+                    "the source left before it was told that all is stored: its guest may run on there; {} is whole, and \
+                     holds the guest as it stood still",
+                    args.out.display()
+                ));
+            }
+        }
+        (End::Completed, false) => {
+            let what = "the source had no return path: it did not wait to be told that all is stored";
+            report.remarks.push(what.to_owned());
+        }
+        _ => {}
     }
     Ok(report)
 }
@@ -112,10 +141,15 @@ fn take_in(args: &Args, out: Output) -> Result<Report, String> {
 struct Machine {
     /// Until it is finished, or given up.
     writer: Option<Writer>,
+    ram: Option<Ram>,
+    contents: Option<Arc<Contents>>,
     seen: Seen,
     channels: u8,
     tail: Vec<u8>,
     stored: Option<Stored>,
+    out: Output,
+    /// What is said if the disk has no room for a page.
+    full: String,
 }
 
 impl Incoming for Machine {
@@ -130,7 +164,15 @@ impl Incoming for Machine {
             writer.add_block(block.name.as_str(), block.guest_address, block.bytes)
         };
         let blocks = blocks.iter().map(add).collect::<Result<Vec<_>, _>>()?;
-        Ok(Ram::new(blocks)?)
+        on_bus_error_fail(self.out, COMMAND, std::mem::take(&mut self.full), writer.paths());
+        let ram = Ram::new(blocks)?;
+        self.ram = Some(ram.clone());
+        self.contents = Some(Arc::new(contents(&ram)?));
+        Ok(ram)
+    }
+
+    fn contents(&mut self) -> Option<Arc<Contents>> {
+        self.contents.clone()
     }
 
     fn load_state(&mut self, state: &mut dyn Read) -> Result<(), HookError> {
@@ -141,13 +183,14 @@ impl Incoming for Machine {
 
     /// The source can still be told if it does not get to the disk.
     fn run(&mut self) -> Result<(), HookError> {
-        let writer = self.writer.take().ok_or("there is no store")?;
-        self.stored = Some(writer.finish(&self.tail, &facts(&self.seen, self.channels))?);
+        let prepared = (self.writer.take(), self.ram.take(), self.contents.take());
+        let (Some(writer), Some(ram), Some(contents)) = prepared else { return Err("there is no store".into()) };
+        self.stored = Some(writer.finish(&ram, &contents, &self.tail, &facts(&self.seen, self.channels))?);
         Ok(())
     }
 
     fn discard(&mut self) {
-        self.writer = None;
+        (self.writer, self.ram, self.contents) = (None, None, None);
     }
 }
 

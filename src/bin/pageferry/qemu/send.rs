@@ -3,21 +3,23 @@
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::ValueEnum;
+use pageferry::digest::Contents;
 use pageferry::dirty::combined::Still;
 use pageferry::net::Address;
 use pageferry::qemu::Qemu;
 use pageferry::qemu::wire::{Barrier, Compression, Dialect};
 use pageferry::sys::thread::process_cpu_time;
-use pageferry::{Guest, HookError, Source, StateWriter, Timeouts, Verify};
+use pageferry::{Guest, HookError, Ram, Source, StateWriter, Timeouts, Verify};
 
 use crate::interrupt::Interrupt;
 use crate::output::{Output, on_bus_error_fail};
 use crate::progress::{Side, Watch};
 use crate::report::{End, Report};
-use crate::store::{Counters, Manifest, Reader};
+use crate::store::{Counters, Manifest, Reader, contents};
 
 /// Give a machine that `pageferry qemu receive` has stored to a QEMU that waits for it.
 ///
@@ -114,12 +116,11 @@ fn ship(args: &Args, out: Output) -> Result<Report, String> {
     }
     let store = Reader::open(&args.store)?;
     let (dialect, barrier) = spoken(args, store.manifest())?;
-    let mut machine = Stored { configuration: store.manifest().configuration.clone(), tail: store.tail()? };
-    // Nobody compares anything on the way or at the destination: what is damaged would run there.
-    store.verify()?;
+    let tail = store.tail()?;
     let ram = store.ram()?;
-    let cut = format!("{} was changed while it was sent, or its disk failed", args.store.display());
-    on_bus_error_fail(out, COMMAND, cut, None);
+    // A file that is cut short while it is mapped shows itself as a bus error.
+    let cut = format!("{} was cut short while it was sent, or its disk failed; let it lie still", args.store.display());
+    on_bus_error_fail(out, COMMAND, cut.clone(), Vec::new());
     let mut qemu = Qemu::new(args.channels)
         .dialect(dialect, barrier)
         .section(store.manifest().section)
@@ -133,18 +134,39 @@ fn ship(args: &Args, out: Output) -> Result<Report, String> {
         qemu = qemu.uuid(uuid);
     }
     let seen = qemu.seen();
-    let source = Source::builder(ram)
+    let contents = Arc::new(contents(&ram)?);
+    let source = Source::builder(ram.clone())
         .verify(Verify::Off)
+        .contents(contents.clone())
         .timeouts(Timeouts { hook: LOAD_TIME, ..Timeouts::default() })
         .framing(qemu)
         .connect(&args.to.to_string())
         .map_err(|e| e.to_string())?;
     interrupt.attach(source.cancel_handle());
     let watch = Watch::start(source.progress(), Side::Source, out);
+    let mut machine = Stored { store: &store, ram: &ram, tail: &tail, contents: &contents, damage: None };
     let report = source.migrate(&mut Still::new(), &mut machine);
     drop(watch);
+    let still = machine.damage.map_or_else(|| store.check_still(), Err);
     let rounds = report.rounds.into();
     let mut report = Report::of_source(COMMAND, report, process_cpu_time().unwrap_or_default());
+    match (report.outcome, still) {
+        // In its own words, without the hook's.
+        (End::Failed, Err(error)) => report.error = Some(error),
+        // What was queued when the destination could still do without was read after that.
+        (End::Completed, Err(error)) => {
+            report.outcome = End::Failed;
+            report.error = Some(format!("{error}: the destination runs the machine, with some of what was written"));
+        }
+        _ => {}
+    }
+    if let Some(error) = &mut report.error {
+        // The kernel met the missing page before a look at it could raise a bus error.
+        if error.contains("sending pages") && error.contains(&format!("(os error {})", libc::EFAULT)) {
+            error.push_str("; ");
+            error.push_str(&cut);
+        }
+    }
     let sent = seen.counts();
     report.counters = Some(Counters {
         main_bytes: sent.main_bytes,
@@ -189,14 +211,18 @@ fn parse_uuid(text: &str) -> Result<[u8; 16], String> {
 }
 
 /// The stored machine, in the place of a guest: it never runs here.
-struct Stored {
-    configuration: Vec<u8>,
-    tail: Vec<u8>,
+struct Stored<'s> {
+    store: &'s Reader,
+    ram: &'s Ram,
+    tail: &'s [u8],
+    contents: &'s Contents,
+    /// What is wrong with the store, if something is.
+    damage: Option<String>,
 }
 
-impl Guest for Stored {
+impl Guest for Stored<'_> {
     fn setup_bytes(&mut self) -> Result<Vec<u8>, HookError> {
-        Ok(self.configuration.clone())
+        Ok(self.store.manifest().configuration.clone())
     }
 
     fn pause(&mut self) -> Result<(), HookError> {
@@ -208,7 +234,15 @@ impl Guest for Stored {
     }
 
     fn save_state(&mut self, out: &mut StateWriter) -> Result<(), HookError> {
-        Ok(out.write_all(&self.tail)?)
+        Ok(out.write_all(self.tail)?)
+    }
+
+    /// Nobody compares anything on the way or at the destination: what is damaged would run there.
+    fn sent(&mut self) -> Result<(), HookError> {
+        self.store.check(self.ram, self.contents).map_err(|damage| {
+            self.damage = Some(damage.clone());
+            damage.into()
+        })
     }
 }
 

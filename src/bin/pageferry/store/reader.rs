@@ -5,12 +5,13 @@ use std::io::{self, Read};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use pageferry::digest::Contents;
 use pageferry::units::PageSize;
 use pageferry::{Ram, RamBlock};
 
 use super::manifest::{FORMAT, Manifest};
 use super::{BLOCKS, MANIFEST, TAIL, digest};
-use crate::image::sentence;
+use crate::image::{Stamp, sentence};
 
 /// No manifest of 1024 blocks with the longest names and a configuration is longer.
 const MANIFEST_BYTES_MAX: u64 = 16 << 20;
@@ -26,6 +27,8 @@ pub struct Reader {
     manifest: Manifest,
     /// In the order of the manifest's blocks.
     blocks: Vec<File>,
+    /// Likewise, from when they were opened.
+    stamps: Vec<Stamp>,
     tail: File,
 }
 
@@ -45,8 +48,10 @@ impl Reader {
         let manifest = Manifest::parse(&text).map_err(in_store)?;
         let blocks = manifest.blocks.iter().map(|block| open_whole(dir, &block.file, block.bytes));
         let blocks = blocks.collect::<Result<Vec<File>, String>>()?;
+        let stamp = |file| Stamp::of(file).map_err(|e| sentence("look into", dir, &e));
+        let stamps = blocks.iter().map(stamp).collect::<Result<Vec<Stamp>, String>>()?;
         let tail = open_whole(dir, &manifest.tail.file, manifest.tail.bytes)?;
-        let reader = Reader { dir: dir.to_owned(), manifest, blocks, tail };
+        let reader = Reader { dir: dir.to_owned(), manifest, blocks, stamps, tail };
         reader.tail()?;
         Ok(reader)
     }
@@ -63,7 +68,7 @@ impl Reader {
     pub fn ram(&self) -> Result<Ram, String> {
         let blocks = self.manifest.blocks.iter().zip(&self.blocks).map(|(block, file)| {
             let address = block.guest_address.unwrap_or(0);
-            RamBlock::file(&block.name, address, file, block.bytes, PageSize::SIZE_4K, false)
+            RamBlock::file(&block.name, address, file, block.bytes, PageSize::SIZE_4K, false).map(RamBlock::used_once)
         });
         let blocks = blocks.collect::<Result<Vec<_>, _>>().map_err(|e| e.to_string())?;
         Ram::new(blocks).map_err(|e| e.to_string())
@@ -85,15 +90,30 @@ impl Reader {
         Ok(tail)
     }
 
-    /// Reads all RAM and compares it with its digests.
+    /// Compares what was noted of this RAM, which is the store's, when all of it was looked at, with its digests.
     ///
     /// # Errors
-    /// The first block that cannot be read, or is not what was written.
-    pub fn verify(&self) -> Result<(), String> {
-        for (block, file) in self.manifest.blocks.iter().zip(&self.blocks) {
+    /// The first block that is not what was written; or that was written since the store was opened, or that cannot be
+    /// looked at.
+    pub fn check(&self, ram: &Ram, contents: &Contents) -> Result<(), String> {
+        for (block, (id, mapped)) in self.manifest.blocks.iter().zip(ram.iter()) {
             let path = self.dir.join(&block.file);
-            let found = digest::of_file(file, block.bytes).map_err(|e| sentence("read", &path, &e))?;
+            let found = digest::of_noted(contents, id, mapped).map_err(|e| sentence("read", &path, &e))?;
             same_digest(&path, &block.digest, &found)?;
+        }
+        self.check_still()
+    }
+
+    /// Whether no file of the RAM was written since the store was opened.
+    ///
+    /// # Errors
+    /// The first that was, or that cannot be looked at.
+    pub fn check_still(&self) -> Result<(), String> {
+        for ((block, file), stamp) in self.manifest.blocks.iter().zip(&self.blocks).zip(&self.stamps) {
+            let path = self.dir.join(&block.file);
+            if Stamp::of(file).map_err(|e| sentence("look at", &path, &e))? != *stamp {
+                return Err(format!("{} was written while it was sent; let it lie still", path.display()));
+            }
         }
         Ok(())
     }
@@ -110,7 +130,14 @@ pub fn is_store(dir: &Path) -> bool {
         let value: serde_json::Value = serde_json::from_str(&read_text(&file).ok()?).ok()?;
         Some(value["format"] == FORMAT)
     };
-    fs::read_dir(dir).is_ok_and(|mut entries| entries.all(ours)) && says_so() == Some(true)
+    let is_ram = |entry: io::Result<fs::DirEntry>| {
+        entry.is_ok_and(|entry| {
+            entry.file_type().is_ok_and(|kind| kind.is_file()) && entry.path().extension() == Some("ram".as_ref())
+        })
+    };
+    fs::read_dir(dir).is_ok_and(|mut entries| entries.all(ours))
+        && fs::read_dir(dir.join(BLOCKS)).map_or(true, |mut entries| entries.all(is_ram))
+        && says_so() == Some(true)
 }
 
 fn read_text(file: &File) -> io::Result<String> {
@@ -145,7 +172,8 @@ fn open_inside(dir: &Path, file: &str) -> Result<(File, u64), String> {
             return Err(format!("{} is no {kind}: a store has no links and nothing special", path.display()));
         }
     }
-    let opened = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(&path);
+    // Nor does it wait for one that took its place since.
+    let opened = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(&path);
     let opened = opened.map_err(|e| sentence("open", &path, &e))?;
     let bytes = opened.metadata().map_err(|e| sentence("look at", &path, &e))?.len();
     Ok((opened, bytes))

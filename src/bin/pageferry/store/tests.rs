@@ -4,13 +4,18 @@ use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
+use pageferry::digest::Contents;
+use pageferry::memory::Backing;
+use pageferry::memory::hash::PageHash;
 use pageferry::sys::random::random_16;
+use pageferry::units::{BlockId, PageSize, Round};
+use pageferry::{Ram, RamBlock};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::manifest::{BlockEntry, TailEntry};
 use super::names::{block_path, stays_inside};
-use super::{Counters, Facts, Manifest, Reader, Stored, Writer, digest};
+use super::{Counters, Facts, Manifest, Reader, Stored, Writer, contents, digest};
 
 /// A folder of the test's own, removed with it.
 struct Folder(PathBuf);
@@ -63,7 +68,7 @@ fn facts() -> Facts {
 /// What `write` puts into the RAM: page 3, a page in the middle, and the last one.
 const PAGES: [(u64, u8); 3] = [(3, 7), (5000, 8), ((RAM_BYTES >> 12) - 1, 9)];
 
-fn fill(writer: &mut Writer) {
+fn fill(writer: &mut Writer) -> Ram {
     let ram = writer.add_block("pc.ram", None, RAM_BYTES).unwrap();
     let rom = writer.add_block("/rom@etc/acpi/tables", Some(0xfffc_0000), 0x20000).unwrap();
     assert_eq!((ram.name(), rom.name(), rom.guest_address()), ("pc.ram", "/rom@etc/acpi/tables", 0xfffc_0000));
@@ -73,12 +78,33 @@ fn fill(writer: &mut Writer) {
     for (page, value) in PAGES {
         file.write_all_at(&[value; 4096], page << 12).unwrap();
     }
+    Ram::new([ram, rom]).unwrap()
+}
+
+/// What is noted by who has written what these blocks hold: every page that is not zeros.
+fn noted(ram: &Ram) -> Contents {
+    let contents = contents(ram).unwrap();
+    for (id, block) in ram.iter() {
+        let file = fs::File::from(block.fd().unwrap().try_clone_to_owned().unwrap());
+        let (mut notes, mut bytes) = (contents.notes(id, Round(0)), [0; 4096]);
+        for page in 0..block.pages() {
+            file.read_exact_at(&mut bytes, page << 12).unwrap();
+            if bytes != [0; 4096] {
+                notes.data(page, PageHash::detect().hash_bytes(&bytes));
+            }
+        }
+    }
+    contents
+}
+
+fn finish(writer: Writer, ram: &Ram, facts: &Facts) -> Result<Stored, String> {
+    writer.finish(ram, &noted(ram), TAIL_BYTES, facts)
 }
 
 fn write(dir: &Path, force: bool) -> Result<Stored, String> {
     let mut writer = Writer::create(dir, force)?;
-    fill(&mut writer);
-    writer.finish(TAIL_BYTES, &facts())
+    let ram = fill(&mut writer);
+    finish(writer, &ram, &facts())
 }
 
 /// A store in a folder of its own.
@@ -87,6 +113,12 @@ fn store() -> (Folder, PathBuf) {
     let dir = folder.0.join("vm");
     write(&dir, false).unwrap();
     (folder, dir)
+}
+
+/// Reads all of its RAM.
+fn verify(reader: &Reader) -> Result<(), String> {
+    let ram = reader.ram()?;
+    reader.check(&ram, &noted(&ram))
 }
 
 /// The error of what has to fail, which must speak of `word`.
@@ -102,7 +134,7 @@ fn what_is_written_is_read_again() {
     let (folder, dir) = store();
     assert_eq!(folder.names(), ["vm"]);
     let reader = Reader::open(&dir).unwrap();
-    reader.verify().unwrap();
+    verify(&reader).unwrap();
     assert_eq!(reader.tail().unwrap(), TAIL_BYTES);
     let manifest = reader.manifest();
     let facts = facts();
@@ -144,11 +176,11 @@ fn a_store_that_is_not_finished_leaves_nothing_behind() {
     assert_eq!(folder.names(), [""; 0]);
 
     let mut writer = Writer::create(&folder.0.join("vm"), false).unwrap();
-    fill(&mut writer);
+    let ram = fill(&mut writer);
     let facts = Facts { dialect: "11.0", ..facts() };
-    refused(writer.finish(TAIL_BYTES, &facts), "its dialect is \"11.0\"");
+    refused(finish(writer, &ram, &facts), "its dialect is \"11.0\"");
     let writer = Writer::create(&folder.0.join("vm"), false).unwrap();
-    refused(writer.finish(TAIL_BYTES, &self::facts()), "0 RAM blocks");
+    refused(finish(writer, &ram, &self::facts()), "0 RAM blocks");
     assert_eq!(folder.names(), [""; 0]);
 }
 
@@ -162,12 +194,12 @@ fn blocks_that_cannot_be_are_refused() {
     refused(writer.add_block(&"x".repeat(256), None, 4096), "name");
     refused(writer.add_block("high", Some(u64::MAX - 4095), 8192), "fit");
     refused(writer.add_block("huge", None, 1 << 63), "bytes");
-    writer.add_block("ram", None, 4096).unwrap();
+    let ram = writer.add_block("ram", None, 4096).unwrap();
     refused(writer.add_block("ram", None, 4096), "twice");
     // One name of a file for both, but for the number.
-    writer.add_block("a/b", None, 4096).unwrap();
-    writer.add_block("a_b", None, 4096).unwrap();
-    writer.finish(TAIL_BYTES, &facts()).unwrap();
+    let slash = writer.add_block("a/b", None, 4096).unwrap();
+    let line = writer.add_block("a_b", None, 4096).unwrap();
+    finish(writer, &Ram::new([ram, slash, line]).unwrap(), &facts()).unwrap();
     let reader = Reader::open(&folder.0.join("vm")).unwrap();
     assert_eq!(reader.manifest().blocks[1].name, "a/b");
     assert_ne!(reader.manifest().blocks[1].file, reader.manifest().blocks[2].file);
@@ -180,9 +212,9 @@ fn only_a_store_is_replaced_and_only_by_force() {
     let before = fs::metadata(dir.join("manifest.json")).unwrap().ino();
     // As long as the new one is not whole, the old one stands.
     let mut writer = Writer::create(&dir, true).unwrap();
-    fill(&mut writer);
-    Reader::open(&dir).unwrap().verify().unwrap();
-    writer.finish(TAIL_BYTES, &facts()).unwrap();
+    let ram = fill(&mut writer);
+    verify(&Reader::open(&dir).unwrap()).unwrap();
+    finish(writer, &ram, &facts()).unwrap();
     assert_ne!(fs::metadata(dir.join("manifest.json")).unwrap().ino(), before);
     assert_eq!(folder.names(), ["vm"]);
 
@@ -208,10 +240,10 @@ fn what_comes_to_stand_there_meanwhile_is_not_replaced() {
     let dir = folder.0.join("vm");
     for force in [false, true] {
         let mut writer = Writer::create(&dir, force).unwrap();
-        fill(&mut writer);
+        let ram = fill(&mut writer);
         fs::create_dir_all(&dir).unwrap();
         fs::write(dir.join("notes"), "mine").unwrap();
-        refused(writer.finish(TAIL_BYTES, &facts()), "not empty");
+        refused(finish(writer, &ram, &facts()), "not empty");
         assert_eq!(folder.names(), ["vm"]);
         assert_eq!(fs::read_dir(&dir).unwrap().count(), 1);
         fs::remove_file(dir.join("notes")).unwrap();
@@ -314,14 +346,14 @@ fn what_is_not_in_the_store_or_damaged_is_found() {
     // A bit of a page, a page in a hole, and two pages that change places.
     for (at, bytes, undo) in [(3 << 12, vec![6], vec![7]), (1 << 20, vec![1], vec![0])] {
         file.write_all_at(&bytes, at).unwrap();
-        refused(Reader::open(&dir).unwrap().verify(), "damaged");
+        refused(verify(&Reader::open(&dir).unwrap()), "damaged");
         file.write_all_at(&undo, at).unwrap();
-        Reader::open(&dir).unwrap().verify().unwrap();
+        verify(&Reader::open(&dir).unwrap()).unwrap();
     }
     for (page, value) in [(3, 8), (5000, 7)] {
         file.write_all_at(&[value; 4096], page << 12).unwrap();
     }
-    refused(Reader::open(&dir).unwrap().verify(), "damaged");
+    refused(verify(&Reader::open(&dir).unwrap()), "damaged");
     for (page, value) in PAGES {
         file.write_all_at(&[value; 4096], page << 12).unwrap();
     }
@@ -350,41 +382,61 @@ fn what_is_not_in_the_store_or_damaged_is_found() {
     refused(Reader::open(&folder.0.join("nowhere")), "check the path");
 }
 
-/// The digest of a file of this many bytes, made page by page as `write` says.
-fn digest_of(folder: &Folder, bytes: u64, pages: &[(u64, u8)]) -> String {
-    let path = folder.0.join("digested");
-    let file = fs::OpenOptions::new().read(true).write(true).create(true).truncate(true).open(path).unwrap();
-    file.set_len(bytes).unwrap();
+/// The digest of a block of this many bytes, of which these pages were noted.
+fn digest_of(bytes: u64, pages: &[(u64, u8)]) -> String {
+    let block = RamBlock::anonymous("ram", 0, bytes, PageSize::SIZE_4K, Backing::Base).unwrap();
+    let ram = Ram::new([block]).unwrap();
+    let contents = contents(&ram).unwrap();
+    let mut notes = contents.notes(BlockId(0), Round(0));
     for (page, value) in pages {
-        file.write_all_at(&[*value; 4096], page << 12).unwrap();
+        notes.data(*page, PageHash::detect().hash_bytes(&[*value; 4096]));
     }
-    digest::of_file(&file, bytes).unwrap()
+    digest::of_noted(&contents, BlockId(0), &ram.blocks()[0]).unwrap()
 }
 
 #[test]
 fn a_digest_is_the_same_for_ever() {
     // Whoever has to change a value here has made all stores unreadable: that is `pf-page-hash-v2`.
-    let folder = Folder::new();
     let digests = [
         digest::of_bytes(b""),
         digest::of_bytes(&[0; 4096]),
         digest::of_bytes(b"pageferry"),
-        digest_of(&folder, RAM_BYTES, &PAGES),
+        digest_of(RAM_BYTES, &PAGES),
     ];
     assert_eq!(digests, ["0000000000000000", "832934ce4ad06baf", "8ac5f40b563129b5", "c8d3ae7219d4b9eb"]);
 }
 
 #[test]
 fn holes_and_written_zeros_have_one_digest_and_places_count() {
-    let folder = Folder::new();
     let bytes = 33 << 20;
-    let hole = digest_of(&folder, bytes, &[]);
-    assert_eq!(hole, digest_of(&folder, bytes, &[(0, 0), (100, 0), (8000, 0)]));
+    let hole = digest_of(bytes, &[]);
+    assert_eq!(hole, digest_of(bytes, &[(0, 0), (100, 0), (8000, 0)]));
     assert_eq!(hole, digest::of_bytes(&vec![0; bytes as usize]));
-    let one = digest_of(&folder, bytes, &[(4095, 1), (4096, 2)]);
-    assert_eq!(one, digest_of(&folder, bytes, &[(0, 0), (4095, 1), (4096, 2)]));
-    assert_ne!(one, digest_of(&folder, bytes, &[(4095, 2), (4096, 1)]));
-    assert_ne!(one, digest_of(&folder, bytes + 4096, &[(4095, 1), (4096, 2)]));
+    let one = digest_of(bytes, &[(4095, 1), (4096, 2)]);
+    assert_eq!(one, digest_of(bytes, &[(0, 0), (4095, 1), (4096, 2)]));
+    assert_ne!(one, digest_of(bytes, &[(4095, 2), (4096, 1)]));
+    assert_ne!(one, digest_of(bytes + 4096, &[(4095, 1), (4096, 2)]));
+}
+
+#[test]
+fn pages_of_zeros_that_came_as_data_become_holes_and_nothing_else_does() {
+    let folder = Folder::new();
+    let mut writer = Writer::create(&folder.0.join("vm"), false).unwrap();
+    let ram = writer.add_block("ram", None, 1 << 20).unwrap();
+    let file = fs::File::from(ram.fd().unwrap().try_clone_to_owned().unwrap());
+    let ram = Ram::new([ram]).unwrap();
+    file.write_all_at(&[0; 256 << 12], 0).unwrap();
+    file.write_all_at(&[7; 4096], 10 << 12).unwrap();
+    file.write_all_at(&[8; 4096], 20 << 12).unwrap();
+    let contents = contents(&ram).unwrap();
+    let mut notes = contents.notes(BlockId(0), Round(0));
+    // Page 20 has the hash of zeros, and is none.
+    (0..256).for_each(|page| notes.data(page, if page == 10 { PageHash::detect().hash_bytes(&[7; 4096]) } else { 0 }));
+    writer.finish(&ram, &contents, TAIL_BYTES, &facts()).unwrap();
+    assert_eq!(file.metadata().unwrap().blocks() * 512, 2 << 12);
+    let bytes = fs::read(folder.0.join("vm/blocks/00-ram.ram")).unwrap();
+    let expected = |page| [(10, 7), (20, 8)].into_iter().find(|(at, _)| *at == page).map_or(0, |(_, value)| value);
+    assert!(bytes.chunks(4096).enumerate().all(|(page, bytes)| bytes.iter().all(|byte| *byte == expected(page))));
 }
 
 /// A manifest without a store.

@@ -1,18 +1,22 @@
 //! Builds a store beside its place, and puts it there when it is whole and on the disk.
 
-use std::ffi::OsString;
+use std::ffi::{CString, OsString};
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
-use pageferry::RamBlock;
+use pageferry::digest::Contents;
 use pageferry::memory::{BLOCKS_MAX, Initial};
 use pageferry::sys::random::random_16;
 use pageferry::sys::rename::exchange;
 use pageferry::units::PageSize;
+use pageferry::{Ram, RamBlock};
 
+use super::leftovers::{PARTIAL, REPLACED, claim, leftovers};
 use super::manifest::{BlockEntry, Counters, FORMAT, Manifest, TailEntry, VERSION};
 use super::names::block_path;
 use super::reader::is_store;
@@ -36,6 +40,8 @@ pub struct Facts {
 /// What became of a store.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Stored {
+    /// How long it took to hash the RAM blocks.
+    pub digest: Duration,
     /// How long the disk took: no part of what the migration takes.
     pub fsync: Duration,
     /// Bytes of all RAM blocks together, holes included.
@@ -48,8 +54,10 @@ pub struct Writer {
     /// The name it is to have, with links followed: a link stays one.
     destination: PathBuf,
     partial: PathBuf,
-    /// Opened at the beginning: what cannot be synced in the end should not begin.
+    /// Synced at the beginning: where that cannot be done in the end nothing should begin.
     parent: File,
+    /// The folder, locked for as long as this is here.
+    _claim: File,
     force: bool,
     blocks: Vec<Block>,
     landed: bool,
@@ -85,15 +93,31 @@ impl Writer {
         };
         let folder = destination.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let parent = File::open(folder).map_err(|e| sentence("open", folder, &e))?;
+        parent.sync_all().map_err(|e| sentence("have on the disk", folder, &e))?;
         check_mount(&destination, &parent)?;
+        for left in leftovers(folder, name) {
+            complain(format_args!("warning: {left}"));
+        }
         let number = random_16().map_err(|e| format!("no random number is to be had: {e}"))?;
         let mut partial = OsString::from(name);
-        partial.push(format!(".partial-{:016x}", u128::from_le_bytes(number) as u64));
+        partial.push(format!("{PARTIAL}{:016x}", u128::from_le_bytes(number) as u64));
         let partial = folder.join(partial);
         make_folder(&partial)?;
-        let writer = Writer { destination, partial, parent, force, blocks: Vec::new(), landed: false };
+        let claim = claim(&partial).map_err(|e| {
+            let _ = fs::remove_dir(&partial);
+            sentence("open", &partial, &e)
+        })?;
+        let writer = Writer { destination, partial, parent, _claim: claim, force, blocks: Vec::new(), landed: false };
         make_folder(&writer.partial.join(BLOCKS))?;
         Ok(writer)
+    }
+
+    /// All files and folders that it makes for the blocks that it has, each before those that it is in: for whoever
+    /// removes them if the process ends without a word.
+    pub fn paths(&self) -> Vec<CString> {
+        let files = self.blocks.iter().map(|block| block.entry.file.as_str()).chain([TAIL, MANIFEST, BLOCKS]);
+        let paths = files.map(|file| self.partial.join(file)).chain([self.partial.clone()]);
+        paths.filter_map(|path| CString::new(path.into_os_string().into_vec()).ok()).collect()
     }
 
     /// Makes the file of one RAM block, all of it a hole, and maps it: what is written to the block is in the store.
@@ -125,12 +149,12 @@ impl Writer {
         let block = block.map_err(|e| e.to_string())?;
         self.blocks.push(Block { entry, file });
         // Fresh, all of it a hole: nothing has to be made zero.
-        Ok(block.with_initial(Initial::Zeroed))
+        Ok(block.with_initial(Initial::Zeroed).used_once())
     }
 
-    /// Takes the digests of the blocks, to which nobody may write any more, adds the device state and the manifest, waits
-    /// until all of it is on the disk, and gives the store its name. When this returns, the store is whole, and survives
-    /// a power cut.
+    /// Takes the digests of the blocks, all of which are in `ram` and to which nobody may write any more, from `contents`,
+    /// where all that was written to them is noted; adds the device state and the manifest, waits until all of it is on
+    /// the disk, and gives the store its name. When this returns, the store is whole, and survives a power cut.
     ///
     /// A store that stood there is exchanged for this one in one step, and then removed; where the file system cannot
     /// exchange, it steps aside first, and for a moment there is none.
@@ -138,15 +162,20 @@ impl Writer {
     /// # Errors
     /// What the system has against writing; something stands in the store's place meanwhile. There is no store then, and
     /// nothing is left behind; what stood there stands there still.
-    pub fn finish(mut self, tail: &[u8], facts: &Facts) -> Result<Stored, String> {
+    pub fn finish(mut self, ram: &Ram, contents: &Contents, tail: &[u8], facts: &Facts) -> Result<Stored, String> {
         let mut fsync = Duration::ZERO;
         let tail_path = self.partial.join(TAIL);
         let tail_file = write_file(&tail_path, tail)?;
+        let begin = Instant::now();
         for block in &mut self.blocks {
             let path = self.partial.join(&block.entry.file);
-            let digest = digest::of_file_and_dig(&block.file, block.entry.bytes);
-            block.entry.digest = digest.map_err(|e| sentence("read", &path, &e))?;
+            let mapped = ram.iter().find(|(_, mapped)| mapped.name() == block.entry.name);
+            let (id, mapped) =
+                mapped.ok_or_else(|| format!("internal error: RAM has no block {:?}", block.entry.name))?;
+            digest::dig(contents, id, mapped).map_err(|e| sentence("read", &path, &e))?;
+            block.entry.digest = digest::of_noted(contents, id, mapped).map_err(|e| sentence("read", &path, &e))?;
         }
+        let digest = begin.elapsed();
         let manifest = self.manifest(tail, facts);
         manifest.check().map_err(|what| format!("the store would not be one: {what}"))?;
         let text = serde_json::to_string_pretty(&manifest).map_err(|e| format!("no manifest can be written: {e}"))?;
@@ -162,7 +191,7 @@ impl Writer {
             sync(&File::open(folder).map_err(|e| sentence("open", folder, &e))?, folder, &mut fsync)?;
         }
         self.land(&mut fsync)?;
-        Ok(Stored { fsync, bytes: manifest.ram_bytes() })
+        Ok(Stored { digest, fsync, bytes: manifest.ram_bytes() })
     }
 
     fn manifest(&self, tail: &[u8], facts: &Facts) -> Manifest {
@@ -195,7 +224,10 @@ impl Writer {
         let Err(error) = sync(&self.parent, &folder, fsync) else {
             self.landed = true;
             if let Some(old) = old {
-                if let Err(e) = fs::remove_dir_all(&old) {
+                // Somebody may have put something else there, after the last look at it.
+                if !is_store(&old) {
+                    complain(format_args!("warning: what was replaced is no store; it is at {}", old.display()));
+                } else if let Err(e) = fs::remove_dir_all(&old) {
                     complain(format_args!("warning: {}", sentence("remove the store that was replaced,", &old, &e)));
                 }
             }
@@ -226,7 +258,7 @@ impl Writer {
             Err(e) => return Err(failed(e)),
         }
         let mut aside = self.partial.clone().into_os_string();
-        aside.push("-replaced");
+        aside.push(REPLACED);
         let aside = PathBuf::from(aside);
         fs::rename(&self.destination, &aside).map_err(|e| sentence("move away", &self.destination, &e))?;
         if let Err(e) = fs::rename(&self.partial, &self.destination) {
@@ -278,12 +310,19 @@ fn look(destination: &Path, force: bool) -> Result<Occupant, String> {
 
 /// A file system of its own cannot be replaced by a folder beside it. Better now than after the last page.
 fn check_mount(destination: &Path, parent: &File) -> Result<(), String> {
-    let Ok(there) = fs::metadata(destination) else { return Ok(()) };
-    let beside = parent.metadata().map_err(|e| sentence("look beside", destination, &e))?;
-    if there.dev() == beside.dev() {
+    let Ok(there) = File::open(destination) else { return Ok(()) };
+    if place_of(&there) == place_of(parent) {
         return Ok(());
     }
     Err(format!("{0} is where a file system is mounted; name a folder in it, such as {0}/store", destination.display()))
+}
+
+/// The device and the mount that a folder is on: a folder may be mounted on another of its own device.
+fn place_of(folder: &File) -> (Option<u64>, Option<u64>) {
+    let device = folder.metadata().ok().map(|metadata| metadata.dev());
+    let about = fs::read_to_string(format!("/proc/self/fdinfo/{}", folder.as_raw_fd())).unwrap_or_default();
+    let mount = about.lines().find_map(|line| line.strip_prefix("mnt_id:"));
+    (device, mount.and_then(|number| number.trim().parse().ok()))
 }
 
 /// RAM holds keys and passwords: nobody else may read it.
