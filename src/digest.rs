@@ -24,11 +24,15 @@
 //! a barrier, whose Acquire makes everything recorded visible. Hence no ordering here is stronger than Relaxed.
 #![forbid(unsafe_code)]
 
+mod contents;
+
 use crate::sync::{AtomicU64, Ordering};
 use crate::units::{BlockId, PageSize, Round, SessionId};
 use std::collections::TryReserveError;
 use std::fmt;
 use std::ops::Range;
+
+pub use contents::{Contents, Notes};
 
 /// Bytes of guest RAM whose pages share one digest.
 pub const CHUNK_BYTES: u64 = 2 << 20;
@@ -110,8 +114,8 @@ impl DigestTable {
             Ok(Block {
                 key: block_key(session, id as u64),
                 chunk_shift,
-                entries: zeroed(shape.pages)?,
-                chunks: zeroed(shape.pages.div_ceil(1 << chunk_shift))?,
+                entries: zeroed(shape.pages, AtomicU64::new)?,
+                chunks: zeroed(shape.pages.div_ceil(1 << chunk_shift), AtomicU64::new)?,
             })
         };
         Ok(DigestTable { blocks: blocks.iter().enumerate().map(block).collect::<Result<_, _>>()? })
@@ -331,16 +335,16 @@ impl FullDigest {
 }
 
 /// `len` zeros that take no memory until they are written to.
-fn zeroed(len: u64) -> Result<Vec<AtomicU64>, TryReserveError> {
+fn zeroed<T: Clone + Default, A>(len: u64, atomic: impl Fn(T) -> A) -> Result<Vec<A>, TryReserveError> {
     let len = usize::try_from(len).unwrap_or(usize::MAX);
     // `vec!` gets its zeros from the kernel, untouched, but aborts the process where there is no room: so try first.
     // The black box keeps the compiler from leaving out an allocation that nobody uses.
-    let mut room = Vec::<u64>::new();
+    let mut room = Vec::<T>::new();
     room.try_reserve_exact(len)?;
     drop(std::hint::black_box(room));
     // Collecting reuses the allocation, and optimized, wrapping each word in an atomic is no code at all: the words
     // stay untouched. A test holds the compiler to that. (Under loom an atomic is no plain word, and this is a loop.)
-    Ok(vec![0; len].into_iter().map(AtomicU64::new).collect())
+    Ok(vec![T::default(); len].into_iter().map(atomic).collect())
 }
 
 /// What a block's hashes are keyed with: they mean nothing in another session, or for another block.

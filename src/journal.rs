@@ -57,7 +57,7 @@ pub fn free_through(journal: &mut impl Oldest, epoch: Epoch) -> bool {
 /// Takes every run that is left, oldest first: what is dirty again when the channel is gone.
 pub fn drain_runs(journal: &mut impl Oldest, mut dirty_again: impl FnMut(Run)) {
     while let Some(item) = journal.take_oldest() {
-        if let Item::Run(run) = item {
+        if let Some(run) = item.run() {
             dirty_again(run);
         }
     }

@@ -4,6 +4,7 @@
 
 use crate::dirty::runs::{Runs, count, set_range};
 use crate::dirty::{DirtyError, DirtySource};
+use crate::framing::Zeros;
 use crate::memory::{Ram, RamBlock};
 use crate::memory::presence::PresenceMap;
 use crate::units::{BlockId, Run};
@@ -37,10 +38,12 @@ pub enum Which {
 #[derive(Debug)]
 pub struct Scanner {
     presence: PresenceMap,
-    /// Blocks of which every page is shipped, also if nobody has ever touched it.
-    whole: Vec<BlockId>,
+    /// What becomes of pages that nobody has ever touched, for each block.
+    untouched: Vec<Zeros>,
     /// The chunk that was harvested last.
     words: Vec<u64>,
+    /// Its pages that nobody has ever touched and that are to be named.
+    named: Vec<u64>,
     /// Everything taken from the dirty source since it was armed: it is given back if the migration fails.
     taken: Vec<Vec<u64>>,
     /// What the last rounds found, for each block.
@@ -81,8 +84,9 @@ impl Scanner {
         };
         Scanner {
             presence: PresenceMap::new(ram),
-            whole: Vec::new(),
+            untouched: vec![Zeros::LeftOut; ram.blocks().len()],
             words: vec![0; CHUNK_WORDS],
+            named: vec![0; CHUNK_WORDS],
             taken: ram.blocks().iter().map(bits).collect(),
             past: ram.blocks().iter().map(past).collect(),
             keeps_back: false,
@@ -94,9 +98,9 @@ impl Scanner {
         }
     }
 
-    /// Also ships the pages that nobody has ever touched, of blocks of which this is not true.
-    pub fn looking(mut self, ram: &Ram, skips: impl Fn(&RamBlock) -> bool) -> Scanner {
-        self.whole = ram.iter().filter(|(_, block)| !skips(block)).map(|(id, _)| id).collect();
+    /// Treats pages that nobody has ever touched as the wire wants it; left to itself, it leaves them out.
+    pub fn treating(mut self, ram: &Ram, untouched: impl Fn(&RamBlock) -> Zeros) -> Scanner {
+        self.untouched = ram.blocks().iter().map(untouched).collect();
         self
     }
 
@@ -131,6 +135,8 @@ impl Scanner {
     pub fn harvest(&mut self, ram: &Ram, dirty: &mut dyn DirtySource, chunk: Chunk, which: Which) -> Option<DirtyError> {
         let words = &mut self.words[..chunk.pages.div_ceil(64) as usize];
         words.fill(0);
+        let named = &mut self.named[..words.len()];
+        named.fill(0);
         let failed = dirty.harvest(chunk.block, chunk.first, words).err();
         if failed.is_some() {
             fill_ones(words, chunk.pages);
@@ -141,11 +147,17 @@ impl Scanner {
             fill_ones(words, chunk.pages);
             // Asked after the harvest: a page that comes into being later is dirty, and goes with the next round.
             // An error leaves the bits set that it could not decide on: they count as present.
-            if !self.whole.contains(&chunk.block) {
+            let untouched = self.untouched[usize::from(chunk.block.0)];
+            if untouched != Zeros::Data {
                 let _ = self.presence.keep_present(chunk.block, chunk.first, words);
             }
-            let bytes = ram.block(chunk.block).map_or(0, |b| b.page_size().bytes());
-            self.untouched_bytes += (chunk.pages - count(words)) * bytes;
+            if untouched == Zeros::Named {
+                fill_ones(named, chunk.pages);
+                named.iter_mut().zip(&*words).for_each(|(named, present)| *named &= !present);
+            } else {
+                let bytes = ram.block(chunk.block).map_or(0, |b| b.page_size().bytes());
+                self.untouched_bytes += (chunk.pages - count(words)) * bytes;
+            }
         } else {
             let (past, at) = (&mut self.past[usize::from(chunk.block.0)], (chunk.first / 64) as usize);
             if self.keeps_back {
@@ -163,12 +175,12 @@ impl Scanner {
     /// The runs of the chunk that was harvested last, as long as they are: whoever batches them cuts them.
     #[inline]
     pub fn runs(&self, chunk: Chunk) -> impl Iterator<Item = Run> + '_ {
-        let words = chunk.pages.div_ceil(64) as usize;
-        Runs::new(&self.words[..words], chunk.first, CHUNK_PAGES as u32).map(move |(first, pages)| Run {
-            block: chunk.block,
-            first,
-            pages,
-        })
+        runs_of(&self.words, chunk)
+    }
+
+    /// The runs of its pages that nobody has ever touched and that are to be named: in round 0, if the wire wants it.
+    pub fn untouched_runs(&self, chunk: Chunk) -> impl Iterator<Item = Run> + '_ {
+        runs_of(&self.named, chunk)
     }
 
     /// Takes back runs of pages that were harvested and handed out, and went nowhere: the next round has them.
@@ -261,6 +273,12 @@ fn note_taken(taken: &mut [u64], words: &[u64]) {
             taken.iter_mut().zip(words).for_each(|(taken, word)| *taken |= word);
         }
     }
+}
+
+fn runs_of(words: &[u64], chunk: Chunk) -> impl Iterator<Item = Run> + '_ {
+    let words = &words[..chunk.pages.div_ceil(64) as usize];
+    let block = chunk.block;
+    Runs::new(words, chunk.first, CHUNK_PAGES as u32).map(move |(first, pages)| Run { block, first, pages })
 }
 
 /// All of RAM in chunks, block after block.

@@ -112,6 +112,8 @@ impl Run {
 pub enum Item {
     /// Pages to ship.
     Run(Run),
+    /// Pages that nobody has ever touched, for a wire that names them: they are zeros, and need no look.
+    Untouched(Run),
     /// The round has ended on this channel.
     RoundEnd(Round),
     /// The epoch has ended on this channel.
@@ -119,10 +121,10 @@ pub enum Item {
 }
 
 impl Item {
-    /// The run, if it is one.
+    /// The run, if it is one, touched or not.
     pub fn run(self) -> Option<Run> {
         match self {
-            Item::Run(run) => Some(run),
+            Item::Run(run) | Item::Untouched(run) => Some(run),
             Item::RoundEnd(_) | Item::Flush(_) => None,
         }
     }

@@ -2,6 +2,7 @@
 //! The two roles a channel's worker can have: [`send::SendRole`] at the source, [`recv::RecvRole`] (a *lane*) at the
 //! target. What they share with every other worker is in [`crate::crew`].
 
+pub mod records;
 pub mod recv;
 pub mod send;
 pub mod zero_copy;

@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use crate::barrier::Barrier;
 use crate::bell::{Park, Ringer, Wake};
+use crate::channel::records::{Recording, Records};
 use crate::channel::{ChannelError, ShutDown};
 use crate::crew::{Cx, Interrupt, Role};
-use crate::digest::DigestTable;
 use crate::dirty::bitmap::DirtyBitmap;
 use crate::framing::Garbled;
 use crate::framing::read::{Mark, Packet, PacketReader, Payload};
@@ -51,8 +51,8 @@ pub struct RecvGear {
     pub named: DirtyBitmap,
     /// How pages are hashed, where digests are kept.
     pub look: Look,
-    /// Digests of what lands, where they are kept.
-    pub digests: Option<Arc<DigestTable>>,
+    /// Where the hashes of what lands go.
+    pub records: Records,
     /// Where the lanes meet between rounds.
     pub barrier: Arc<Barrier>,
     /// Whom to tell of marks.
@@ -150,7 +150,10 @@ impl RecvRole {
             }
             Payload::Packed(bytes) => {
                 self.unpack(bytes)?;
-                // A digest of it is not kept: nothing that is compressed comes with digests.
+                if self.gear.records.want_hashes() {
+                    let records = self.gear.records.of(packet.block, packet.round);
+                    Hashing { pages: data_pages(&self.runs), look: self.gear.look, records }.next(block, usize::MAX)?;
+                }
                 if packet.mark.is_none() && !self.read_header()? {
                     return Err(ChannelError::Closed { expected: "a packet" });
                 }
@@ -178,7 +181,7 @@ impl RecvRole {
     /// Makes the zero runs true. Memory in which nothing has landed reads as zeros since Setup.
     fn zeros(&self, packet: &Packet, block: &RamBlock, cx: &Cx) -> Result<(), ChannelError> {
         let id: BlockId = packet.block;
-        let mut recorder = self.gear.digests.as_ref().map(|table| table.recorder(id, packet.round));
+        let mut records = self.gear.records.of(id, packet.round);
         for run in self.runs.iter().filter(|run| run.kind == RunKind::Zero) {
             for page in run.first..run.first + u64::from(run.pages) {
                 // One entry of the table may stand for a whole block: no lane outlives its abort by that.
@@ -188,9 +191,7 @@ impl RecvRole {
                 if self.gear.landed.is_marked(id, page) && !write_zeros(block, page, 1) {
                     return Err(ChannelError::Internal("a run leaves its block"));
                 }
-                if let Some(recorder) = &mut recorder {
-                    recorder.zero(page, 1);
-                }
+                records.zeros(page, 1);
             }
         }
         Ok(())
@@ -199,12 +200,8 @@ impl RecvRole {
     /// Receives the payload, and the next header if it is expected; hashes pages as they become whole, while they are in cache.
     fn land(&mut self, packet: &Packet, block: &RamBlock) -> Result<(), ChannelError> {
         let page_bytes = block.page_size().bytes() as usize;
-        let mut pages = self.runs.iter().filter(|run| run.kind == RunKind::Data).flat_map(|run| {
-            let end = run.first + u64::from(run.pages);
-            run.first..end
-        });
-        let digests = self.gear.digests.clone();
-        let mut recorder = digests.as_ref().map(|table| table.recorder(packet.block, packet.round));
+        let records = self.gear.records.clone();
+        let mut hashing = Hashing { pages: data_pages(&self.runs), look: self.gear.look, records: records.of(packet.block, packet.round) };
         let mut hashed = 0;
         while !self.scatter.is_complete() {
             let n = self.gear.stream.receive(&mut self.scatter).map_err(receiving)?;
@@ -214,11 +211,8 @@ impl RecvRole {
             add(&self.gear.progress.cells(self.gear.channel.0.into()).wire_bytes, n as u64);
             add(&self.gear.progress.cells(self.gear.channel.0.into()).syscalls, 1);
             let whole = self.scatter.landed() / page_bytes;
-            if let Some(recorder) = &mut recorder {
-                for page in pages.by_ref().take(whole - hashed) {
-                    let hash = self.gear.look.hash_at(block, page);
-                    recorder.page(page, hash.ok_or(ChannelError::Internal("a run leaves its block"))?);
-                }
+            if records.want_hashes() {
+                hashing.next(block, whole - hashed)?;
             }
             hashed = whole;
             if !self.scatter.is_complete() && !self.scatter.header().is_empty() {
@@ -293,6 +287,30 @@ impl RecvRole {
             add(&self.cells().syscalls, 1);
         }
     }
+}
+
+/// Hashes the pages of a packet in the order in which they come.
+struct Hashing<'a, P> {
+    pages: P,
+    look: Look,
+    records: Recording<'a>,
+}
+
+impl<P: Iterator<Item = u64>> Hashing<'_, P> {
+    /// The next ones, which are whole.
+    fn next(&mut self, block: &RamBlock, pages: usize) -> Result<(), ChannelError> {
+        for page in self.pages.by_ref().take(pages) {
+            let hash = self.look.hash_at(block, page).ok_or(ChannelError::Internal("a run leaves its block"))?;
+            self.records.data(page, hash);
+        }
+        Ok(())
+    }
+}
+
+/// The pages of a packet that come as data.
+fn data_pages(runs: &[RunEntry]) -> impl Iterator<Item = u64> {
+    let is_data = |run: &&RunEntry| run.kind == RunKind::Data;
+    runs.iter().filter(is_data).flat_map(|run| run.first..run.first + u64::from(run.pages))
 }
 
 fn receiving(source: std::io::Error) -> ChannelError {

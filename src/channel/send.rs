@@ -6,11 +6,11 @@ use std::time::Instant;
 
 use crate::barrier::Barrier;
 use crate::bell::{Ringer, Wake};
+use crate::channel::records::Records;
 use crate::channel::zero_copy::ByReference;
 use crate::channel::{ChannelError, ShutDown};
 use crate::config::WhyCopied;
 use crate::crew::{Cx, Interrupt, Role};
-use crate::digest::DigestTable;
 use crate::framing::{Garbled, PacketWriter, Place, Room, Zeros};
 use crate::poll::PollSleeper;
 use crate::memory::gather::Gather;
@@ -18,6 +18,7 @@ use crate::memory::look::{Look, Seen};
 use crate::memory::Ram;
 use crate::progress::{Progress, add};
 use crate::ring::{Consumer, Producer};
+use crate::sync::AtomicUsize;
 use crate::sync::Ordering::Relaxed;
 use crate::net::Stream;
 use crate::units::{BlockId, ChannelId, Epoch, Item, Round, Run};
@@ -38,6 +39,7 @@ pub struct SendRole {
     ended: Option<Round>,
     /// Rounds whose end this worker has sent, and of whose pages the kernel needs none any more: how the controller learns that rings and hands are empty.
     sent: Arc<Barrier>,
+    begun: Arc<AtomicUsize>,
     controller: Ringer<PollSleeper>,
     /// The controller is rung when no more than this is queued: often enough to keep the link busy, not once a batch.
     low_water_bytes: u64,
@@ -77,10 +79,12 @@ pub struct SendGear {
     pub ram: Ram,
     /// How pages are looked at.
     pub look: Look,
-    /// Digests of what is sent, where they are kept.
-    pub digests: Option<Arc<DigestTable>>,
+    /// Where the hashes of what is sent go.
+    pub records: Records,
     /// Where sent rounds are published.
     pub sent: Arc<Barrier>,
+    /// How many workers have sent what comes first on their connections.
+    pub begun: Arc<AtomicUsize>,
     /// Whom to ring when there is room again.
     pub controller: Ringer<PollSleeper>,
     /// Payload bytes after which a batch is sent.
@@ -107,7 +111,7 @@ const UNSENT_BYTES_MAX: u32 = 192 << 10;
 impl SendRole {
     /// A worker that is ready to start.
     pub fn new(gear: SendGear) -> SendRole {
-        let SendGear { channel, mut stream, by_reference, ring, journal, packets, ram, look, digests, .. } = gear;
+        let SendGear { channel, mut stream, by_reference, ring, journal, packets, ram, look, records, .. } = gear;
         stream.make_room_for_pages();
         let socket = stream.socket();
         socket.set_unsent_max(UNSENT_BYTES_MAX);
@@ -126,8 +130,8 @@ impl SendRole {
             zeros: Zeros::Named,
             room: Room { payload_bytes: gear.batch_bytes.min(room.payload_bytes), ..room },
         };
-        let eyes = Eyes { ram, look, digests };
-        let (sent, controller, takes_turns) = (gear.sent, gear.controller, gear.takes_turns);
+        let eyes = Eyes { ram, look, records };
+        let (sent, begun, controller, takes_turns) = (gear.sent, gear.begun, gear.controller, gear.takes_turns);
         let (low_water_bytes, progress) = (gear.low_water_bytes, gear.progress);
         let (round, epoch) = (gear.round, gear.epoch);
         SendRole {
@@ -141,6 +145,7 @@ impl SendRole {
             by_reference,
             ended: None,
             sent,
+            begun,
             controller,
             low_water_bytes,
             takes_turns,
@@ -153,6 +158,11 @@ impl SendRole {
     fn work(&mut self, cx: &mut Cx) -> Result<(), ChannelError> {
         let head_len = self.packets.begin(&mut self.batch.packet);
         self.send(head_len)?;
+        // Relaxed: it says that a call has been made, and no memory hangs on it.
+        self.begun.fetch_add(1, Relaxed);
+        if self.journal.is_none() {
+            self.ring_controller();
+        }
         loop {
             if cx.bell().aborted() {
                 return Err(ChannelError::Aborted);
@@ -209,7 +219,11 @@ impl SendRole {
             journal.push(item).map_err(|_| ChannelError::Internal("the journal is full"))?;
         }
         match item {
-            Item::Run(run) => self.batch.add(&self.eyes, &*self.packets, run, self.round).map(|()| None),
+            Item::Run(run) => self.batch.add(&self.eyes, &*self.packets, Piece::new(run, self.round)).map(|()| None),
+            Item::Untouched(run) => {
+                let piece = Piece { untouched: true, ..Piece::new(run, self.round) };
+                self.batch.add(&self.eyes, &*self.packets, piece).map(|()| None)
+            }
             mark => Ok(Some(mark)),
         }
     }
@@ -247,7 +261,7 @@ impl SendRole {
                 }
             }
             Item::Flush(epoch) => self.epoch = Epoch(epoch.0 + 1),
-            Item::Run(_) => return Err(ChannelError::Internal("a run is no mark")),
+            Item::Run(_) | Item::Untouched(_) => return Err(ChannelError::Internal("a run is no mark")),
         }
         Ok(())
     }
@@ -350,7 +364,7 @@ struct Batch {
     table: Vec<RunEntry>,
     block: BlockId,
     /// What did not fit: it opens the next batch.
-    rest: Option<(Run, Round)>,
+    rest: Option<Piece>,
     /// Guest bytes in the batch, zeros included.
     bytes: u64,
     pages: u64,
@@ -360,12 +374,27 @@ struct Batch {
     room: Room,
 }
 
+/// What is to be added to a batch, or is left of it.
+#[derive(Clone, Copy, Debug)]
+struct Piece {
+    run: Run,
+    round: Round,
+    /// Its pages are known to be zeros.
+    untouched: bool,
+}
+
+impl Piece {
+    fn new(run: Run, round: Round) -> Piece {
+        Piece { run, round, untouched: false }
+    }
+}
+
 /// What a worker looks at pages with.
 #[derive(Debug)]
 struct Eyes {
     ram: Ram,
     look: Look,
-    digests: Option<Arc<DigestTable>>,
+    records: Records,
 }
 
 impl Eyes {
@@ -403,43 +432,61 @@ impl Batch {
 
     fn continue_rest(&mut self, eyes: &Eyes, packets: &dyn PacketWriter) -> Result<(), ChannelError> {
         match self.rest.take() {
-            Some((run, round)) => self.add(eyes, packets, run, round),
+            Some(piece) => self.add(eyes, packets, piece),
             None => Ok(()),
         }
     }
 
-    /// Adds a run, page by page, until the batch is full or belongs to another block; the rest waits.
-    fn add(&mut self, eyes: &Eyes, packets: &dyn PacketWriter, run: Run, round: Round) -> Result<(), ChannelError> {
+    /// Adds a piece, page by page, until the batch is full or belongs to another block; the rest waits.
+    fn add(&mut self, eyes: &Eyes, packets: &dyn PacketWriter, piece: Piece) -> Result<(), ChannelError> {
+        let Piece { run, round, untouched } = piece;
         if self.pages > 0 && self.block != run.block {
-            self.rest = Some((run, round));
+            self.rest = Some(piece);
             return Ok(());
         }
         self.block = run.block;
         self.zeros = packets.zeros(run.block, round);
-        let taken = self.add_pages(eyes, &run, round)?;
+        let taken = match untouched && self.zeros == Zeros::Named {
+            true => self.add_untouched(eyes, &run, round)?,
+            false => self.add_pages(eyes, &run, round)?,
+        };
         if taken < run.pages {
             let left = Run { first: run.first + u64::from(taken), pages: run.pages - taken, ..run };
-            self.rest = Some((left, round));
+            self.rest = Some(Piece { run: left, ..piece });
         }
         Ok(())
+    }
+
+    /// How many pages found room that are zeros, and are named without a look.
+    fn add_untouched(&mut self, eyes: &Eyes, run: &Run, round: Round) -> Result<u32, ChannelError> {
+        if self.was_full() {
+            return Ok(0);
+        }
+        let block = eyes.ram.block(run.block).ok_or(ChannelError::Internal("a run names no block"))?;
+        let room = (self.room.pages - self.pages).min(ZERO_PAGES_PER_PACKET_MAX - self.zero_pages);
+        let pages = u64::from(run.pages).min(room);
+        eyes.records.of(run.block, round).zeros(run.first, pages as u32);
+        self.bytes += pages * block.page_size().bytes();
+        self.pages += pages;
+        self.zero_pages += pages;
+        self.table.push(RunEntry { first: run.first, pages: pages as u32, kind: RunKind::Zero });
+        Ok(pages as u32)
     }
 
     /// How many pages of the run found room.
     fn add_pages(&mut self, eyes: &Eyes, run: &Run, round: Round) -> Result<u32, ChannelError> {
         let block = eyes.ram.block(run.block).ok_or(ChannelError::Internal("a run names no block"))?;
         let page_bytes = block.page_size().bytes();
-        let mut recorder = eyes.digests.as_ref().map(|table| table.recorder(run.block, round));
+        let mut records = eyes.records.of(run.block, round);
         for taken in 0..run.pages {
             if self.was_full() {
                 return Ok(taken);
             }
             let page = run.first + u64::from(taken);
             let seen = eyes.look.at(block, page).ok_or(ChannelError::Internal("a run leaves its block"))?;
-            if let Some(recorder) = &mut recorder {
-                match seen {
-                    Seen::Zero => recorder.zero(page, 1),
-                    Seen::Data(hash) => recorder.page(page, hash),
-                }
+            match seen {
+                Seen::Zero => records.zeros(page, 1),
+                Seen::Data(hash) => records.data(page, hash),
             }
             self.bytes += page_bytes;
             self.pages += 1;

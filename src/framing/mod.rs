@@ -55,11 +55,12 @@ pub trait Framing: fmt::Debug + Send + Sync {
     /// lost, and a session resumed.
     fn mends(&self) -> bool;
 
-    /// Whether pages of this block that nobody has ever touched need not travel: the target's are zero before anything
-    /// comes.
-    fn skips_untouched(&self, block: &RamBlock) -> bool {
+    /// What becomes of pages of this block that nobody has ever touched. [`Zeros::LeftOut`] if the target's are known to be
+    /// zero before anything comes; [`Zeros::Named`] costs an entry of a table and no look at them, and [`Zeros::Data`] a
+    /// look, which may bring them into being.
+    fn untouched(&self, block: &RamBlock) -> Zeros {
         let _ = block;
-        true
+        Zeros::LeftOut
     }
 
     /// The control connection at a source.

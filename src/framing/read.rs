@@ -70,7 +70,8 @@ pub enum Payload {
     None,
     /// So many bytes of pages, as they are.
     Plain(u64),
-    /// So many bytes, from which [`PacketReader::unpack`] makes all pages of the data runs.
+    /// So many bytes, from which [`PacketReader::unpack`] makes all pages of the data runs. They are held in memory, as are
+    /// these pages: a reader bounds both.
     Packed(usize),
 }
 

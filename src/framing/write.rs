@@ -129,7 +129,7 @@ impl PacketWriter for NativeWriter {
         let header = match mark {
             Item::RoundEnd(round) => PacketHeader::round_end(round, at.epoch, self.sequence),
             Item::Flush(epoch) => PacketHeader::flush(epoch, at.round, self.sequence),
-            Item::Run(_) => return Err(Garbled("a run is no mark".to_owned())),
+            Item::Run(_) | Item::Untouched(_) => return Err(Garbled("a run is no mark".to_owned())),
         };
         self.put(&header, &[], packet)
     }

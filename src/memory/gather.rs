@@ -157,9 +157,12 @@ impl Gather {
         copied
     }
 
-    /// Copies the payload, and forgets it: `into` has its length.
-    #[cfg(feature = "qemu")]
-    pub(crate) fn take_payload(&mut self, into: &mut [u8]) {
+    /// Copies the payload, and forgets it: for a wire that sends something else in its place, from the header buffer. Guest
+    /// RAM does not lie still meanwhile: what is torn is dirty, and travels again.
+    ///
+    /// # Panics
+    /// If `into` has not the length of the payload.
+    pub fn take_payload(&mut self, into: &mut [u8]) {
         assert_eq!(into.len(), self.payload_bytes);
         self.begin(0);
         self.copy_some(into);

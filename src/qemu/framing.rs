@@ -7,7 +7,7 @@ use super::source::{Sending, is_firmware};
 use super::target::{QemuReader, TargetDialogue};
 use super::wire::{COMMON_BYTES, INIT_BYTES, InitPacket, MAIN_MAGIC, packet_kind};
 use crate::framing::read::PacketReader;
-use crate::framing::{Dialogue, Framing, Garbled, PacketWriter};
+use crate::framing::{Dialogue, Framing, Garbled, PacketWriter, Zeros};
 use crate::memory::{Ram, RamBlock};
 use crate::units::{ChannelId, FIRST_GENERATION, SessionId};
 use crate::wire::control::{BlockInfo, SourceFrame, TargetFrame};
@@ -107,8 +107,8 @@ impl Framing for Qemu {
         false
     }
 
-    fn skips_untouched(&self, block: &RamBlock) -> bool {
-        !is_firmware(block)
+    fn untouched(&self, block: &RamBlock) -> Zeros {
+        if is_firmware(block) { Zeros::Data } else { Zeros::Named }
     }
 
     fn at_source(&self) -> Box<dyn Dialogue<SourceFrame, TargetFrame>> {

@@ -9,7 +9,7 @@ use crossbeam_queue::SegQueue;
 
 use crate::bell::Bell;
 use crate::config::{CrewOptions, WhyCopied};
-use crate::digest::DigestTable;
+use crate::channel::records::Records;
 use crate::dirty::DirtySource;
 use crate::error::{Failure, Outcome};
 use crate::gate::Gate;
@@ -47,7 +47,7 @@ pub(super) struct Driver<'a> {
     pub lanes: Option<Lanes>,
     /// Where pages travel on the control connection: how they get there.
     pub pipe: Option<Pipe>,
-    pub digests: Option<Arc<DigestTable>>,
+    pub records: Records,
     pub dirty: &'a mut dyn DirtySource,
     pub armed: bool,
     pub armed_at: Instant,
@@ -80,6 +80,8 @@ pub(super) struct Driver<'a> {
     pub pace: Option<Pace>,
     /// The round of which the control connection is to say that it begins, as soon as all of those before it are out.
     pub begins: Option<Round>,
+    /// The last round of which that has been asked for.
+    pub begun: Option<Round>,
     /// Whether a round is being shipped while the guest runs.
     pub in_round: bool,
     /// Whether what is on its way to the target is waited for.
@@ -130,7 +132,7 @@ pub(super) fn migrate(source: Source, dirty: &mut dyn DirtySource, guest: &mut d
         greeted: !settings.framing.answers_hello(),
         lanes: None,
         pipe: None,
-        digests: None,
+        records: Records { digests: None, contents: settings.contents.clone() },
         dirty,
         armed: false,
         armed_at: begun,
@@ -156,6 +158,7 @@ pub(super) fn migrate(source: Source, dirty: &mut dyn DirtySource, guest: &mut d
         dirty_rate: 0,
         pace: None,
         begins: None,
+        begun: None,
         in_round: false,
         draining: false,
         wake_at: None,
@@ -450,7 +453,7 @@ impl Driver<'_> {
 
     /// The chunks of a block in which source and target differ; none where that is not known.
     fn find_damage(&self, block: BlockId, peer: &[u64]) -> Vec<u32> {
-        match &self.digests {
+        match &self.records.digests {
             Some(table) if !peer.is_empty() => {
                 table.differing_chunks(block, peer).map(|chunk| chunk as u32).collect()
             }

@@ -49,6 +49,13 @@ impl Driver<'_> {
                 self.ship_what_came_back()?;
                 continue;
             }
+            if self.records.contents.is_some() {
+                let (alive, objection) = self.beside("sent", |_| Ok(()), || guest.sent());
+                alive?;
+                if let Err(e) = objection {
+                    return self.fail(Failure::Hook { hook: "sent", reason: e.to_string() }).map(|()| Attempt::Withdrawn);
+                }
+            }
             self.gauge.forget_ping();
             self.progress.stage(Stage::HandOver);
             self.event(SourceEvent::Drained(facts))?;
@@ -178,7 +185,7 @@ impl Driver<'_> {
     fn facts(&mut self) -> Result<Facts, Over> {
         let mut facts =
             Facts { state_bytes: self.state_bytes, state_crc: self.state_crc.finish(), ..Facts::default() };
-        if let Some(table) = &self.digests {
+        if let Some(table) = &self.records.digests {
             facts.block_digests = self.ram.iter().map(|(id, _)| table.block_digest(id)).collect();
         }
         if self.settings.verify == Verify::Full {

@@ -7,11 +7,11 @@ use std::sync::Arc;
 use crate::barrier::Barrier;
 use crate::bell::{Close, Park, Ringer};
 use crate::channel::ChannelError;
+use crate::channel::records::Records;
 use crate::channel::send::{SendEnd, SendGear, SendRole};
 use crate::channel::zero_copy::ByReference;
 use crate::config::{CrewOptions, Peer, Placement, WhyCopied};
 use crate::crew::{Crew, Exit, Launch};
-use crate::digest::DigestTable;
 use crate::error::Failure;
 use crate::journal;
 use crate::memory::Ram;
@@ -21,6 +21,8 @@ use crate::poll::PollSleeper;
 use crate::progress::Progress;
 use crate::ring::{Consumer, Producer, ring};
 use crate::source::Settings;
+use crate::sync::AtomicUsize;
+use crate::sync::Ordering::Relaxed;
 use crate::units::{ChannelId, Epoch, Item, Round, Run};
 
 /// Runs in one ring at the most: as many single pages as [`super::QUEUE_BYTES`] holds, and marks.
@@ -39,7 +41,7 @@ pub(super) struct Kit<'a> {
     pub ram: &'a Ram,
     pub settings: &'a Settings,
     pub options: &'a CrewOptions,
-    pub digests: Option<&'a Arc<DigestTable>>,
+    pub records: &'a Records,
     pub controller: &'a Ringer<PollSleeper>,
     pub progress: &'a Progress,
 }
@@ -49,6 +51,8 @@ pub(super) struct Lanes {
     channels: Vec<Channel>,
     /// How far each worker has sent; those of no use are out of it.
     sent: Arc<Barrier>,
+    /// How many workers have sent what comes first on their connections.
+    begun: Arc<AtomicUsize>,
     place: Placement,
     queue_bytes: u64,
     /// The ring that was filled last: of several that are equally empty the next one is taken, so that few runs reach
@@ -102,6 +106,7 @@ impl Lanes {
         let mut lanes = Lanes {
             channels: (0..count).map(|_| Channel::default()).collect(),
             sent: Arc::new(Barrier::new(count)),
+            begun: Arc::default(),
             place: kit.options.place(count, peer)?,
             queue_bytes: kit.settings.queue_bytes,
             last: count - 1,
@@ -143,9 +148,10 @@ impl Lanes {
             journal: mends.then_some(journal_in),
             packets,
             ram: kit.ram.clone(),
-            look: Look::new(kit.digests.is_some(), kit.settings.zero_test),
-            digests: kit.digests.cloned(),
+            look: Look::new(kit.records.want_hashes(), kit.settings.zero_test),
+            records: kit.records.clone(),
             sent: self.sent.clone(),
+            begun: self.begun.clone(),
             controller: kit.controller.clone(),
             batch_bytes: kit.settings.batch_bytes,
             low_water_bytes: kit.settings.queue_bytes / 2,
@@ -300,14 +306,24 @@ impl Lanes {
         }
     }
 
+    /// Whether as many workers as there are channels have sent what comes first on their connections.
+    pub fn all_have_begun(&self) -> bool {
+        self.begun.load(Relaxed) >= self.channels.len()
+    }
+
     /// Whether every worker has sent the end of this round: then all rings and hands are empty of it.
     pub fn all_sent(&self, round: Round) -> bool {
         self.sent.may_go(round)
     }
 
+    /// Of how many rounds this worker has sent the end.
+    pub fn rounds_sent(&self, index: usize) -> u64 {
+        self.sent.passed(index).count()
+    }
+
     /// Whether this worker has sent the end of all rounds before this one.
     pub fn has_sent_before(&self, index: usize, round: Round) -> bool {
-        self.sent.passed(index).count() >= u64::from(round.0)
+        self.rounds_sent(index) >= u64::from(round.0)
     }
 
     /// A worker that has ended since this was last asked, why, and whether another connection would not help.

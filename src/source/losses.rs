@@ -59,7 +59,7 @@ impl Driver<'_> {
 
     /// These chunks travel again.
     pub fn ship_again(&mut self, block: BlockId, chunks: &[u32]) {
-        let Some(table) = &self.digests else { return };
+        let Some(table) = &self.records.digests else { return };
         let mut bytes = 0;
         for chunk in chunks {
             let pages = table.chunk_pages(block, *chunk as usize);

@@ -28,6 +28,7 @@ use std::time::Duration;
 use crate::bell::Bell;
 use crate::cancel::CancelHandle;
 use crate::config::{CrewOptions, Pin, Timeouts, WhyCopied, YEAR, ZeroCopy};
+use crate::digest::Contents;
 use crate::crew::{Spawn, StartHook};
 use crate::dirty::DirtySource;
 use crate::error::{Failure, HookError, Outcome};
@@ -81,6 +82,16 @@ pub trait Guest {
     /// # Errors
     /// The guest is resumed here; the migration fails.
     fn save_state(&mut self, out: &mut StateWriter) -> Result<(), HookError>;
+
+    /// The guest stands still, and all of its RAM and state has been sent, but not the word that it is complete: the last
+    /// moment to object. Called only where [`SourceBuilder::contents`] keeps hashes, which are settled now; once an attempt
+    /// to hand over, or once more where channels are lost.
+    ///
+    /// # Errors
+    /// The guest is resumed here; the migration fails.
+    fn sent(&mut self) -> Result<(), HookError> {
+        Ok(())
+    }
 }
 
 /// How a migration ended, and what it took.
@@ -228,6 +239,7 @@ pub(crate) struct Settings {
     pub timeouts: Timeouts,
     /// For how long the session is kept when all connections are lost; zero is not at all.
     pub resume_window: Duration,
+    pub contents: Option<Arc<Contents>>,
     /// Bytes a second before the pause; 0 is no limit.
     pub bandwidth_max: u64,
     pub batch_bytes: usize,
@@ -282,6 +294,13 @@ impl SourceBuilder {
     /// Which digests guard the migration; [`Verify::Wire`] unless told otherwise.
     pub fn verify(mut self, verify: Verify) -> Self {
         self.settings.verify = verify;
+        self
+    }
+
+    /// Keeps the hash of each page that is sent, of these blocks: for [`Guest::sent`], where the guest's RAM ought to be
+    /// something that is known. A hash costs a look at the page, which the zero test has put into the cache.
+    pub fn contents(mut self, contents: Arc<Contents>) -> Self {
+        self.settings.contents = Some(contents);
         self
     }
 
@@ -501,6 +520,7 @@ impl Source {
             limits: Limits::default(),
             timeouts: Timeouts::default(),
             resume_window: Duration::ZERO,
+            contents: None,
             bandwidth_max: 0,
             batch_bytes: BATCH_BYTES,
             queue_bytes: QUEUE_BYTES,

@@ -10,6 +10,7 @@ use crate::net::Stream;
 use crate::source::driver::Driver;
 use crate::source::ends::Over;
 use crate::sys::socket::Socket;
+use crate::units::Round;
 
 /// Bytes taken from the worker at once.
 const PIECE_BYTES: usize = 256 << 10;
@@ -44,13 +45,17 @@ impl Driver<'_> {
     /// Takes what the worker has for the control connection, as far as that has room.
     pub fn carry(&mut self) -> Result<(), Over> {
         let (Some(pipe), Some(control)) = (&mut self.pipe, &mut self.control) else { return Ok(()) };
+        // Asked anew: while there is no room, nobody knows.
+        pipe.dry = false;
+        if self.begins == Some(Round(0)) {
+            return Ok(()); // what comes before all pages is not out
+        }
         while control.unsent_bytes() < UNSENT_BYTES_MAX {
             // Its end is the worker's end, of which the crew knows why.
             let Ok(bytes @ 1..) = pipe.stream.recv(&mut pipe.piece) else {
                 pipe.dry = true;
                 break;
             };
-            pipe.dry = false;
             control.send_raw(&pipe.piece[..bytes]);
             // What the socket refuses is found again, by `receive`.
             if control.flush().is_err() {
@@ -63,6 +68,14 @@ impl Driver<'_> {
     /// Whether nothing was left when the worker was last asked.
     pub fn has_carried_all(&self) -> bool {
         self.pipe.as_ref().is_none_or(|pipe| pipe.dry)
+    }
+
+    /// Bytes of rounds that the control connection has not taken: pages, or what a target is told of a round. Nobody counts
+    /// them among what is left, and a paused guest would wait for them. At least one, if nobody knows. Where a target says
+    /// what has landed, they are next to nothing, and Pings are waited for.
+    pub fn owed_on_control(&self) -> u64 {
+        let unsent = self.control.as_ref().map_or(0, |control| control.unsent_bytes() as u64);
+        if self.settings.framing.mends() { 0 } else { unsent + u64::from(!self.has_carried_all()) }
     }
 
     /// Whether what the worker has may be waited for: not while there is no room for it.

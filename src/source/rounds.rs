@@ -29,6 +29,9 @@ impl Driver<'_> {
             self.in_round = true;
             self.ship_round(self.which, defer_bytes, self.settings.batch_bytes as u64)?;
             self.in_round = false;
+            // There is another one in any case, be it that of the pause: what the target is to be told of this one need not
+            // wait for that, when the guest stands still.
+            self.round_begins()?;
             self.sample_rate();
             let dirty_bytes = self.dirty_bytes()?;
             self.dirty_rate = (dirty_bytes as f64 / begun.elapsed().as_secs_f64().max(1e-3)) as u64;
@@ -48,7 +51,7 @@ impl Driver<'_> {
             let verdict = self.policy.decide(&now);
             self.set_throttle(guest, verdict.throttle);
             // What lost channels hold is not known before they are retired; without any, the rest could not be sent.
-            let ready = !self.session.awaits_retired() && self.session.live_channels() > 0;
+            let ready = !self.session.awaits_retired() && self.session.live_channels() > 0 && self.all_is_told();
             let decision = match verdict.decision {
                 Decision::SwitchOver if !ready => Decision::Wait,
                 other => other,
@@ -251,10 +254,12 @@ impl Driver<'_> {
         let harvest_time = begun.elapsed();
         let mut bytes = 0;
         let mut result = Ok(true);
-        let mut runs = scanner.runs(chunk).flat_map(|run| run.pieces(pages_max));
-        for run in runs.by_ref() {
-            batch.push(Item::Run(run));
-            bytes += u64::from(run.pages) * page_bytes;
+        let touched = scanner.runs(chunk).flat_map(|run| run.pieces(pages_max)).map(Item::Run);
+        let untouched = scanner.untouched_runs(chunk).flat_map(|run| run.pieces(pages_max)).map(Item::Untouched);
+        let mut items = touched.chain(untouched);
+        for item in items.by_ref() {
+            batch.push(item);
+            bytes += item.run().map_or(0, |run| u64::from(run.pages)) * page_bytes;
             if batch.len() == PUSH_RUNS_MAX || bytes >= batch_bytes {
                 result = self.push(batch, &mut bytes);
                 if !matches!(result, Ok(true)) {
@@ -267,7 +272,8 @@ impl Driver<'_> {
         }
         // Harvested and not pushed: kept back for the next round. Allocates, where nothing is in a hurry any more.
         let broken_off = !matches!(result, Ok(true));
-        let rest: Vec<Run> = batch.drain(..).filter_map(Item::run).chain(runs).take_while(|_| broken_off).collect();
+        let rest = batch.drain(..).chain(items).filter_map(Item::run).take_while(|_| broken_off);
+        let rest: Vec<Run> = rest.collect();
         scanner.keep_back(&rest);
         self.scanner = Some(scanner);
         result.map(|_| harvest_time)

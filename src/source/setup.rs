@@ -47,7 +47,7 @@ impl Driver<'_> {
             let shapes: Vec<_> =
                 self.ram.blocks().iter().map(|b| BlockShape { pages: b.pages(), page_size: b.page_size() }).collect();
             match DigestTable::new(self.id, &shapes) {
-                Ok(table) => self.digests = Some(Arc::new(table)),
+                Ok(table) => self.records.digests = Some(Arc::new(table)),
                 Err(e) => return self.fail(Failure::Memory(format!("no memory for the page digests: {e}"))),
             }
         }
@@ -205,7 +205,7 @@ impl Driver<'_> {
             ram: &self.ram,
             settings: &self.settings,
             options: &self.options,
-            digests: self.digests.as_ref(),
+            records: &self.records,
             controller,
             progress: &self.progress,
         }
@@ -214,7 +214,7 @@ impl Driver<'_> {
     pub fn arm(&mut self) -> Result<(), Over> {
         // Allocated before tracking begins: from then on, rounds allocate nothing.
         let framing = self.settings.framing.clone();
-        self.scanner = Some(Scanner::new(&self.ram).looking(&self.ram, |block| framing.skips_untouched(block)));
+        self.scanner = Some(Scanner::new(&self.ram).treating(&self.ram, |block| framing.untouched(block)));
         self.armed = true;
         let armed = self.dirty.arm(&self.ram);
         self.armed_at = Instant::now();

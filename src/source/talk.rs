@@ -8,6 +8,7 @@ use crate::error::Failure;
 use crate::session::source::{SourceAction, SourceEvent};
 use crate::source::driver::Driver;
 use crate::source::ends::Over;
+use crate::source::lanes::Lanes;
 use crate::units::Round;
 use crate::wire::control::{SourceFrame, TargetFrame};
 use crate::wire::hello::{HelloRole, Side};
@@ -76,19 +77,33 @@ impl Driver<'_> {
     }
 
     /// Another round begins. Where the wire has a word for it, it is said when all channels have sent the end of the round
-    /// before: a target that hears it waits for that. Not later, as it holds back what comes behind that end.
+    /// before, or what they begin with: a target that hears it waits for that, and may wait for ever where a channel was cut
+    /// off before it. Not later, as it holds back what comes behind that end.
     pub fn round_begins(&mut self) -> Result<(), Over> {
+        let round = self.session.round();
+        if self.begun == Some(round) {
+            return Ok(());
+        }
         while self.begins.is_some() {
             self.service(true)?;
         }
-        self.begins = Some(self.session.round());
+        (self.begun, self.begins) = (Some(round), Some(round));
         self.say_that_a_round_begins()
+    }
+
+    /// Whether the target has been told of all rounds that have been pushed. Where it says itself what has landed, nobody
+    /// asks.
+    pub fn all_is_told(&self) -> bool {
+        self.settings.framing.mends() || (self.begins.is_none() && self.owed_on_control() == 0)
     }
 
     pub fn say_that_a_round_begins(&mut self) -> Result<(), Over> {
         let Some(round) = self.begins else { return Ok(()) };
-        let before = round.0.checked_sub(1).map(Round).filter(|_| !self.settings.framing.mends());
-        if before.is_some_and(|before| !self.lanes.as_ref().is_some_and(|lanes| lanes.all_sent(before))) {
+        let are_ready = |lanes: &Lanes| match round.0.checked_sub(1) {
+            Some(before) => lanes.all_sent(Round(before)),
+            None => lanes.all_have_begun(),
+        };
+        if !self.settings.framing.mends() && !self.lanes.as_ref().is_some_and(are_ready) {
             return Ok(());
         }
         self.begins = None;

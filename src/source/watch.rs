@@ -77,6 +77,14 @@ impl Driver<'_> {
         let epochs_wait = !self.session.may_close_epoch() && self.session.waits_for_hook().is_none();
         let (mut all_quiet, mut sum, mut live) = (!epochs_wait, 0u64, 0);
         let mut stalled = Vec::new();
+        // What waits for the control connection holds everything up, too, when the workers have nothing left to do. Behind
+        // Commit it is the hook of the target that is waited for.
+        let owed_on_control = if self.session.is_committed() { 0 } else { self.owed_on_control() };
+        all_quiet &= owed_on_control == 0;
+        sum = sum.wrapping_add(owed_on_control);
+        // Where nobody says who is at the barrier, it is whoever has sent more rounds than another.
+        let slowest = (0..self.motion.channels.len()).map(|index| lanes.rounds_sent(index)).min().unwrap_or(0);
+        let mends = self.settings.framing.mends();
         for (index, motion) in self.motion.channels.iter_mut().enumerate() {
             let channel = ChannelId(index as u8);
             if !self.session.is_live(channel) {
@@ -99,7 +107,10 @@ impl Driver<'_> {
                 || ((self.draining || epochs_wait) && sent > landed);
             all_quiet &= !owes;
             sum = sum.wrapping_add(sent).wrapping_add(landed);
-            let at_barrier = pong.is_some_and(|pong| pong.at_barrier);
+            let at_barrier = match mends {
+                true => pong.is_some_and(|pong| pong.at_barrier),
+                false => lanes.rounds_sent(index) > slowest,
+            };
             let moved = (sent + landed).abs_diff(motion.0);
             if moved >= PROGRESS_BYTES_MIN || !owes || at_barrier {
                 *motion = (sent + landed, now);

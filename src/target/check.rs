@@ -63,7 +63,7 @@ impl Driver<'_> {
         if let Err(missing) = self.settings.framing.is_complete(&self.blocks, &named) {
             return Check::StateDiffers(missing);
         }
-        if let Some(table) = &self.digests {
+        if let Some(table) = &self.records.digests {
             if last.block_digests.len() != ram.blocks().len() {
                 return Check::StateDiffers("Final has not one digest a block".to_owned());
             }

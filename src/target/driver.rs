@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::bell::Bell;
+use crate::channel::records::Records;
 use crate::config::CrewOptions;
 use crate::digest::{BlockShape, DigestTable};
 use crate::error::{Failure, Outcome};
@@ -62,7 +63,8 @@ pub(super) struct Driver<'a> {
     pub streams: Vec<Option<(Stream, Generation)>>,
     pub lanes: Option<Lanes>,
     pub meeting: Meeting,
-    pub digests: Option<Arc<DigestTable>>,
+    /// Where the hashes of what lands go.
+    pub records: Records,
     pub state: Vec<Vec<u8>>,
     pub outcome: Option<Outcome>,
     /// Whether what landed is being compared with a Final, and a Final that came meanwhile.
@@ -111,7 +113,7 @@ pub(super) fn receive(target: Target, incoming: &mut dyn Incoming) -> (TargetRep
         streams,
         lanes: None,
         meeting: Meeting::new(),
-        digests: None,
+        records: Records::default(),
         state: Vec::new(),
         outcome: None,
         checking: false,
@@ -361,8 +363,9 @@ impl Driver<'_> {
             let shapes: Vec<_> =
                 ram.blocks().iter().map(|b| BlockShape { pages: b.pages(), page_size: b.page_size() }).collect();
             let table = DigestTable::new(self.id, &shapes).map_err(|e| format!("no memory for page digests: {e}"))?;
-            self.digests = Some(Arc::new(table));
+            self.records.digests = Some(Arc::new(table));
         }
+        self.records.contents = self.incoming.contents();
         self.streams.resize_with(setup.channels.into(), || None);
         self.blocks = setup.blocks.clone().into();
         random_16().map(InstanceId).map_err(|e| format!("no random number for the instance: {e}"))
@@ -378,7 +381,7 @@ impl Driver<'_> {
             ram: ram.clone(),
             framing: self.settings.framing.clone(),
             blocks: self.blocks.clone(),
-            digests: self.digests.clone(),
+            records: self.records.clone(),
             controller: self.bell.ringer(),
             progress: self.progress.clone(),
         };

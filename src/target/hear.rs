@@ -19,6 +19,8 @@ use crate::wire::control::SourceFrame;
 pub(super) struct Meeting {
     /// The round at whose end it waits, and whether the lanes have been told.
     held: Option<(Round, bool)>,
+    /// The round that is under way on it.
+    round: Round,
     pub data_bytes: u64,
     pub zero_bytes: u64,
     /// Bytes of all connections, and when they last became more.
@@ -27,7 +29,7 @@ pub(super) struct Meeting {
 
 impl Meeting {
     pub fn new() -> Meeting {
-        Meeting { held: None, data_bytes: 0, zero_bytes: 0, moved: (0, Instant::now()) }
+        Meeting { held: None, round: Round(0), data_bytes: 0, zero_bytes: 0, moved: (0, Instant::now()) }
     }
 }
 
@@ -44,15 +46,16 @@ impl Driver<'_> {
                 }
                 Heard::Barrier(round) => {
                     meeting.held = Some((round, false));
+                    meeting.round = Round(round.0.saturating_add(1));
                     ControlFlow::Break(())
                 }
                 Heard::Page { block, offset, bytes } => {
                     meeting.data_bytes += bytes.len() as u64;
-                    let landed = lanes.as_ref().is_some_and(|lanes| lanes.land(block, offset, bytes));
+                    let landed = lanes.as_ref().is_some_and(|lanes| lanes.land(meeting.round, block, offset, bytes));
                     stop_unless(landed, block, &mut refused)
                 }
                 Heard::Zero { block, page } => {
-                    let landed = lanes.as_ref().and_then(|lanes| lanes.land_zero(block, page));
+                    let landed = lanes.as_ref().and_then(|lanes| lanes.land_zero(meeting.round, block, page));
                     meeting.zero_bytes += landed.unwrap_or(0);
                     stop_unless(landed.is_some(), block, &mut refused)
                 }

@@ -7,10 +7,10 @@ use std::sync::Arc;
 use crate::barrier::{Barrier, LaneWord};
 use crate::bell::{Close, Park, Ringer};
 use crate::channel::ChannelError;
+use crate::channel::records::Records;
 use crate::channel::recv::{RecvEnd, RecvGear, RecvRole};
 use crate::config::{CrewOptions, Peer, Placement};
 use crate::crew::{Crew, Exit, Launch};
-use crate::digest::DigestTable;
 use crate::dirty::bitmap::DirtyBitmap;
 use crate::error::Failure;
 use crate::framing::Framing;
@@ -30,7 +30,7 @@ pub(super) struct LaneGear {
     pub ram: Ram,
     pub framing: Arc<dyn Framing>,
     pub blocks: Arc<[BlockInfo]>,
-    pub digests: Option<Arc<DigestTable>>,
+    pub records: Records,
     pub controller: Ringer<PollSleeper>,
     pub progress: Progress,
 }
@@ -80,7 +80,7 @@ impl Lanes {
         let barrier = Arc::new(Barrier::new(count + usize::from(gear.framing.control_meets())));
         let place = options.place(count, Peer::of(streams.iter().flatten().map(|stream| &**stream.socket())))?;
         let (landed, named) = (DirtyBitmap::for_ram(&gear.ram), DirtyBitmap::for_ram(&gear.ram));
-        let look = Look::new(gear.digests.is_some(), false);
+        let look = Look::new(gear.records.want_hashes(), false);
         let ids: Vec<_> = streams.iter().enumerate().filter(|(_, stream)| stream.is_some()).map(|(id, _)| id).collect();
         (0..count).filter(|id| !ids.contains(id)).for_each(|id| barrier.retire(id));
         let kit = LaneKit { gear: &gear, look, barrier: &barrier, landed: &landed, named: &named };
@@ -276,23 +276,30 @@ impl Lanes {
         self.lanes.iter().enumerate().find(is_short).map(|(index, _)| ChannelId(index as u8))
     }
 
-    /// Puts some bytes of a page where they belong. False if nothing may be written there.
-    pub fn land(&self, id: BlockId, at: u64, bytes: &[u8]) -> bool {
+    /// Puts some bytes of a page where they belong; the last ones last. False if nothing may be written there.
+    pub fn land(&self, round: Round, id: BlockId, at: u64, bytes: &[u8]) -> bool {
         let Some(block) = self.gear.ram.block(id) else { return false };
-        let page = at / block.page_size().bytes();
+        let page_bytes = block.page_size().bytes();
+        let page = at / page_bytes;
         if page >= block.pages() {
             return false;
         }
         self.named.mark_range(id, page, 1);
         self.landed.mark_range(id, page, 1);
-        write_bytes(block, at, bytes)
+        let has_landed = write_bytes(block, at, bytes);
+        let ends_page = (at + bytes.len() as u64) % page_bytes == 0;
+        if let (true, Some(hash)) = (has_landed && ends_page, self.look.hash_at(block, page)) {
+            self.gear.records.of(id, round).data(page, hash);
+        }
+        has_landed
     }
 
     /// Makes a page zero, as lanes do; how long it is. `None` if it cannot be.
-    pub fn land_zero(&self, id: BlockId, page: u64) -> Option<u64> {
+    pub fn land_zero(&self, round: Round, id: BlockId, page: u64) -> Option<u64> {
         let block = self.gear.ram.block(id).filter(|block| page < block.pages())?;
         self.named.mark_range(id, page, 1);
         let is_zero = !self.landed.is_marked(id, page) || write_zeros(block, page, 1);
+        self.gear.records.of(id, round).zeros(page, 1);
         is_zero.then_some(block.page_size().bytes())
     }
 
@@ -339,7 +346,7 @@ impl LaneKit<'_> {
             landed: self.landed.clone(),
             named: self.named.clone(),
             look: self.look,
-            digests: self.gear.digests.clone(),
+            records: self.gear.records.clone(),
             barrier: self.barrier.clone(),
             controller: self.gear.controller.clone(),
             progress: self.gear.progress.clone(),

@@ -18,6 +18,7 @@ use crate::bell::Bell;
 use crate::cancel::CancelHandle;
 use crate::config::{CrewOptions, Pin, Timeouts, YEAR};
 use crate::crew::{Spawn, StartHook};
+use crate::digest::Contents;
 use crate::error::{Failure, HookError, Outcome};
 use crate::framing::{Framing, Native};
 use crate::gate::Gate;
@@ -39,6 +40,12 @@ pub trait Incoming {
     /// # Errors
     /// The machine is refused, and the source is told why.
     fn prepare(&mut self, setup: &Setup) -> Result<Ram, HookError>;
+
+    /// Where the hash of each page goes as it lands, if that is wanted: of the blocks that `prepare` has given. Asked once,
+    /// after that.
+    fn contents(&mut self) -> Option<Arc<Contents>> {
+        None
+    }
 
     /// Takes the device state. All of RAM is there.
     ///

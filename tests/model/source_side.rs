@@ -483,7 +483,7 @@ impl World {
                     journal::free_through(&mut worker.journal, epoch);
                 }
             }
-            Item::Run(_) => {}
+            Item::Run(_) | Item::Untouched(_) => {}
         }
     }
 

@@ -6,6 +6,7 @@ mod dialogue;
 mod on_channels;
 mod on_main;
 mod opening;
+mod zeros;
 
 use std::sync::{Arc, OnceLock};
 
@@ -21,10 +22,11 @@ pub(super) use dialogue::SourceDialogue;
 use on_channels::ChannelWriter;
 use on_main::MainWriter;
 use opening::Opening;
+use zeros::ZeroPages;
 
 /// Blocks up to this size are taken for firmware, of which a destination has a copy of its own before anything comes:
-/// their pages of zeros travel as data. Of all others it holds zeros, and of a page that is zero at first it is told
-/// nothing, or only that.
+/// their pages of zeros travel as data. Of all others it holds zeros, and of a page that is zero it is told only that.
+/// It is told, though QEMU would take it without: whoever stores a machine must know that nothing of it is missing.
 const FIRMWARE_BYTES_MAX: u64 = 4 << 20;
 
 /// What a source does in one of several ways.
@@ -45,6 +47,8 @@ struct Shared {
     opening: OnceLock<Opening>,
     /// Packets so far, of all channels.
     packets: AtomicU64,
+    /// Pages of zeros that the packets of the channels have no word for; none where they have one.
+    zeros: OnceLock<ZeroPages>,
 }
 
 impl Default for Sending {

@@ -27,16 +27,16 @@ const PAGES_BYTES_MAX: usize = PACKET_PAGES_MAX * PAGE_BYTES as usize;
 #[derive(Debug)]
 pub(super) struct Known {
     pub name: Name,
-    /// What becomes of its pages of zeros at first, and later.
-    pub zeros: [Zeros; 2],
+    /// What becomes of its pages of zeros.
+    pub zeros: Zeros,
 }
 
-/// Blocks as a writer knows them, with these rules for pages of zeros: at first, and later.
-pub(super) fn known(ram: &Ram, zeros: [Zeros; 2]) -> Result<Vec<Known>, Garbled> {
+/// Blocks as a writer knows them.
+pub(super) fn known(ram: &Ram) -> Result<Vec<Known>, Garbled> {
     let known = |block: &crate::memory::RamBlock| {
         let name = Name::new(block.name());
         let name = name.ok_or_else(|| Garbled(format!("{:?} cannot be a name in QEMU's stream", block.name())))?;
-        Ok(Known { name, zeros: if is_firmware(block) { [Zeros::Data; 2] } else { zeros } })
+        Ok(Known { name, zeros: if is_firmware(block) { Zeros::Data } else { Zeros::Named } })
     };
     ram.blocks().iter().map(known).collect()
 }
@@ -59,11 +59,6 @@ pub(super) struct ChannelWriter {
 impl ChannelWriter {
     pub fn new(qemu: &Qemu, ram: &Ram) -> Result<ChannelWriter, Garbled> {
         let sending = &qemu.sending;
-        let zeros = match sending.dialect {
-            Dialect::V10_0 => [Zeros::Named; 2],
-            // Its packets have no word for them. What has not been sent yet is zero at the destination.
-            Dialect::V7_2 => [Zeros::LeftOut, Zeros::Data],
-        };
         let (deflate, copies) = match sending.compression {
             Compression::None => (None, Vec::new()),
             method => (Some(Deflate::new(method).map_err(|e| Garbled(e.to_string()))?), vec![0; PAGES_BYTES_MAX]),
@@ -73,7 +68,7 @@ impl ChannelWriter {
             dialect: sending.dialect,
             shared: sending.shared.clone(),
             seen: qemu.seen.clone(),
-            blocks: known(ram, zeros)?,
+            blocks: known(ram)?,
             compression: sending.compression,
             deflate,
             copies,
@@ -115,8 +110,8 @@ impl PacketWriter for ChannelWriter {
         }
     }
 
-    fn zeros(&self, block: BlockId, round: Round) -> Zeros {
-        self.blocks.get(usize::from(block.0)).map_or(Zeros::Data, |known| known.zeros[usize::from(round > Round(0))])
+    fn zeros(&self, block: BlockId, _: Round) -> Zeros {
+        self.blocks.get(usize::from(block.0)).map_or(Zeros::Data, |known| known.zeros)
     }
 
     fn begin(&mut self, packet: &mut Gather) -> Result<usize, Garbled> {
@@ -124,15 +119,21 @@ impl PacketWriter for ChannelWriter {
         self.sync(packet)
     }
 
-    fn pages(&mut self, _: Place, block: BlockId, table: &[RunEntry], packet: &mut Gather) -> Result<usize, Garbled> {
+    fn pages(&mut self, at: Place, block: BlockId, table: &[RunEntry], packet: &mut Gather) -> Result<usize, Garbled> {
         self.normal.clear();
         self.zero.clear();
         for entry in table {
             let offsets = (entry.first..entry.first + u64::from(entry.pages)).map(|page| page * PAGE_BYTES);
             match entry.kind {
                 RunKind::Data => self.normal.extend(offsets),
-                RunKind::Zero => self.zero.extend(offsets),
+                RunKind::Zero => match self.shared.zeros.get() {
+                    Some(zeros) => zeros.note(at.round, block, entry),
+                    None => self.zero.extend(offsets),
+                },
             }
+        }
+        if self.normal.is_empty() && self.zero.is_empty() {
+            return Ok(0);
         }
         let compressed = self.compress(packet)?;
         let Some(known) = self.blocks.get(usize::from(block.0)) else {
@@ -160,7 +161,7 @@ impl PacketWriter for ChannelWriter {
     fn mark(&mut self, _: Place, mark: Item, packet: &mut Gather) -> Result<usize, Garbled> {
         match mark {
             Item::RoundEnd(_) => self.sync(packet),
-            Item::Flush(_) | Item::Run(_) => Ok(0),
+            Item::Flush(_) | Item::Run(_) | Item::Untouched(_) => Ok(0),
         }
     }
 

@@ -36,7 +36,7 @@ impl MainWriter {
         Ok(MainWriter {
             encoder: opening.encoder.clone(),
             seen: qemu.seen.clone(),
-            blocks: known(ram, [Zeros::Named; 2])?,
+            blocks: known(ram)?,
             open: false,
             record: Vec::with_capacity(NAME_BYTES_MAX + SECTION_BYTES_MAX),
         })
@@ -75,8 +75,8 @@ impl PacketWriter for MainWriter {
         }
     }
 
-    fn zeros(&self, block: BlockId, round: Round) -> Zeros {
-        self.blocks.get(usize::from(block.0)).map_or(Zeros::Data, |known| known.zeros[usize::from(round > Round(0))])
+    fn zeros(&self, block: BlockId, _: Round) -> Zeros {
+        self.blocks.get(usize::from(block.0)).map_or(Zeros::Data, |known| known.zeros)
     }
 
     fn begin(&mut self, _: &mut Gather) -> Result<usize, Garbled> {

@@ -338,7 +338,7 @@ impl World {
                 self.epochs += 1;
                 assert!(self.epochs - self.applied <= EPOCHS_OUTSTANDING_MAX);
             }
-            SourceAction::PushMark(Item::Run(_)) => panic!("a run is no mark"),
+            SourceAction::PushMark(Item::Run(_) | Item::Untouched(_)) => panic!("a run is no mark"),
             SourceAction::FreeJournal { channel, through } => {
                 let SourceEvent::Frame(TargetFrame::EpochApplied { epoch, lanes }) = event else { panic!("{event:?}") };
                 let named = lanes.iter().any(|(named, _)| named == channel);

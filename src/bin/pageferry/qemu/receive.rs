@@ -3,7 +3,9 @@
 use std::io::Read;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
+use pageferry::digest::Contents;
 use pageferry::net::Address;
 use pageferry::qemu::wire::{Barrier, Compression, Dialect};
 use pageferry::qemu::{Qemu, Seen};
@@ -17,7 +19,7 @@ use crate::progress::{Side, Watch};
 use crate::receive::{Listening, listen_advice};
 use crate::report::{End, Report};
 use crate::sizes::{Cpus, human, ms};
-use crate::store::{Counters, Facts, Stored, Writer};
+use crate::store::{Counters, Facts, Stored, Writer, contents};
 use crate::tls::warn_if_open;
 
 /// Take one migration from QEMU, and store it: its RAM, and the state of its devices.
@@ -84,6 +86,7 @@ fn take_in(args: &Args, out: Output) -> Result<(Report, Option<Ram>), String> {
     let mut machine = Machine {
         writer: Some(writer),
         ram: None,
+        contents: None,
         seen: qemu.seen(),
         channels: args.channels,
         tail: Vec::new(),
@@ -144,6 +147,7 @@ struct Machine {
     /// Until it is finished, or given up.
     writer: Option<Writer>,
     ram: Option<Ram>,
+    contents: Option<Arc<Contents>>,
     seen: Seen,
     channels: u8,
     tail: Vec<u8>,
@@ -168,7 +172,12 @@ impl Incoming for Machine {
         on_bus_error_fail(self.out, COMMAND, std::mem::take(&mut self.full), writer.paths());
         let ram = Ram::new(blocks)?;
         self.ram = Some(ram.clone());
+        self.contents = Some(Arc::new(contents(&ram)?));
         Ok(ram)
+    }
+
+    fn contents(&mut self) -> Option<Arc<Contents>> {
+        self.contents.clone()
     }
 
     fn load_state(&mut self, state: &mut dyn Read) -> Result<(), HookError> {
@@ -179,13 +188,14 @@ impl Incoming for Machine {
 
     /// The source can still be told if it does not get to the disk.
     fn run(&mut self) -> Result<(), HookError> {
-        let (writer, ram) = self.writer.take().zip(self.ram.as_ref()).ok_or("there is no store")?;
-        self.stored = Some(writer.finish(ram, &self.tail, &facts(&self.seen, self.channels))?);
+        let prepared = (self.writer.take(), &self.ram, self.contents.take());
+        let (Some(writer), Some(ram), Some(contents)) = prepared else { return Err("there is no store".into()) };
+        self.stored = Some(writer.finish(ram, &contents, &self.tail, &facts(&self.seen, self.channels))?);
         Ok(())
     }
 
     fn discard(&mut self) {
-        (self.writer, self.ram) = (None, None);
+        (self.writer, self.ram, self.contents) = (None, None, None);
     }
 }
 

@@ -3,24 +3,23 @@
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::thread::{self, Scope, ScopedJoinHandle};
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::ValueEnum;
+use pageferry::digest::Contents;
 use pageferry::dirty::combined::Still;
 use pageferry::net::Address;
 use pageferry::qemu::Qemu;
 use pageferry::qemu::wire::{Barrier, Compression, Dialect};
-use pageferry::sync::AtomicBool;
-use pageferry::sync::Ordering::Relaxed;
-use pageferry::sys::thread::{process_cpu_time, with_signals_blocked};
-use pageferry::{Guest, HookError, Source, StateWriter, Timeouts, Verify};
+use pageferry::sys::thread::process_cpu_time;
+use pageferry::{Guest, HookError, Ram, Source, StateWriter, Timeouts, Verify};
 
 use crate::interrupt::Interrupt;
 use crate::output::{Output, on_bus_error_fail};
 use crate::progress::{Side, Watch};
 use crate::report::{End, Report};
-use crate::store::{Counters, Manifest, Reader};
+use crate::store::{Counters, Manifest, Reader, contents};
 
 /// Give a machine that `pageferry qemu receive` has stored to a QEMU that waits for it.
 ///
@@ -135,33 +134,23 @@ fn ship(args: &Args, out: Output) -> Result<Report, String> {
         qemu = qemu.uuid(uuid);
     }
     let seen = qemu.seen();
-    let unwanted = AtomicBool::new(false);
-    let stop = || unwanted.load(Relaxed) || interrupt.asked();
-    let (report, still) = thread::scope(|scope| {
-        let _unwanted_in_the_end = Raised(&unwanted);
-        // Nobody compares anything on the way or at the destination: what is damaged would run there. That takes as long
-        // as sending it may: both at once, and no device is sent before this has ended well.
-        let check = Check::start(scope, || store.verify(&ram, stop));
-        let source = Source::builder(ram.clone())
-            .verify(Verify::Off)
-            .timeouts(Timeouts { hook: LOAD_TIME, ..Timeouts::default() })
-            .framing(qemu)
-            .connect(&args.to.to_string())
-            .map_err(|e| e.to_string())?;
-        interrupt.attach(source.cancel_handle());
-        let watch = Watch::start(source.progress(), Side::Source, out);
-        let mut machine = Stored { store: &store, tail: &tail, check };
-        let report = source.migrate(&mut Still::new(), &mut machine);
-        drop(watch);
-        Ok::<_, String>((report, machine.check_still()))
-    })?;
+    let contents = Arc::new(contents(&ram)?);
+    let source = Source::builder(ram.clone())
+        .verify(Verify::Off)
+        .contents(contents.clone())
+        .timeouts(Timeouts { hook: LOAD_TIME, ..Timeouts::default() })
+        .framing(qemu)
+        .connect(&args.to.to_string())
+        .map_err(|e| e.to_string())?;
+    interrupt.attach(source.cancel_handle());
+    let watch = Watch::start(source.progress(), Side::Source, out);
+    let mut machine = Stored { store: &store, ram: &ram, tail: &tail, contents: &contents, damage: None };
+    let report = source.migrate(&mut Still::new(), &mut machine);
+    drop(watch);
+    let still = machine.damage.map_or_else(|| store.check_still(), Err);
     let rounds = report.rounds.into();
     let mut report = Report::of_source(COMMAND, report, process_cpu_time().unwrap_or_default());
     match (report.outcome, still) {
-        // What has not been compared to its end, because nobody wanted it any more, is no failure.
-        (End::Failed, Err(_)) if interrupt.asked() => {
-            (report.outcome, report.error) = (End::Cancelled, Some("cancelled".to_owned()));
-        }
         // In its own words, without the hook's.
         (End::Failed, Err(error)) => report.error = Some(error),
         // What was queued when the destination could still do without was read after that.
@@ -221,56 +210,14 @@ fn parse_uuid(text: &str) -> Result<[u8; 16], String> {
     Ok(number.ok_or_else(|| format!("{text} is no UUID: 32 hexadecimal digits"))?.to_be_bytes())
 }
 
-/// Set when it goes.
-struct Raised<'a>(&'a AtomicBool);
-
-impl Drop for Raised<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Relaxed);
-    }
-}
-
-/// Whether the RAM is what was written: on its way to be known, or known.
-enum Check<'s> {
-    GoesOn(ScopedJoinHandle<'s, Result<(), String>>),
-    Known(Result<(), String>),
-}
-
-impl<'s> Check<'s> {
-    /// Finds out on a thread, or now if none is to be had.
-    fn start(scope: &'s Scope<'s, '_>, verify: impl Fn() -> Result<(), String> + Send + Clone + 's) -> Check<'s> {
-        let named = thread::Builder::new().name("pf-digest-0".to_owned());
-        let on_thread = verify.clone();
-        match with_signals_blocked(|| named.spawn_scoped(scope, on_thread)) {
-            Ok(thread) => Check::GoesOn(thread),
-            Err(_) => Check::Known(verify()),
-        }
-    }
-
-    /// Waits until it is known.
-    fn known(self) -> Result<(), String> {
-        match self {
-            Check::Known(known) => known,
-            Check::GoesOn(thread) => thread.join().unwrap_or_else(|_| Err("internal error: hashing died".to_owned())),
-        }
-    }
-}
-
 /// The stored machine, in the place of a guest: it never runs here.
 struct Stored<'s> {
     store: &'s Reader,
+    ram: &'s Ram,
     tail: &'s [u8],
-    check: Check<'s>,
-}
-
-impl Stored<'_> {
-    /// Whether the RAM is known to be what was written, and lies still.
-    fn check_still(&self) -> Result<(), String> {
-        match &self.check {
-            Check::Known(known) => known.clone().and_then(|()| self.store.check_still()),
-            Check::GoesOn(_) => Ok(()),
-        }
-    }
+    contents: &'s Contents,
+    /// What is wrong with the store, if something is.
+    damage: Option<String>,
 }
 
 impl Guest for Stored<'_> {
@@ -287,10 +234,15 @@ impl Guest for Stored<'_> {
     }
 
     fn save_state(&mut self, out: &mut StateWriter) -> Result<(), HookError> {
-        let check = std::mem::replace(&mut self.check, Check::Known(Ok(())));
-        self.check = Check::Known(check.known());
-        self.check_still()?;
         Ok(out.write_all(self.tail)?)
+    }
+
+    /// Nobody compares anything on the way or at the destination: what is damaged would run there.
+    fn sent(&mut self) -> Result<(), HookError> {
+        self.store.check(self.ram, self.contents).map_err(|damage| {
+            self.damage = Some(damage.clone());
+            damage.into()
+        })
     }
 }
 

@@ -18,6 +18,7 @@ mod reader;
 mod tests;
 mod writer;
 
+pub use digest::contents;
 pub use manifest::{Counters, Manifest};
 pub use reader::Reader;
 pub use writer::{Facts, Stored, Writer};

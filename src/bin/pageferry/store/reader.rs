@@ -5,6 +5,7 @@ use std::io::{self, Read};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use pageferry::digest::Contents;
 use pageferry::units::PageSize;
 use pageferry::{Ram, RamBlock};
 
@@ -67,7 +68,7 @@ impl Reader {
     pub fn ram(&self) -> Result<Ram, String> {
         let blocks = self.manifest.blocks.iter().zip(&self.blocks).map(|(block, file)| {
             let address = block.guest_address.unwrap_or(0);
-            RamBlock::file(&block.name, address, file, block.bytes, PageSize::SIZE_4K, false)
+            RamBlock::file(&block.name, address, file, block.bytes, PageSize::SIZE_4K, false).map(RamBlock::used_once)
         });
         let blocks = blocks.collect::<Result<Vec<_>, _>>().map_err(|e| e.to_string())?;
         Ram::new(blocks).map_err(|e| e.to_string())
@@ -89,19 +90,18 @@ impl Reader {
         Ok(tail)
     }
 
-    /// Reads all of this RAM, which is the store's, and compares it with its digests; until `stop` says that nobody wants
-    /// to know any more.
+    /// Compares what was noted of this RAM, which is the store's, when all of it was looked at, with its digests.
     ///
     /// # Errors
-    /// The first block that cannot be read, or is not what was written; that it was stopped.
-    pub fn verify(&self, ram: &Ram, stop: impl Fn() -> bool + Sync) -> Result<(), String> {
-        for (block, mapped) in self.manifest.blocks.iter().zip(ram.blocks()) {
+    /// The first block that is not what was written; or that was written since the store was opened, or that cannot be
+    /// looked at.
+    pub fn check(&self, ram: &Ram, contents: &Contents) -> Result<(), String> {
+        for (block, (id, mapped)) in self.manifest.blocks.iter().zip(ram.iter()) {
             let path = self.dir.join(&block.file);
-            let found = digest::of_block(mapped, &stop).map_err(|e| sentence("read", &path, &e))?;
-            let found = found.ok_or_else(|| format!("{} was not compared to its end", path.display()))?;
+            let found = digest::of_noted(contents, id, mapped).map_err(|e| sentence("read", &path, &e))?;
             same_digest(&path, &block.digest, &found)?;
         }
-        Ok(())
+        self.check_still()
     }
 
     /// Whether no file of the RAM was written since the store was opened.

@@ -6,8 +6,11 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use pageferry::digest::Contents;
+use pageferry::memory::Backing;
+use pageferry::memory::hash::PageHash;
 use pageferry::sys::random::random_16;
-use pageferry::units::PageSize;
+use pageferry::units::{BlockId, PageSize, Round};
 use pageferry::{Ram, RamBlock};
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -15,7 +18,7 @@ use serde_json::{Value, json};
 use super::leftovers::leftovers;
 use super::manifest::{BlockEntry, TailEntry};
 use super::names::{block_path, stays_inside};
-use super::{Counters, Facts, Manifest, Reader, Stored, Writer, digest};
+use super::{Counters, Facts, Manifest, Reader, Stored, Writer, contents, digest};
 
 /// A folder of the test's own, removed with it.
 struct Folder(PathBuf);
@@ -81,10 +84,30 @@ fn fill(writer: &mut Writer) -> Ram {
     Ram::new([ram, rom]).unwrap()
 }
 
+/// What is noted by who has written what these blocks hold: every page that is not zeros.
+fn noted(ram: &Ram) -> Contents {
+    let contents = contents(ram).unwrap();
+    for (id, block) in ram.iter() {
+        let file = fs::File::from(block.fd().unwrap().try_clone_to_owned().unwrap());
+        let (mut notes, mut bytes) = (contents.notes(id, Round(0)), [0; 4096]);
+        for page in 0..block.pages() {
+            file.read_exact_at(&mut bytes, page << 12).unwrap();
+            if bytes != [0; 4096] {
+                notes.data(page, PageHash::detect().hash_bytes(&bytes));
+            }
+        }
+    }
+    contents
+}
+
+fn finish(writer: Writer, ram: &Ram, facts: &Facts) -> Result<Stored, String> {
+    writer.finish(ram, &noted(ram), TAIL_BYTES, facts)
+}
+
 fn write(dir: &Path, force: bool) -> Result<Stored, String> {
     let mut writer = Writer::create(dir, force)?;
     let ram = fill(&mut writer);
-    writer.finish(&ram, TAIL_BYTES, &facts())
+    finish(writer, &ram, &facts())
 }
 
 /// A store in a folder of its own.
@@ -97,7 +120,8 @@ fn store() -> (Folder, PathBuf) {
 
 /// Reads all of its RAM.
 fn verify(reader: &Reader) -> Result<(), String> {
-    reader.verify(&reader.ram()?, || false)
+    let ram = reader.ram()?;
+    reader.check(&ram, &noted(&ram))
 }
 
 /// The error of what has to fail, which must speak of `word`.
@@ -157,9 +181,9 @@ fn a_store_that_is_not_finished_leaves_nothing_behind() {
     let mut writer = Writer::create(&folder.0.join("vm"), false).unwrap();
     let ram = fill(&mut writer);
     let facts = Facts { dialect: "11.0", ..facts() };
-    refused(writer.finish(&ram, TAIL_BYTES, &facts), "its dialect is \"11.0\"");
+    refused(finish(writer, &ram, &facts), "its dialect is \"11.0\"");
     let writer = Writer::create(&folder.0.join("vm"), false).unwrap();
-    refused(writer.finish(&ram, TAIL_BYTES, &self::facts()), "0 RAM blocks");
+    refused(finish(writer, &ram, &self::facts()), "0 RAM blocks");
     assert_eq!(folder.names(), [""; 0]);
 }
 
@@ -178,7 +202,7 @@ fn blocks_that_cannot_be_are_refused() {
     // One name of a file for both, but for the number.
     let slash = writer.add_block("a/b", None, 4096).unwrap();
     let line = writer.add_block("a_b", None, 4096).unwrap();
-    writer.finish(&Ram::new([ram, slash, line]).unwrap(), TAIL_BYTES, &facts()).unwrap();
+    finish(writer, &Ram::new([ram, slash, line]).unwrap(), &facts()).unwrap();
     let reader = Reader::open(&folder.0.join("vm")).unwrap();
     assert_eq!(reader.manifest().blocks[1].name, "a/b");
     assert_ne!(reader.manifest().blocks[1].file, reader.manifest().blocks[2].file);
@@ -193,7 +217,7 @@ fn only_a_store_is_replaced_and_only_by_force() {
     let mut writer = Writer::create(&dir, true).unwrap();
     let ram = fill(&mut writer);
     verify(&Reader::open(&dir).unwrap()).unwrap();
-    writer.finish(&ram, TAIL_BYTES, &facts()).unwrap();
+    finish(writer, &ram, &facts()).unwrap();
     assert_ne!(fs::metadata(dir.join("manifest.json")).unwrap().ino(), before);
     assert_eq!(folder.names(), ["vm"]);
 
@@ -225,7 +249,7 @@ fn what_comes_to_stand_there_meanwhile_is_not_replaced() {
         let ram = fill(&mut writer);
         fs::create_dir_all(&dir).unwrap();
         fs::write(dir.join("notes"), "mine").unwrap();
-        refused(writer.finish(&ram, TAIL_BYTES, &facts()), "not empty");
+        refused(finish(writer, &ram, &facts()), "not empty");
         assert_eq!(folder.names(), ["vm"]);
         assert_eq!(fs::read_dir(&dir).unwrap().count(), 1);
         fs::remove_file(dir.join("notes")).unwrap();
@@ -377,13 +401,6 @@ fn a_block_that_is_written_after_it_was_opened_is_noticed() {
 }
 
 #[test]
-fn a_comparison_that_nobody_wants_any_more_stops() {
-    let (_folder, dir) = store();
-    let reader = Reader::open(&dir).unwrap();
-    refused(reader.verify(&reader.ram().unwrap(), || true), "not compared to its end");
-}
-
-#[test]
 fn only_what_nobody_builds_any_more_is_left_over() {
     let folder = Folder::new();
     let dir = folder.0.join("vm");
@@ -391,7 +408,7 @@ fn only_what_nobody_builds_any_more_is_left_over() {
     let mut writer = Writer::create(&dir, false).unwrap();
     let ram = fill(&mut writer);
     assert_eq!(left(), [""; 0], "one that is being built");
-    writer.finish(&ram, TAIL_BYTES, &facts()).unwrap();
+    finish(writer, &ram, &facts()).unwrap();
     // As a power cut would leave them: without a store, with one, and one that stepped aside.
     let partial = |name: &str| folder.0.join(format!("vm.partial-{name}"));
     fs::create_dir_all(partial("0123456789abcdef/blocks")).unwrap();
@@ -408,42 +425,61 @@ fn only_what_nobody_builds_any_more_is_left_over() {
     assert!(said[1].contains("0123456789abcdef") && said[1].contains("remove it"), "{said:?}");
 }
 
-/// The digest of a file of this many bytes, made page by page as `write` says.
-fn digest_of(folder: &Folder, bytes: u64, pages: &[(u64, u8)]) -> String {
-    let path = folder.0.join("digested");
-    let file = fs::OpenOptions::new().read(true).write(true).create(true).truncate(true).open(path).unwrap();
-    file.set_len(bytes).unwrap();
+/// The digest of a block of this many bytes, of which these pages were noted.
+fn digest_of(bytes: u64, pages: &[(u64, u8)]) -> String {
+    let block = RamBlock::anonymous("ram", 0, bytes, PageSize::SIZE_4K, Backing::Base).unwrap();
+    let ram = Ram::new([block]).unwrap();
+    let contents = contents(&ram).unwrap();
+    let mut notes = contents.notes(BlockId(0), Round(0));
     for (page, value) in pages {
-        file.write_all_at(&[*value; 4096], page << 12).unwrap();
+        notes.data(*page, PageHash::detect().hash_bytes(&[*value; 4096]));
     }
-    let block = RamBlock::file("ram", 0, &file, bytes, PageSize::SIZE_4K, false).unwrap();
-    digest::of_block(&block, &|| false).unwrap().unwrap()
+    digest::of_noted(&contents, BlockId(0), &ram.blocks()[0]).unwrap()
 }
 
 #[test]
 fn a_digest_is_the_same_for_ever() {
     // Whoever has to change a value here has made all stores unreadable: that is `pf-page-hash-v2`.
-    let folder = Folder::new();
     let digests = [
         digest::of_bytes(b""),
         digest::of_bytes(&[0; 4096]),
         digest::of_bytes(b"pageferry"),
-        digest_of(&folder, RAM_BYTES, &PAGES),
+        digest_of(RAM_BYTES, &PAGES),
     ];
     assert_eq!(digests, ["0000000000000000", "832934ce4ad06baf", "8ac5f40b563129b5", "c8d3ae7219d4b9eb"]);
 }
 
 #[test]
 fn holes_and_written_zeros_have_one_digest_and_places_count() {
-    let folder = Folder::new();
     let bytes = 33 << 20;
-    let hole = digest_of(&folder, bytes, &[]);
-    assert_eq!(hole, digest_of(&folder, bytes, &[(0, 0), (100, 0), (8000, 0)]));
+    let hole = digest_of(bytes, &[]);
+    assert_eq!(hole, digest_of(bytes, &[(0, 0), (100, 0), (8000, 0)]));
     assert_eq!(hole, digest::of_bytes(&vec![0; bytes as usize]));
-    let one = digest_of(&folder, bytes, &[(4095, 1), (4096, 2)]);
-    assert_eq!(one, digest_of(&folder, bytes, &[(0, 0), (4095, 1), (4096, 2)]));
-    assert_ne!(one, digest_of(&folder, bytes, &[(4095, 2), (4096, 1)]));
-    assert_ne!(one, digest_of(&folder, bytes + 4096, &[(4095, 1), (4096, 2)]));
+    let one = digest_of(bytes, &[(4095, 1), (4096, 2)]);
+    assert_eq!(one, digest_of(bytes, &[(0, 0), (4095, 1), (4096, 2)]));
+    assert_ne!(one, digest_of(bytes, &[(4095, 2), (4096, 1)]));
+    assert_ne!(one, digest_of(bytes + 4096, &[(4095, 1), (4096, 2)]));
+}
+
+#[test]
+fn pages_of_zeros_that_came_as_data_become_holes_and_nothing_else_does() {
+    let folder = Folder::new();
+    let mut writer = Writer::create(&folder.0.join("vm"), false).unwrap();
+    let ram = writer.add_block("ram", None, 1 << 20).unwrap();
+    let file = fs::File::from(ram.fd().unwrap().try_clone_to_owned().unwrap());
+    let ram = Ram::new([ram]).unwrap();
+    file.write_all_at(&[0; 256 << 12], 0).unwrap();
+    file.write_all_at(&[7; 4096], 10 << 12).unwrap();
+    file.write_all_at(&[8; 4096], 20 << 12).unwrap();
+    let contents = contents(&ram).unwrap();
+    let mut notes = contents.notes(BlockId(0), Round(0));
+    // Page 20 has the hash of zeros, and is none.
+    (0..256).for_each(|page| notes.data(page, if page == 10 { PageHash::detect().hash_bytes(&[7; 4096]) } else { 0 }));
+    writer.finish(&ram, &contents, TAIL_BYTES, &facts()).unwrap();
+    assert_eq!(file.metadata().unwrap().blocks() * 512, 2 << 12);
+    let bytes = fs::read(folder.0.join("vm/blocks/00-ram.ram")).unwrap();
+    let expected = |page| [(10, 7), (20, 8)].into_iter().find(|(at, _)| *at == page).map_or(0, |(_, value)| value);
+    assert!(bytes.chunks(4096).enumerate().all(|(page, bytes)| bytes.iter().all(|byte| *byte == expected(page))));
 }
 
 /// A manifest without a store.

@@ -9,6 +9,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
+use pageferry::digest::Contents;
 use pageferry::memory::{BLOCKS_MAX, Initial};
 use pageferry::sys::random::random_16;
 use pageferry::sys::rename::exchange;
@@ -148,12 +149,12 @@ impl Writer {
         let block = block.map_err(|e| e.to_string())?;
         self.blocks.push(Block { entry, file });
         // Fresh, all of it a hole: nothing has to be made zero.
-        Ok(block.with_initial(Initial::Zeroed))
+        Ok(block.with_initial(Initial::Zeroed).used_once())
     }
 
-    /// Takes the digests of the blocks, all of which are in `ram` and to which nobody may write any more, adds the device state and the manifest, waits
-    /// until all of it is on the disk, and gives the store its name. When this returns, the store is whole, and survives
-    /// a power cut.
+    /// Takes the digests of the blocks, all of which are in `ram` and to which nobody may write any more, from `contents`,
+    /// where all that was written to them is noted; adds the device state and the manifest, waits until all of it is on
+    /// the disk, and gives the store its name. When this returns, the store is whole, and survives a power cut.
     ///
     /// A store that stood there is exchanged for this one in one step, and then removed; where the file system cannot
     /// exchange, it steps aside first, and for a moment there is none.
@@ -161,16 +162,18 @@ impl Writer {
     /// # Errors
     /// What the system has against writing; something stands in the store's place meanwhile. There is no store then, and
     /// nothing is left behind; what stood there stands there still.
-    pub fn finish(mut self, ram: &Ram, tail: &[u8], facts: &Facts) -> Result<Stored, String> {
+    pub fn finish(mut self, ram: &Ram, contents: &Contents, tail: &[u8], facts: &Facts) -> Result<Stored, String> {
         let mut fsync = Duration::ZERO;
         let tail_path = self.partial.join(TAIL);
         let tail_file = write_file(&tail_path, tail)?;
         let begin = Instant::now();
         for block in &mut self.blocks {
             let path = self.partial.join(&block.entry.file);
-            let mapped = ram.blocks().iter().find(|mapped| mapped.name() == block.entry.name);
-            let mapped = mapped.ok_or_else(|| format!("internal error: RAM has no block {:?}", block.entry.name))?;
-            block.entry.digest = digest::of_block_and_dig(mapped).map_err(|e| sentence("read", &path, &e))?;
+            let mapped = ram.iter().find(|(_, mapped)| mapped.name() == block.entry.name);
+            let (id, mapped) =
+                mapped.ok_or_else(|| format!("internal error: RAM has no block {:?}", block.entry.name))?;
+            digest::dig(contents, id, mapped).map_err(|e| sentence("read", &path, &e))?;
+            block.entry.digest = digest::of_noted(contents, id, mapped).map_err(|e| sentence("read", &path, &e))?;
         }
         let digest = begin.elapsed();
         let manifest = self.manifest(tail, facts);

@@ -1,0 +1,218 @@
+//! The hashes that both ends keep of what moves, over real connections: they are those of what RAM holds.
+#![cfg(not(loom))]
+
+#[path = "support/vmm.rs"]
+mod vmm;
+
+use std::io::Read;
+use std::sync::Arc;
+
+use pageferry::digest::{BlockShape, Contents};
+use pageferry::memory::hash::PageHash;
+use pageferry::source::SourceBuilder;
+use pageferry::target::TargetBuilder;
+use pageferry::units::{BlockId, PageSize};
+use pageferry::wire::control::Setup;
+use pageferry::{DirtyBitmap, Guest, HookError, Incoming, Outcome, Ram, Source, StateWriter, Target, Verify};
+use vmm::{TestGuest, TestIncoming, Transport};
+
+/// A guest that looks at what was sent.
+struct Looking {
+    guest: TestGuest,
+    contents: Arc<Contents>,
+    object: bool,
+    looks: u32,
+}
+
+impl Guest for Looking {
+    fn setup_bytes(&mut self) -> Result<Vec<u8>, HookError> {
+        self.guest.setup_bytes()
+    }
+
+    fn pause(&mut self) -> Result<(), HookError> {
+        self.guest.pause()
+    }
+
+    fn resume(&mut self) -> Result<(), HookError> {
+        self.guest.resume()
+    }
+
+    fn save_state(&mut self, out: &mut StateWriter) -> Result<(), HookError> {
+        self.guest.save_state(out)
+    }
+
+    fn sent(&mut self) -> Result<(), HookError> {
+        self.looks += 1;
+        assert_told(&self.contents, &self.guest.ram);
+        if self.object { Err("it is not what it should be".into()) } else { Ok(()) }
+    }
+}
+
+/// A VMM that looks at what has landed, before it runs it.
+struct Taking {
+    incoming: TestIncoming,
+    contents: Option<Arc<Contents>>,
+}
+
+impl Incoming for Taking {
+    fn prepare(&mut self, setup: &Setup) -> Result<Ram, HookError> {
+        let ram = self.incoming.prepare(setup)?;
+        self.contents = Some(contents(&ram));
+        Ok(ram)
+    }
+
+    fn contents(&mut self) -> Option<Arc<Contents>> {
+        self.contents.clone()
+    }
+
+    fn load_state(&mut self, state: &mut dyn Read) -> Result<(), HookError> {
+        self.incoming.load_state(state)
+    }
+
+    fn run(&mut self) -> Result<(), HookError> {
+        assert_told(self.contents.as_ref().unwrap(), self.incoming.ram.as_ref().unwrap());
+        self.incoming.run()
+    }
+
+    fn discard(&mut self) {
+        self.incoming.discard();
+    }
+}
+
+fn contents(ram: &Ram) -> Arc<Contents> {
+    let shapes = ram.blocks().iter().map(|block| BlockShape { pages: block.pages(), page_size: block.page_size() });
+    Arc::new(Contents::new(&shapes.collect::<Vec<_>>()).unwrap())
+}
+
+/// What was noted is what the memory holds, and no page had to be read.
+#[track_caller]
+fn assert_told(contents: &Contents, ram: &Ram) {
+    for (id, block) in ram.iter() {
+        let hashes = contents.hashes(id, |page| Err(format!("page {page} was noted twice in one round")));
+        let noted: Vec<u64> = hashes.collect::<Result<_, _>>().unwrap();
+        let held = (0..block.pages()).map(|page| PageHash::detect().hash_bytes(&vmm::read_page(ram, id, page)));
+        assert!(held.eq(noted), "block {id}: what was noted is not what it holds");
+    }
+}
+
+/// How both ends are made, and over how many channels.
+struct Way {
+    name: &'static str,
+    channels: u8,
+    verify: Verify,
+    source: fn(SourceBuilder) -> SourceBuilder,
+    target: fn(TargetBuilder) -> TargetBuilder,
+}
+
+fn ways() -> Vec<Way> {
+    let native = |channels, verify| Way { name: "native", channels, verify, source: |b| b, target: |b| b };
+    let mut ways = vec![native(1, Verify::Off), native(3, Verify::Wire), native(8, Verify::Off)];
+    #[cfg(feature = "qemu")]
+    {
+        use pageferry::qemu::Qemu;
+        use pageferry::qemu::wire::{Barrier, Dialect};
+        ways.extend([
+            Way {
+                name: "QEMU 10.0",
+                channels: 3,
+                verify: Verify::Off,
+                source: |b| b.framing(Qemu::new(3)),
+                target: |b| b.framing(Qemu::new(3)),
+            },
+            Way {
+                name: "QEMU 7.2",
+                channels: 2,
+                verify: Verify::Off,
+                source: |b| b.framing(Qemu::new(2).dialect(Dialect::V7_2, Barrier::PerSection)),
+                target: |b| b.framing(Qemu::new(2)),
+            },
+            Way {
+                name: "QEMU without multifd",
+                channels: 0,
+                verify: Verify::Off,
+                source: |b| b.framing(Qemu::new(0)),
+                target: |b| b.framing(Qemu::new(0)),
+            },
+        ]);
+    }
+    #[cfg(feature = "qemu-compression")]
+    {
+        use pageferry::qemu::Qemu;
+        use pageferry::qemu::wire::Compression;
+        ways.push(Way {
+            name: "QEMU with zlib",
+            channels: 2,
+            verify: Verify::Off,
+            source: |b| b.framing(Qemu::new(2).compression(Compression::Zlib)),
+            target: |b| b.framing(Qemu::new(2)),
+        });
+    }
+    ways
+}
+
+/// What the target must know, and the state of no devices, in words that QEMU understands, too.
+const SETUP: &[u8] = b"\x07\0\0\0\x0bpc-q35-10.0";
+const STATE: &[u8] = b"\0\x06\0\0\0\x37{\"configuration\": {}, \"page_size\": 4096, \"devices\": []}";
+
+/// A guest with pages that are full, zero, and untouched, which writes 20 of them again and again.
+fn guest() -> TestGuest {
+    let ram = vmm::ram(PageSize::SIZE_4K, &[1100, 65]);
+    for (id, block) in ram.iter() {
+        for page in 0..block.pages() {
+            match page % 7 {
+                5 => vmm::zero_page(&ram, id, page),
+                6 => {}
+                _ => vmm::write_page(&ram, id, page, 1),
+            }
+        }
+    }
+    TestGuest::new(&ram, &DirtyBitmap::for_ram(&ram))
+}
+
+fn travel(way: &Way, object: bool) -> (Looking, Taking, Outcome, Outcome) {
+    let mut guest = guest();
+    (guest.setup, guest.state) = (SETUP.to_vec(), STATE.to_vec());
+    let (mut dirty, contents) = (guest.dirty.clone(), contents(&guest.ram));
+    let source = Source::builder(guest.ram.clone()).verify(way.verify).contents(contents.clone());
+    let (source, target) = Transport::Tcp4.connect((way.source)(source), (way.target)(Target::builder()), way.channels);
+    guest.start(20);
+    let mut looking = Looking { guest, contents, object, looks: 0 };
+    let mut taking = Taking { incoming: TestIncoming::new(), contents: None };
+    let (sent, received) = std::thread::scope(|scope| {
+        let receiving = scope.spawn(|| target.receive(&mut taking));
+        (source.migrate(&mut dirty, &mut looking), receiving.join().unwrap())
+    });
+    (looking, taking, sent.outcome, received.outcome)
+}
+
+#[test]
+fn both_ends_know_what_ram_holds_without_reading_it() {
+    for way in ways() {
+        let (looking, taking, sent, received) = travel(&way, false);
+        assert_eq!((&sent, &received), (&Outcome::Completed, &Outcome::Completed), "{}", way.name);
+        assert_eq!((looking.looks, taking.incoming.runs), (1, 1), "{}", way.name);
+        let (there, here) = (&looking.guest.ram, taking.incoming.ram.as_ref().unwrap());
+        assert_eq!(vmm::first_difference(there, here), None, "{}", way.name);
+    }
+}
+
+#[test]
+fn an_objection_when_all_is_sent_keeps_the_guest() {
+    for way in ways() {
+        let (looking, taking, sent, received) = travel(&way, true);
+        assert!(sent.to_string().contains("it is not what it should be"), "{}: {sent}", way.name);
+        assert!(matches!(received, Outcome::Failed(_) | Outcome::Cancelled), "{}: {received}", way.name);
+        assert_eq!((looking.guest.paused, looking.guest.resumed, taking.incoming.runs), (1, 1, 0), "{}", way.name);
+    }
+}
+
+#[test]
+fn zeros_that_were_written_over_something_are_told_apart_from_holes() {
+    let contents = Contents::new(&[BlockShape { pages: 8, page_size: PageSize::SIZE_4K }]).unwrap();
+    let ram = BlockId(0);
+    let mut notes = contents.notes(ram, pageferry::units::Round(0));
+    (0..4).for_each(|page| notes.data(page, if page == 3 { 0 } else { 7 }));
+    (4..6).for_each(|page| notes.zero(page));
+    contents.notes(ram, pageferry::units::Round(1)).zero(1);
+    assert_eq!(contents.written_zeros(ram).collect::<Vec<_>>(), [1, 3]);
+}
