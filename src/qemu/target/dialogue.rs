@@ -133,8 +133,8 @@ impl TargetDialogue {
             }
             Record::Footer => {
                 self.ask_to_switch();
-                if self.last_part && !self.seen.close(u64::from(self.barriers) * u64::from(self.channels)) {
-                    return Err(Garbled("a packet came on a channel behind the last SYNC".to_owned()));
+                if self.last_part {
+                    self.close()?;
                 }
             }
             Record::Tail(bytes) => {
@@ -149,6 +149,14 @@ impl TargetDialogue {
             Record::Packaged(_) => return Err(post_copy("a package")),
         }
         Ok(None)
+    }
+
+    /// The last part of RAM has ended: every channel has come to its last SYNC.
+    fn close(&self) -> Result<(), Garbled> {
+        if !self.seen.close(u64::from(self.barriers) * u64::from(self.channels)) {
+            return Err(Garbled("a packet came on a channel behind the last SYNC".to_owned()));
+        }
+        self.seen.numbers().check(self.channels).map_err(|why| Garbled(why.to_string()))
     }
 
     /// The configuration has ended, with the record before this one.
