@@ -348,13 +348,13 @@ fn a_channel_that_waits_at_the_barrier_for_a_slow_one_is_not_taken_to_be_stalled
     // So much is written after the first round that the second one begins before it has arrived.
     let ram = guest.ram.clone();
     let between = move |round: u64, dirty: &DirtyBitmap| {
-        for page in (0..2560).filter(|_| round == 0) {
+        for page in (0..6144).filter(|_| round == 0) {
             vmm::write_page(&ram, BlockId(0), page, 7);
             dirty.mark(BlockId(0), page);
         }
     };
     let mut dirty = Script { bitmap: guest.dirty.clone(), rounds: 0, between: Box::new(between) };
-    let times = Timeouts { stall: Duration::from_millis(2500), ..Timeouts::default() };
+    let times = Timeouts { stall: Duration::from_millis(2000), ..Timeouts::default() };
     let builder = Source::builder(guest.ram.clone()).framing(Qemu::new(2)).timeouts(times);
     let begun = Instant::now();
     let (report, _) = migrates(guest, &mut dirty, builder, &to);
