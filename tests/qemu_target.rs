@@ -261,6 +261,18 @@ fn an_empty_packet_behind_the_last_sync_says_nothing() {
 }
 
 #[test]
+fn device_state_without_its_description_holds_the_guest_up_for_a_time() {
+    for dialect in [Dialect::V10_0, Dialect::V7_2] {
+        let mut play = Play::begin();
+        let last = play.say_all_but_the_last(&capture(dialect, true));
+        // Its end mark is there; what describes it is not.
+        let end = last.windows(2).rposition(|mark| mark == [0, 6]).unwrap();
+        play.say(0, &[last[..=end].to_vec()]);
+        play.fails("the rest of the device state");
+    }
+}
+
+#[test]
 fn a_source_that_never_comes_to_its_end_holds_nobody_up() {
     let capture = capture(Dialect::V7_2, true);
     let target = target().listen("127.0.0.1:0").unwrap();

@@ -222,6 +222,10 @@ impl Driver<'_> {
         if lanes.is_some_and(Lanes::any_ended) && self.final_at.is_none() {
             return due(self.meeting.moved.1, silence, "the main connection, although channels have ended");
         }
+        // The guest stands still by then. One that QEMU does not describe (suppress-vmdesc) has no end that can be seen.
+        if !self.state.is_empty() && self.final_at.is_none() {
+            return due(self.meeting.moved.1, silence, "the rest of the device state, and its description");
+        }
         None
     }
 
