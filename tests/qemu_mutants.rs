@@ -16,9 +16,11 @@ mod program;
 mod reference;
 
 use std::collections::BTreeMap;
-use std::io::{Read, Write};
+use std::io::{Read, Result, Write};
 use std::net::{Shutdown, TcpStream};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -28,29 +30,86 @@ use serde_json::Value;
 use capture::{CHANNELS, Capture, PAGE, capture};
 use mutate::{Draw, mutate};
 use program::{Ended, Folder};
-use reference::{Meaning, SURPLUS, meaning};
+use reference::{Meaning, meaning};
 
 /// How long a receiver may go on after its source has closed everything.
 const END_TIME_MAX: Duration = Duration::from_secs(15);
+/// How long the end of the main stream waits for channels that nobody reads.
+const CHANNELS_TIME_MAX: Duration = Duration::from_secs(1);
 
-/// Says a stream, and that no more comes; reads what is answered, so that nobody waits for a reader.
-fn feed(address: &str, stream: &[u8]) {
+/// A connection to a receiver.
+trait Way: Read + Write {
+    fn bound(&self) -> Result<()>;
+    fn say_no_more(&self) -> Result<()>;
+}
+
+macro_rules! way {
+    ($socket:ty) => {
+        impl Way for $socket {
+            fn bound(&self) -> Result<()> {
+                self.set_read_timeout(Some(END_TIME_MAX))?;
+                self.set_write_timeout(Some(END_TIME_MAX))
+            }
+
+            fn say_no_more(&self) -> Result<()> {
+                self.shutdown(Shutdown::Write)
+            }
+        }
+    };
+}
+
+way!(TcpStream);
+way!(UnixStream);
+
+fn connect(address: &str) -> Result<Box<dyn Way>> {
+    let socket: Box<dyn Way> = match address.strip_prefix("unix:") {
+        Some(path) => Box::new(UnixStream::connect(path)?),
+        None => Box::new(TcpStream::connect(address)?),
+    };
+    socket.bound().map(|()| socket)
+}
+
+/// Says a stream, and that no more comes; reads what is answered, so that nobody waits for a reader. A channel tells
+/// `said` when its stream is out.
+fn feed_channel(address: &str, stream: &[u8], said: Sender<()>) {
     // A receiver that has seen enough may be gone, at any byte.
-    let Ok(mut socket) = TcpStream::connect(address) else { return };
-    let _ = socket.set_read_timeout(Some(END_TIME_MAX));
-    let _ = socket.set_write_timeout(Some(END_TIME_MAX));
-    let _ = socket.write_all(stream).and_then(|()| socket.shutdown(Shutdown::Write));
+    let Ok(mut socket) = connect(address) else { return };
+    let _ = socket.write_all(stream).and_then(|()| socket.say_no_more());
+    drop(said);
     let _ = socket.read_to_end(&mut Vec::new());
 }
 
-/// What came of it, and how long it took once everything had been said.
-fn receive(streams: &[Vec<u8>], store: &str) -> (Ended, bool) {
+/// The same for the main stream. As with any source, all channels have said all before its last words.
+fn feed_main(address: &str, first: &[u8], last: &[u8], channels_said: &Receiver<()>) {
+    let Ok(mut socket) = connect(address) else { return };
+    let _ = socket.write_all(first);
+    // It ends when all senders are gone.
+    let _ = channels_said.recv_timeout(CHANNELS_TIME_MAX);
+    let _ = socket.write_all(last).and_then(|()| socket.say_no_more());
+    let _ = socket.read_to_end(&mut Vec::new());
+}
+
+/// What came of it, and whether it had to be told that nothing more comes.
+fn receive(capture: &Capture, store: &str) -> (Ended, bool) {
+    let folder = Folder::new();
+    // What was written to a Unix socket has arrived.
+    let listen = if capture.return_path { format!("unix:{}", folder.file("s")) } else { "127.0.0.1:0".to_owned() };
     let channels = CHANNELS.to_string();
-    let words = ["qemu", "receive", "--listen", "127.0.0.1:0", "--channels", &channels, "--out", store, "--json"];
+    let words = ["qemu", "receive", "--listen", &listen, "--channels", &channels, "--out", store, "--json"];
     let mut receiver = program::start(&words);
     let (address, pid) = (receiver.address(), receiver.pid());
+    let streams: Vec<Vec<u8>> = capture.streams.iter().map(|records| records.concat()).collect();
+    let last_bytes = capture.streams[0].last().map_or(0, Vec::len);
+    let (first, last) = streams[0].split_at(streams[0].len() - last_bytes);
+    let (said, channels_said) = channel();
     thread::scope(|scope| {
-        let feeders: Vec<_> = streams.iter().map(|stream| scope.spawn(|| feed(&address, stream))).collect();
+        let address = &address;
+        let mut feeders = vec![scope.spawn(move || feed_main(address, first, last, &channels_said))];
+        feeders.extend(streams[1..].iter().map(|stream| {
+            let said = said.clone();
+            scope.spawn(move || feed_channel(address, stream, said))
+        }));
+        drop(said);
         let ender = scope.spawn(|| {
             // One that takes its source for a stranger waits for its source: only its user knows that none will come.
             let until = Instant::now() + Duration::from_secs(3);
@@ -93,15 +152,12 @@ fn compare(store: &Path, meaning: &Meaning) {
 fn judge(capture: &Capture) -> &'static str {
     let folder = Folder::new();
     let store = folder.file("store");
+    let (ended, waited) = receive(capture, &store);
     let streams: Vec<Vec<u8>> = capture.streams.iter().map(|records| records.concat()).collect();
-    let (ended, waited) = receive(&streams, &store);
     let meaning = meaning(&streams, capture.dialect);
     if ended.code == Some(0) {
         ended.expect(0, "completed");
-        let meaning = match meaning {
-            Err(error) if error.starts_with(SURPLUS) => return "stored before a channel had said all",
-            other => other.unwrap_or_else(|error| panic!("stored, though it is damaged: {error}: {ended:#?}")),
-        };
+        let meaning = meaning.unwrap_or_else(|error| panic!("stored, though it is damaged: {error}: {ended:#?}"));
         compare(Path::new(&store), &meaning);
         return "stored";
     }
@@ -113,7 +169,11 @@ fn judge(capture: &Capture) -> &'static str {
     let report = ended.expect(1, "failed");
     assert!(!ended.stderr.contains("panicked"), "{ended:#?}");
     assert!(report["error"].as_str().is_some_and(|error| error.len() > 10), "{report}");
-    if meaning.is_ok() { "refused, though it has a meaning" } else { "refused" }
+    if meaning.is_err() {
+        return "refused";
+    }
+    eprintln!("    {}", report["error"]);
+    "refused, though it has a meaning"
 }
 
 #[test]
@@ -146,7 +206,9 @@ fn damaged_migrations_are_refused_or_stored_as_what_they_mean() {
     for seed in seeds {
         let (mutant, changes) = mutant(seed);
         eprintln!("PAGEFERRY_MUTANT={seed}: {changes:?}");
-        *ends.entry(judge(&mutant)).or_default() += 1;
+        let end = judge(&mutant);
+        eprintln!("    {end}");
+        *ends.entry(end).or_default() += 1;
     }
     println!("{ends:?}");
     let got = |end: &str| u64::from(ends.get(end).copied().unwrap_or(0));

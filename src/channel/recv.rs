@@ -1,7 +1,9 @@
 #![forbid(unsafe_code)]
 //! The target's worker, a *lane*: checks each packet, and lets the kernel write its pages where they belong.
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::barrier::Barrier;
 use crate::bell::{Park, Ringer, Wake};
@@ -18,6 +20,7 @@ use crate::memory::{Ram, RamBlock};
 use crate::poll::PollSleeper;
 use crate::progress::{ChannelCells, Progress, add};
 use crate::net::Stream;
+use crate::sys::event::{EventFd, PollSet};
 use crate::units::{BlockId, ChannelId, Round, Run};
 use crate::wire::packet::{RUN_ENTRY_BYTES, RUNS_PER_PACKET_MAX, RunEntry, RunKind};
 
@@ -31,6 +34,9 @@ pub struct RecvRole {
     head: Box<[u8]>,
     table: Vec<u8>,
     runs: Vec<RunEntry>,
+    /// Where the end of the channel may have to be told, and whether it has been.
+    lull: Option<PollSet>,
+    called: bool,
     /// Compressed pages as they came, and what they are. Empty until some come.
     packed: Vec<u8>,
     unpacked: Vec<u8>,
@@ -61,6 +67,9 @@ pub struct RecvGear {
     pub progress: Progress,
     /// What the connection's bytes mean.
     pub reader: Box<dyn PacketReader>,
+    /// Where channels have no end mark: signalled when all that is to come has come. The lane then ends, where the channel
+    /// may, once it has read what is there.
+    pub last_call: Option<Arc<EventFd>>,
 }
 
 impl RecvRole {
@@ -71,6 +80,8 @@ impl RecvRole {
             scatter: Scatter::new(gear.ram.clone(), gear.reader.header_bytes()),
             prefault: Prefault::new(&gear.ram),
             head: vec![0; gear.reader.header_bytes()].into_boxed_slice(),
+            lull: gear.last_call.clone().map(PollSet::new),
+            called: false,
             gear,
             peers,
             table: vec![0; RUNS_PER_PACKET_MAX * RUN_ENTRY_BYTES],
@@ -108,7 +119,7 @@ impl RecvRole {
                 Some(Mark::RoundEnd(round)) => self.meet(round, cx)?,
                 Some(Mark::Bye) => return Ok(()),
             }
-            has_header = self.read_header()?;
+            has_header = self.is_more_to_come() && self.read_header()?;
         }
         Ok(())
     }
@@ -231,6 +242,28 @@ impl RecvRole {
         match self.gear.barrier.wait_for_all(lane, round, cx.bell(), &self.peers) {
             Wake::Rung | Wake::Elsewhere => Ok(()),
             Wake::Drain | Wake::Abort => Err(ChannelError::Aborted),
+        }
+    }
+
+    /// Waits for the first byte of a header where the channel may end. False once the last call has come, and no such byte.
+    fn is_more_to_come(&mut self) -> bool {
+        let Some(lull) = self.lull.as_mut().filter(|_| self.gear.reader.may_end()) else { return true };
+        if self.gear.stream.has_received() {
+            return true;
+        }
+        loop {
+            lull.clear();
+            let socket = lull.watch(self.gear.stream.as_fd(), true, false);
+            if self.called {
+                lull.until(Instant::now());
+            }
+            lull.wait();
+            add(&self.gear.progress.cells(self.gear.channel.0.into()).syscalls, 1);
+            self.called |= lull.is_signalled();
+            // A signal ends a wait as well.
+            if lull.ready(socket).readable || self.called {
+                return lull.ready(socket).readable;
+            }
         }
     }
 

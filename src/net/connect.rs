@@ -82,7 +82,7 @@ pub struct Fds {
 impl Fds {
     /// The control connection, and the data channels 0, 1, ... in order.
     pub fn new(control: OwnedFd, data: impl IntoIterator<Item = OwnedFd>) -> Fds {
-        Fds { control: Some(control), data: (0u8..).zip(data).collect() }
+        Fds { control: Some(control), data: (0..=u8::MAX).zip(data).collect() }
     }
 }
 

@@ -199,7 +199,7 @@ impl Driver<'_> {
             Some((_, since)) => Some(*since + hello).filter(|_| !self.session.is_live(channel)),
             None => way.at.filter(|_| wants && self.session.is_down(channel)),
         };
-        (0u8..).map(ChannelId).zip(&self.losses.ways).filter_map(of).chain(self.losses.none_since.map(|since| since + stall)).min()
+        (0..=u8::MAX).map(ChannelId).zip(&self.losses.ways).filter_map(of).chain(self.losses.none_since.map(|since| since + stall)).min()
     }
 
     /// Everything is lost: no worker is left, and all that was outstanding travels again.

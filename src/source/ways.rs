@@ -103,7 +103,7 @@ impl Losses {
 
     /// The connections that are about to join.
     pub fn joining_sockets(&self) -> impl Iterator<Item = (ChannelId, &Socket)> {
-        let all = (0u8..).map(ChannelId).zip(&self.ways);
+        let all = (0..=u8::MAX).map(ChannelId).zip(&self.ways);
         all.filter_map(|(channel, way)| way.joining.as_ref().map(|(joining, _)| (channel, &*joining.socket)))
     }
 

@@ -65,7 +65,10 @@ impl PollSet {
     /// A set that holds the eventfd alone, and waits without limit.
     pub fn new(event: Arc<EventFd>) -> PollSet {
         let own = libc::pollfd { fd: event.raw(), events: libc::POLLIN, revents: 0 };
-        PollSet { event, fds: vec![own], until: None }
+        // Room for one more, so that whoever waits for one socket allocates nothing later.
+        let mut fds = Vec::with_capacity(2);
+        fds.push(own);
+        PollSet { event, fds, until: None }
     }
 
     /// The eventfd of this set.
@@ -89,6 +92,11 @@ impl PollSet {
     /// Wait no longer than until then.
     pub fn until(&mut self, when: Instant) {
         self.until = Some(self.until.map_or(when, |t| t.min(when)));
+    }
+
+    /// Whether the last wait found the eventfd signalled.
+    pub fn is_signalled(&self) -> bool {
+        self.fds[0].revents != 0
     }
 
     /// What the last wait found at a place that [`PollSet::watch`] gave.

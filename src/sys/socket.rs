@@ -253,6 +253,26 @@ impl Socket {
             .map(|n| n as usize)
     }
 
+    /// Whether nothing can be read from it any more: the peer has ended the connection, and all that it said before has
+    /// been read. Waits for nothing.
+    pub fn is_spent(&self) -> bool {
+        let mut byte = 0_u8;
+        let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
+        // SAFETY: the pointer is to a local of the length given.
+        let got = cvt_retry(|| unsafe { libc::recv(self.0.as_raw_fd(), (&raw mut byte).cast(), 1, flags) as i64 });
+        got.map_or_else(|e| e.kind() != io::ErrorKind::WouldBlock, |n| n == 0)
+    }
+
+    /// Has the system ask after a TCP peer that says nothing for half a minute, six times, ten seconds apart: then a receive
+    /// fails instead of waiting for a machine that is gone. On others this does nothing.
+    pub fn set_keep_alive(&self) {
+        let tcp = [(libc::TCP_KEEPIDLE, 30), (libc::TCP_KEEPINTVL, 10), (libc::TCP_KEEPCNT, 6)];
+        for (name, value) in tcp {
+            let _ = set_option(self.0.as_fd(), libc::IPPROTO_TCP, name, value);
+        }
+        let _ = set_option(self.0.as_fd(), libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1);
+    }
+
     /// One sendmsg(2) over an iovec list; may send fewer bytes than the list holds.
     ///
     /// # Safety
@@ -395,6 +415,31 @@ mod tests {
         b.shutdown();
         let unconnected = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         assert!(!Socket::from_fd(unconnected.into()).unwrap().is_within_host(), "it has no peer");
+    }
+
+    #[test]
+    fn a_connection_is_spent_once_it_was_read_to_its_end() {
+        let unix = UnixStream::pair().unwrap();
+        let unix = (Socket::from_fd(unix.0.into()).unwrap(), Socket::from_fd(unix.1.into()).unwrap());
+        for (from, to) in [unix, tcp_pair("127.0.0.1", "127.0.0.1").unwrap()] {
+            assert!(!to.is_spent());
+            from.send(b"x").unwrap();
+            drop(from);
+            assert!(!to.is_spent());
+            assert_eq!(to.recv(&mut [0; 2]).unwrap(), 1);
+            assert_eq!(to.recv(&mut [0; 2]).unwrap(), 0);
+            assert!(to.is_spent());
+        }
+    }
+
+    #[test]
+    fn the_system_asks_after_a_silent_peer() {
+        let (a, _b) = tcp_pair("127.0.0.1", "127.0.0.1").unwrap();
+        a.set_keep_alive();
+        let option = |level, name| get_option(a.0.as_fd(), level, name).unwrap();
+        assert_eq!(option(libc::SOL_SOCKET, libc::SO_KEEPALIVE), 1);
+        let tcp = [libc::TCP_KEEPIDLE, libc::TCP_KEEPINTVL, libc::TCP_KEEPCNT];
+        assert_eq!(tcp.map(|name| option(libc::IPPROTO_TCP, name)), [30, 10, 6]);
     }
 
     #[test]

@@ -96,6 +96,11 @@ impl Driver<'_> {
     /// Takes a connection for what it says it is; anything that does not belong to this migration is dropped, and
     /// disturbs nobody.
     fn greet_one(&mut self, stream: Stream, hello: &Hello) -> Result<(), Over> {
+        if self.settings.framing.control_meets() {
+            // On this wire nobody is heard of who has nothing to say.
+            stream.socket().set_keep_alive();
+            self.forget_spent();
+        }
         match hello.role {
             HelloRole::Control if hello.side == Side::Source && hello.generation > FIRST_GENERATION => {
                 self.let_in(stream, hello)
@@ -151,6 +156,18 @@ impl Driver<'_> {
             && self.prepared_at.is_none()
             && self.belongs_here(hello)
             && self.streams.get(usize::from(channel.0)).is_some_and(Option::is_none)
+    }
+
+    /// Forgets the channels that have come early and are gone: their source has given up, and another may come.
+    fn forget_spent(&mut self) {
+        if self.prepared_at.is_some() {
+            return;
+        }
+        let is_spent = |(stream, _): &mut (Stream, Generation)| stream.socket().is_spent();
+        self.streams.iter_mut().for_each(|place| drop(place.take_if(is_spent)));
+        if self.streams.iter().all(Option::is_none) {
+            self.early = None;
+        }
     }
 
     /// Says of the channels that have come early that they are here.

@@ -140,6 +140,7 @@ impl Driver<'_> {
         self.receive_frames()?;
         self.hear_visitor()?;
         self.look_at_lanes()?;
+        self.end_parting()?;
         self.check_time()?;
         self.sleep();
         Ok(())

@@ -1,18 +1,20 @@
 #![forbid(unsafe_code)]
 //! What the target hears on the control connection, and how long it waits for more. Where the control connection carries
-//! pages, it is a member of the barrier that the lanes meet at: then nothing of it is heard while it waits there.
+//! pages, it is a member of the barrier that the lanes meet at: then nothing of it is heard while it waits there, and its
+//! last words count when the lanes have read to their ends.
 
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use crate::error::Failure;
 use crate::framing::Heard;
+use crate::net::Control;
 use crate::progress::Stage;
 use crate::session::target::TargetEvent;
 use crate::target::driver::{Driver, Over};
 use crate::target::lanes::Lanes;
 use crate::units::{BlockId, ChannelId, Round};
-use crate::wire::control::SourceFrame;
+use crate::wire::control::{Final, SourceFrame};
 
 /// Pages that came on the control connection, and the rounds that end there.
 #[derive(Debug)]
@@ -25,11 +27,23 @@ pub(super) struct Meeting {
     pub zero_bytes: u64,
     /// Bytes of all connections, and when they last became more.
     moved: (u64, Instant),
+    parting: Option<Parting>,
+}
+
+/// The source has said all that it says on the control connection. It counts once every lane has read to its end: a
+/// channel that goes on behind the last round is out of step, whatever else has come.
+#[derive(Debug)]
+struct Parting {
+    last: Final,
+    since: Instant,
+    /// The lanes end with what has come: the source leaves its channels open, or has not ended them in time.
+    drained: bool,
 }
 
 impl Meeting {
     pub fn new() -> Meeting {
-        Meeting { held: None, round: Round(0), data_bytes: 0, zero_bytes: 0, moved: (0, Instant::now()) }
+        let moved = (0, Instant::now());
+        Meeting { held: None, round: Round(0), data_bytes: 0, zero_bytes: 0, moved, parting: None }
     }
 }
 
@@ -66,7 +80,10 @@ impl Driver<'_> {
                     self.final_at = Some(Instant::now());
                     self.progress.stage(Stage::HandOver);
                 }
-                self.event(TargetEvent::Frame(frame))?;
+                match frame {
+                    SourceFrame::Final(last) if self.settings.framing.control_meets() => self.begin_parting(last),
+                    frame => self.event(TargetEvent::Frame(frame))?,
+                }
             }
             if let Some(block) = refused {
                 let why = format!("a page of block {block} came, and nothing can be written there");
@@ -122,6 +139,31 @@ impl Driver<'_> {
         self.channel_lost(channel, reason)
     }
 
+    /// A source that has ended the control connection ends its channels, too: each is read up to there. One that waits for
+    /// an answer leaves them open; but what it sent on them it sent before its last words here, so that it has come by now,
+    /// as far as anybody can know.
+    fn begin_parting(&mut self, last: Final) {
+        let drained = !self.control.as_ref().is_some_and(Control::is_over);
+        self.meeting.parting = Some(Parting { last, since: Instant::now(), drained });
+        if drained {
+            self.drain();
+        }
+    }
+
+    fn drain(&self) {
+        if let Some(lanes) = &self.lanes {
+            lanes.drain();
+        }
+    }
+
+    /// What the source said last counts once no lane has anything left to read.
+    pub fn end_parting(&mut self) -> Result<(), Over> {
+        match self.meeting.parting.take_if(|_| self.lanes.as_ref().is_none_or(Lanes::all_ended)) {
+            Some(parting) => self.event(TargetEvent::Frame(SourceFrame::Final(parting.last))),
+            None => Ok(()),
+        }
+    }
+
     /// A channel is lost, which nothing can mend.
     pub fn channel_lost(&mut self, channel: ChannelId, reason: String) -> Result<(), Over> {
         let generation = self.session.generation(channel);
@@ -168,6 +210,9 @@ impl Driver<'_> {
             (_, Some(prepared)) if self.session.awaits_channels() => return due(prepared, hello, "the data channels"),
             _ => {}
         }
+        if let Some(parting) = &self.meeting.parting {
+            return due(parting.since, silence, "the end of its channels");
+        }
         self.note_movement();
         let lanes = self.lanes.as_ref();
         if self.meeting.held.is_some() || lanes.is_some_and(Lanes::someone_waits) {
@@ -187,6 +232,13 @@ impl Driver<'_> {
                 if self.session.is_dormant() {
                     let lost = self.lost.clone();
                     return self.event(TargetEvent::Failed(Failure::NotResumed { ms, lost }));
+                }
+                if let Some(parting @ Parting { drained: false, .. }) = &mut self.meeting.parting {
+                    (parting.drained, parting.since) = (true, Instant::now());
+                    let what = "the source ended the main connection, but not its channels: all that had come was taken";
+                    self.remark(what.to_owned());
+                    self.drain();
+                    return Ok(());
                 }
                 self.control_lost(Failure::Silent { waiting_for, ms })
             }

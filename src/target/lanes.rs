@@ -2,6 +2,7 @@
 //! The target's end of all channels: the barrier where the lanes meet, and the workers that run them.
 
 use std::convert::Infallible;
+use std::io;
 use std::sync::Arc;
 
 use crate::barrier::{Barrier, LaneWord};
@@ -22,6 +23,7 @@ use crate::poll::PollSleeper;
 use crate::progress::Progress;
 use crate::session::source::FIRST_GENERATION;
 use crate::session::target::TargetEvent;
+use crate::sys::event::EventFd;
 use crate::units::{BlockId, ChannelId, Generation, Round};
 use crate::wire::control::{BlockInfo, LanePong};
 
@@ -56,6 +58,8 @@ struct Lane {
     /// What the counters stood at when it began.
     wire_bytes_before: u64,
     cpu: Option<usize>,
+    /// Tells it that the source has said all elsewhere: see [`Lanes::drain`].
+    last_call: Option<Arc<EventFd>>,
     /// Its connection has ended where the wire lets it.
     ended: bool,
 }
@@ -84,11 +88,14 @@ impl Lanes {
         let ids: Vec<_> = streams.iter().enumerate().filter(|(_, stream)| stream.is_some()).map(|(id, _)| id).collect();
         (0..count).filter(|id| !ids.contains(id)).for_each(|id| barrier.retire(id));
         let kit = LaneKit { gear: &gear, look, barrier: &barrier, landed: &landed, named: &named };
+        let last_call = |_: &usize| gear.framing.control_meets().then(|| EventFd::new().map(Arc::new)).transpose();
+        let calls = ids.iter().map(last_call).collect::<io::Result<Vec<_>>>();
+        let calls = calls.map_err(|e| Failure::Worker(format!("no eventfd for a lane: {e}")))?;
         let first = launch(&place, options, &gear, ids, |bells| {
             let connected = streams.into_iter().enumerate().filter_map(|(id, stream)| stream.map(|stream| (id, stream)));
             let role = |(own, (id, stream)): (usize, (usize, Stream))| {
                 let others = bells.iter().enumerate().filter(|(other, _)| *other != own).map(|(_, bell)| bell.clone());
-                RecvRole::new(kit.of(id, stream, false), others.collect())
+                RecvRole::new(RecvGear { last_call: calls[own].clone(), ..kit.of(id, stream, false) }, others.collect())
             };
             connected.enumerate().map(role).collect()
         })?;
@@ -98,11 +105,13 @@ impl Lanes {
             generation: FIRST_GENERATION,
             wire_bytes_before: 0,
             cpu: None,
+            last_call: None,
             ended: false,
         };
         let mut lanes: Vec<_> = (0..count).map(lane).collect();
-        for worker in first.workers() {
-            (lanes[worker.id].at, lanes[worker.id].cpu) = (Place::First, worker.cpu);
+        for (worker, last_call) in first.workers().iter().zip(calls) {
+            let lane = &mut lanes[worker.id];
+            (lane.at, lane.cpu, lane.last_call) = (Place::First, worker.cpu, last_call);
         }
         Ok(Lanes { gear, options: options.clone(), place, look, barrier, landed, named, lanes, first })
     }
@@ -233,6 +242,12 @@ impl Lanes {
         self.lanes.iter().enumerate().map(pong).collect()
     }
 
+    /// Lets every lane read what has come by now, and the rest of a packet that has begun to; and then end as if the source
+    /// had ended its connection there.
+    pub fn drain(&self) {
+        self.lanes.iter().filter_map(|lane| lane.last_call.as_ref()).for_each(|call| call.signal());
+    }
+
     /// Ends every lane and joins it. Harmless when done before.
     pub fn end(&mut self) {
         self.first.close(Close::Abort);
@@ -303,6 +318,11 @@ impl Lanes {
         is_zero.then_some(block.page_size().bytes())
     }
 
+    /// Whether the connections of all lanes have ended where they may.
+    pub fn all_ended(&self) -> bool {
+        self.lanes.iter().all(|lane| lane.ended)
+    }
+
     /// Whether a lane's connection has ended where it may.
     pub fn any_ended(&self) -> bool {
         self.lanes.iter().any(|lane| lane.ended)
@@ -351,6 +371,7 @@ impl LaneKit<'_> {
             controller: self.gear.controller.clone(),
             progress: self.gear.progress.clone(),
             reader: self.gear.framing.reader(&self.gear.blocks, joins_late),
+            last_call: None,
         }
     }
 }

@@ -15,6 +15,7 @@ const DEVICES_AT: usize = 1771;
 #[derive(Clone, Debug)]
 pub struct Capture {
     pub dialect: Dialect,
+    pub return_path: bool,
     pub streams: Vec<Vec<Vec<u8>>>,
 }
 
@@ -109,5 +110,5 @@ pub fn capture(dialect: Dialect, return_path: bool) -> Capture {
         end(&mut maker);
     }
     maker.say(&Record::Tail(&DEVICES[DEVICES_AT..]));
-    Capture { dialect, streams: maker.streams }
+    Capture { dialect, return_path, streams: maker.streams }
 }

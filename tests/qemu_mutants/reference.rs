@@ -20,8 +20,8 @@ pub struct Meaning {
     pub tail: Vec<u8>,
 }
 
-/// A channel's rounds; each ends with a SYNC.
-fn channel(stream: &[u8], dialect: Dialect) -> Result<(u8, Vec<Vec<Written>>), String> {
+/// A channel's rounds; each ends with a SYNC. The numbers of its packets are appended to `numbers`.
+fn channel(stream: &[u8], dialect: Dialect, numbers: &mut Vec<u64>) -> Result<(u8, Vec<Vec<Written>>), String> {
     let (mut decoder, mut input) = (ChannelDecoder::new(dialect), stream);
     let (mut id, mut rounds, mut round) = (None, Vec::new(), Vec::new());
     loop {
@@ -35,6 +35,7 @@ fn channel(stream: &[u8], dialect: Dialect) -> Result<(u8, Vec<Vec<Written>>), S
                 if packet.compression != Compression::None && packet.data_bytes > 0 {
                     return Err("compressed".to_owned());
                 }
+                numbers.push(packet.number);
                 let block = packet.block.unwrap_or_default().to_owned();
                 let zero = packet.zero.iter().map(|offset| Written(block.clone(), offset, None));
                 round.extend(zero);
@@ -56,25 +57,37 @@ fn channel(stream: &[u8], dialect: Dialect) -> Result<(u8, Vec<Vec<Written>>), S
     }
     decoder.finish().map_err(|error| error.to_string())?;
     if !round.is_empty() {
-        return Err(format!("{SURPLUS}: pages behind the last one"));
+        return Err("pages behind the last SYNC".to_owned());
     }
     Ok((id.ok_or("no channel")?, rounds))
 }
 
-/// Begins the reason where a channel goes on behind the last barrier. With everything else said, a receiver that has not
-/// heard that yet cannot know it, as nothing on the main connection says where a channel ends.
-pub const SURPLUS: &str = "more behind the last SYNC";
+/// Whether the packets have the numbers that QEMU gives them, or those of somebody who numbers in another way.
+fn are_numbered_through(channels: &[Vec<u64>]) -> bool {
+    let firsts = channels.iter().filter_map(|numbers| numbers.first());
+    let firsts = firsts.fold(0, |sum: u64, first| sum.wrapping_add(*first));
+    let mut all = channels.concat();
+    all.sort_unstable();
+    let rise = channels.iter().all(|numbers| numbers.is_sorted_by(|one, next| one < next));
+    let ours = firsts == (0..channels.len() as u64).sum::<u64>() && all.last().is_some_and(|last| *last > 0);
+    !ours || (rise && (0..all.len() as u64).eq(all))
+}
 
 /// What the streams mean, or what is wrong with them.
 pub fn meaning(streams: &[Vec<u8>], dialect: Dialect) -> Result<Meaning, String> {
     let mut ids = BTreeSet::new();
-    let mut channels = Vec::new();
+    let (mut channels, mut numbers) = (Vec::new(), Vec::new());
     for stream in &streams[1..] {
-        let (id, rounds) = channel(stream, dialect)?;
+        let mut own = Vec::new();
+        let (id, rounds) = channel(stream, dialect, &mut own)?;
+        numbers.push(own);
         if id >= CHANNELS || !ids.insert(id) {
             return Err(format!("channel {id}"));
         }
         channels.push(rounds);
+    }
+    if dialect == Dialect::V10_0 && !are_numbered_through(&numbers) {
+        return Err("packets are missing, or came twice".to_owned());
     }
     let (mut decoder, mut input) = (MainDecoder::new(dialect), &streams[0][..]);
     let mut rounds: Vec<Vec<Written>> = vec![Vec::new()];
@@ -129,8 +142,7 @@ pub fn meaning(streams: &[Vec<u8>], dialect: Dialect) -> Result<Meaning, String>
         return Err("pages of the main stream behind the last barrier".to_owned());
     }
     if let Some(channel) = channels.iter().find(|channel| channel.len() != rounds.len()) {
-        let what = if channel.len() > rounds.len() { SURPLUS } else { "SYNCs are missing" };
-        return Err(format!("{what}: {} for {} barriers", channel.len(), rounds.len()));
+        return Err(format!("{} SYNCs for {} barriers", channel.len(), rounds.len()));
     }
     if names.iter().any(|(_, bytes)| *bytes > RAM_BYTES_MAX) {
         return Err("no such amount of RAM".to_owned());

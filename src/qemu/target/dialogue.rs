@@ -20,6 +20,10 @@ const HEADER_BYTES: usize = 8;
 /// What is said of a source that closed its main connection too early; why, it does not say.
 const GAVE_UP: &str = "the source gave up or died in the middle of the stream";
 
+/// Parts of RAM in a row without a page, from which on a source must be waiting for something: QEMU sends a part only while
+/// there are pages to send, or while it may not switch over, and then by the thousand.
+const IDLE_PARTS: u32 = 16;
+
 /// The main connection of a target.
 #[derive(Debug)]
 pub struct TargetDialogue {
@@ -37,7 +41,9 @@ pub struct TargetDialogue {
     /// The last part of RAM has begun; nothing but the barrier has come since the last barrier.
     last_part: bool,
     flushed: bool,
-    asked_to_switch: bool,
+    /// Until the source has been told that it may switch over: the parts of RAM so far that named no page, as many as came
+    /// in a row last, and the pages before them. `None` from then on.
+    idle: Option<(u32, u64)>,
     state_bytes: u64,
     state_crc: Crc32c,
     /// The tail may end here.
@@ -49,6 +55,7 @@ pub struct TargetDialogue {
     commit: bool,
     replies: Vec<u8>,
     shut: bool,
+    failed: Option<Garbled>,
 }
 
 impl TargetDialogue {
@@ -70,7 +77,7 @@ impl TargetDialogue {
             page: (BlockId(0), 0),
             last_part: false,
             flushed: false,
-            asked_to_switch: false,
+            idle: Some((0, 0)),
             state_bytes: 0,
             state_crc: Crc32c::new(),
             whole: false,
@@ -80,6 +87,7 @@ impl TargetDialogue {
             commit: false,
             replies: Vec::new(),
             shut: false,
+            failed: None,
         }
     }
 
@@ -117,12 +125,15 @@ impl TargetDialogue {
                 self.page.1 += bytes.len() as u64;
                 return Ok(Some(Heard::Page { block, offset, bytes }));
             }
-            Record::Flush => return Ok(Some(self.barrier())),
+            Record::Flush if self.channels == 0 => {
+                return Err(Garbled("the source sends its pages on channels, and none are taken here".to_owned()));
+            }
+            Record::Flush => return self.barrier().map(Some),
             Record::EndOfSection => {
                 let barrier = self.decoder.barrier();
                 self.seen.learn(|facts| facts.barrier = barrier);
                 if barrier == Some(Barrier::PerSection) {
-                    return Ok(Some(self.barrier()));
+                    return self.barrier().map(Some);
                 }
                 if self.last_part && !self.flushed {
                     let at = self.decoder.at();
@@ -131,8 +142,8 @@ impl TargetDialogue {
             }
             Record::Footer => {
                 self.ask_to_switch();
-                if self.last_part && !self.seen.close(u64::from(self.barriers) * u64::from(self.channels)) {
-                    return Err(Garbled("a packet came on a channel behind the last SYNC".to_owned()));
+                if self.last_part {
+                    self.close()?;
                 }
             }
             Record::Tail(bytes) => {
@@ -147,6 +158,14 @@ impl TargetDialogue {
             Record::Packaged(_) => return Err(post_copy("a package")),
         }
         Ok(None)
+    }
+
+    /// The last part of RAM has ended: every channel has come to its last SYNC.
+    fn close(&self) -> Result<(), Garbled> {
+        if !self.seen.close(u64::from(self.barriers) * u64::from(self.channels)) {
+            return Err(Garbled("a packet came on a channel behind the last SYNC".to_owned()));
+        }
+        self.seen.numbers().check(self.channels).map_err(|why| Garbled(why.to_string()))
     }
 
     /// The configuration has ended, with the record before this one.
@@ -198,24 +217,36 @@ impl TargetDialogue {
         })
     }
 
-    fn barrier(&mut self) -> Heard<'static, SourceFrame> {
+    fn barrier(&mut self) -> Result<Heard<'static, SourceFrame>, Garbled> {
         self.flushed = true;
         let round = Round(self.barriers);
-        self.barriers += 1;
+        self.barriers =
+            self.barriers.checked_add(1).ok_or_else(|| Garbled("more rounds than can be counted".to_owned()))?;
         self.seen.count(&Counts { barriers: 1, ..Counts::default() });
-        Heard::Barrier(round)
+        Ok(Heard::Barrier(round))
     }
 
     /// Lets the source stop its guest when it likes, as far as this side goes: it may have been told to wait for that. One
-    /// from before QEMU 8.1 does not know the word. The first packets of the channels have been read by now.
+    /// from before QEMU 8.1 does not know the word, and gives up if it hears it. Called at the end of each part of RAM: all
+    /// that it named has been read by now.
     fn ask_to_switch(&mut self) {
-        if std::mem::replace(&mut self.asked_to_switch, true) {
-            return;
-        }
-        let facts = self.seen.facts();
-        if facts.barrier == Some(Barrier::PerRound) || facts.dialect == Some(Dialect::V10_0) {
+        let Some((parts, before)) = self.idle else { return };
+        let counts = self.seen.counts();
+        let pages = counts.normal_pages + counts.zero_pages;
+        let parts = if pages == before { parts + 1 } else { 0 };
+        let knows_the_word = if self.barriers <= 1 { self.is_new() } else { parts >= IDLE_PARTS };
+        self.idle = (!knows_the_word).then_some((parts, pages));
+        if knows_the_word {
             self.answer(&ReturnMessage::SwitchoverAck);
         }
+    }
+
+    /// Whether what has come in the START section shows QEMU 8.1 or a newer one: flush words, packets of the channels, or
+    /// a machine type of such a version.
+    fn is_new(&self) -> bool {
+        let facts = self.seen.facts();
+        let by_machine = facts.machine.is_some_and(|machine| version(machine.as_str()) >= Some((8, 1)));
+        facts.barrier == Some(Barrier::PerRound) || facts.dialect == Some(Dialect::V10_0) || by_machine
     }
 
     /// Says something on the return path, if there is one.
@@ -248,6 +279,37 @@ impl TargetDialogue {
         })
     }
 
+    fn hear_next<'i>(&mut self, input: &mut &'i [u8]) -> Result<Option<Heard<'i, SourceFrame>>, Garbled> {
+        if !input.is_empty() {
+            self.quiet = false;
+        }
+        if self.final_said && !input.is_empty() {
+            return Err(self.behind_the_end());
+        }
+        loop {
+            let before = *input;
+            let record = self.decoder.pull(input).map_err(words)?;
+            let taken = &before[..before.len() - input.len()];
+            self.seen.count(&Counts { main_bytes: taken.len() as u64, ..Counts::default() });
+            if !self.configured {
+                self.head.extend_from_slice(taken);
+            }
+            let Some(record) = record else { break };
+            if let Some(heard) = self.take(record)? {
+                return Ok(Some(heard));
+            }
+        }
+        // With a return path the connection stays open behind the end.
+        let is_end = self.ended || (self.quiet && self.decoder.return_path_is_open());
+        if is_end && std::mem::take(&mut self.commit) {
+            return Ok(Some(Heard::Frame(SourceFrame::Commit)));
+        }
+        if self.whole && is_end && !self.final_said {
+            return Ok(Some(Heard::Frame(self.last())));
+        }
+        Ok(None)
+    }
+
     fn behind_the_end(&self) -> Garbled {
         Garbled(format!("main stream, byte {}: more bytes came behind the end", self.decoder.at()))
     }
@@ -256,7 +318,8 @@ impl TargetDialogue {
 impl Dialogue<TargetFrame, SourceFrame> for TargetDialogue {
     fn say(&mut self, frame: &TargetFrame, out: &mut Vec<u8>) -> Result<(), Garbled> {
         match frame {
-            TargetFrame::Loaded { .. } => self.commit = true,
+            // Whatever came meanwhile is heard before it counts.
+            TargetFrame::Loaded { .. } => (self.commit, self.quiet) = (true, false),
             TargetFrame::Running => self.shut(0),
             TargetFrame::Refused { .. }
             | TargetFrame::DigestMismatch { .. }
@@ -277,34 +340,10 @@ impl Dialogue<TargetFrame, SourceFrame> for TargetDialogue {
     }
 
     fn hear<'i>(&mut self, input: &mut &'i [u8]) -> Result<Option<Heard<'i, SourceFrame>>, Garbled> {
-        if !input.is_empty() {
-            self.quiet = false;
+        match &self.failed {
+            Some(why) => Err(why.clone()),
+            None => self.hear_next(input).map_err(|why| self.failed.insert(why).clone()),
         }
-        if self.final_said && !input.is_empty() {
-            return Err(self.behind_the_end());
-        }
-        loop {
-            let before = *input;
-            let record = self.decoder.pull(input).map_err(words)?;
-            let taken = &before[..before.len() - input.len()];
-            self.seen.count(&Counts { main_bytes: taken.len() as u64, ..Counts::default() });
-            if !self.configured {
-                self.head.extend_from_slice(taken);
-            }
-            let Some(record) = record else { break };
-            if let Some(heard) = self.take(record)? {
-                return Ok(Some(heard));
-            }
-        }
-        if std::mem::take(&mut self.commit) {
-            return Ok(Some(Heard::Frame(SourceFrame::Commit)));
-        }
-        // With a return path the connection stays open behind the end.
-        let is_end = self.ended || (self.quiet && self.decoder.return_path_is_open());
-        if self.whole && is_end && !self.final_said {
-            return Ok(Some(Heard::Frame(self.last())));
-        }
-        Ok(None)
     }
 
     fn quiet(&mut self) {
@@ -328,6 +367,12 @@ impl Dialogue<TargetFrame, SourceFrame> for TargetDialogue {
     }
 }
 
+/// The version in the name of a machine type: that of the first QEMU that had it.
+fn version(machine: &str) -> Option<(u32, u32)> {
+    let (major, minor) = machine.rsplit('-').next()?.split_once('.')?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
+}
+
 fn words(error: StreamError) -> Garbled {
     Garbled(error.to_string())
 }
@@ -335,3 +380,6 @@ fn words(error: StreamError) -> Garbled {
 fn post_copy(what: &str) -> Garbled {
     Garbled(format!("{what} came: post-copy is not taken here; migrate without postcopy-ram"))
 }
+
+#[cfg(test)]
+mod tests;

@@ -24,11 +24,14 @@ pub struct QemuReader {
     blocks: HashMap<String, (BlockId, u64)>,
     /// Known from the first packet on.
     dialect: Option<Dialect>,
-    /// What is compressed goes through this from the first packet on.
-    inflate: Option<(Compression, Inflate)>,
+    /// How its pages are compressed, known from the first of them on; what is goes through this.
+    method: Option<Compression>,
+    inflate: Option<Inflate>,
     /// Bytes of the channel before the next packet.
     at: u64,
     syncs: u32,
+    /// The number of the packet before.
+    number: Option<u64>,
     /// Something has come since the last SYNC.
     begun: bool,
 }
@@ -43,18 +46,26 @@ impl QemuReader {
             seen,
             blocks: blocks.iter().map(by_name).collect(),
             dialect: None,
+            method: None,
             inflate: None,
             at: channel_bytes,
             syncs: 0,
+            number: None,
             begun: false,
         }
     }
 
-    fn first(&mut self, header: &[u8; RAM_PACKET_BYTES]) -> Dialect {
+    /// All channels come from one program.
+    fn first(&mut self, header: &[u8; RAM_PACKET_BYTES]) -> Result<Dialect, Garbled> {
         let dialect = Dialect::of_first_packet(header);
+        let mut agreed = dialect;
+        self.seen.learn(|facts| agreed = *facts.dialect.get_or_insert(dialect));
+        if agreed != dialect {
+            let at = self.at;
+            return Err(Garbled(format!("multifd channel, byte {at}: it is of another QEMU than the channels before")));
+        }
         self.dialect = Some(dialect);
-        self.seen.learn(|facts| facts.dialect = Some(dialect));
-        dialect
+        Ok(dialect)
     }
 
     fn unpackable(&self, error: &PackError) -> Garbled {
@@ -64,23 +75,19 @@ impl QemuReader {
     /// How many bytes follow, and of what kind.
     fn payload(&mut self, packet: &RamPacket<'_>) -> Result<Payload, Garbled> {
         if packet.normal.is_empty() {
-            return Ok(if packet.sync && packet.zero.is_empty() { Payload::None } else { Payload::Plain(0) });
+            return Ok(if packet.zero.is_empty() { Payload::None } else { Payload::Plain(0) });
         }
         let method = packet.compression;
-        match &self.inflate {
-            None if method == Compression::None => return Ok(Payload::Plain(packet.data_bytes.into())),
-            None => {
-                let inflate = Inflate::new(method).map_err(|e| self.unpackable(&e))?;
-                self.inflate = Some((method, inflate));
-                self.seen.learn(|facts| facts.compression = Some(method));
-            }
-            Some((begun, _)) if *begun == method => {}
-            Some(_) => {
-                return Err(Garbled(format!(
-                    "multifd channel, byte {}: the way of compression has changed",
-                    packet.at
-                )));
-            }
+        if *self.method.get_or_insert(method) != method {
+            let at = packet.at;
+            return Err(Garbled(format!("multifd channel, byte {at}: the way of compression has changed")));
+        }
+        if method == Compression::None {
+            return Ok(Payload::Plain(packet.data_bytes.into()));
+        }
+        if self.inflate.is_none() {
+            self.inflate = Some(Inflate::new(method).map_err(|e| self.unpackable(&e))?);
+            self.seen.learn(|facts| facts.compression = Some(method));
         }
         Ok(Payload::Packed(packet.data_bytes as usize))
     }
@@ -109,7 +116,7 @@ impl PacketReader for QemuReader {
 
     fn packet(&mut self, header: &[u8], _table: &[u8], runs: &mut Vec<RunEntry>) -> Result<Packet, Garbled> {
         let header = header.first_chunk().ok_or_else(|| Garbled("a header is cut short".to_owned()))?;
-        let dialect = self.dialect.unwrap_or_else(|| self.first(header));
+        let dialect = self.dialect.map_or_else(|| self.first(header), Ok)?;
         let packet = RamPacket::decode(header, dialect, self.at).map_err(words)?;
         let pages = packet.normal.len() + packet.zero.len();
         if self.syncs == 0 && pages > 0 {
@@ -129,6 +136,10 @@ impl PacketReader for QemuReader {
         if says_something && !std::mem::replace(&mut self.begun, true) && !self.seen.begin_round() {
             return Err(Garbled(format!("multifd channel, byte {}: a packet came behind the last SYNC", self.at)));
         }
+        if dialect == Dialect::V10_0 {
+            let before = self.number.replace(packet.number);
+            self.seen.numbers().take(packet.number, before);
+        }
         append(packet.normal, RunKind::Data, runs);
         append(packet.zero, RunKind::Zero, runs);
         let payload = self.payload(&packet)?;
@@ -144,14 +155,14 @@ impl PacketReader for QemuReader {
         let round = Round(self.syncs);
         let mark = packet.sync.then_some(Mark::RoundEnd(round));
         if packet.sync {
-            self.syncs += 1;
+            self.syncs = self.syncs.checked_add(1).ok_or_else(|| Garbled("more rounds than can be counted".to_owned()))?;
             self.begun = false;
         }
         Ok(Packet { block, round, payload, mark })
     }
 
     fn unpack(&mut self, packed: &[u8], pages: &mut [u8]) -> Result<(), Garbled> {
-        let Some((_, inflate)) = &mut self.inflate else { return Err(Garbled("nothing was compressed".to_owned())) };
+        let Some(inflate) = &mut self.inflate else { return Err(Garbled("nothing was compressed".to_owned())) };
         inflate.packet(packed, pages).map_err(|e| self.unpackable(&e))
     }
 
@@ -175,3 +186,6 @@ fn append(offsets: Offsets<'_>, kind: RunKind, runs: &mut Vec<RunEntry>) {
 fn words(error: StreamError) -> Garbled {
     Garbled(error.to_string())
 }
+
+#[cfg(test)]
+mod tests;
