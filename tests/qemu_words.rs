@@ -28,10 +28,10 @@ fn channel(address: &str, channel: u8, uuid: u8) -> TcpStream {
     stream
 }
 
-/// A main connection that has begun and is being read, as its ping was answered: so was whoever spoke before it.
+/// A main connection that has begun and is being read, as its ping was answered: whoever spoke before it was heard, too.
 fn begun(address: &str) -> Source {
     let mut source = Source::new(TcpStream::connect(address).unwrap());
-    source.begin();
+    source.head(&[]);
     let mut pong = [0; 8];
     source.stream.read_exact(&mut pong).unwrap();
     assert_eq!(pong, *b"\0\x02\0\x04\0\0\0\x01");
