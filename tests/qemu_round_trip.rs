@@ -47,6 +47,10 @@ fn receive(store: &str, channels: &str) -> (Program, String) {
     (program, address)
 }
 
+fn manifest(store: &str) -> Value {
+    serde_json::from_str(&std::fs::read_to_string(Path::new(store).join("manifest.json")).unwrap()).unwrap()
+}
+
 fn send(store: &str, to: &str, channels: &str, more: &[&str]) -> Value {
     let words = ["qemu", "send", "--to", to, "--channels", channels, "--in", store, "--json"];
     start(&[&words, more].concat()).end().expect(0, "completed").clone()
@@ -54,9 +58,6 @@ fn send(store: &str, to: &str, channels: &str, more: &[&str]) -> Value {
 
 /// Both stores have the same blocks and devices; and holes are no data.
 fn demand_same_stores(left: &str, right: &str) {
-    let manifest = |store: &str| -> Value {
-        serde_json::from_str(&std::fs::read_to_string(Path::new(store).join("manifest.json")).unwrap()).unwrap()
-    };
     let (ours, theirs) = (manifest(left), manifest(right));
     assert_eq!(ours["blocks"], theirs["blocks"]);
     assert_eq!(ours["machine"], theirs["machine"]);
@@ -110,6 +111,48 @@ fn a_store_that_is_sent_to_receive_is_the_same_store() {
         let named = number(&report["counters"], "normal_pages") + number(&report["counters"], "zero_pages");
         assert_eq!(named, all_pages, "{channels} channels, {more:?}: every page is named once");
         std::fs::remove_dir_all(&again).unwrap();
+    }
+}
+
+#[test]
+fn a_store_keeps_the_uuid_that_the_channels_said_and_send_says_it_again() {
+    let folder = Folder::new();
+    let (uuid, other) = ("00112233-4455-6677-8899-aabbccddeeff", "ffffffff-4455-6677-8899-aabbccddeeff");
+    let bytes = u128::from_str_radix(&uuid.replace('-', ""), 16).unwrap().to_be_bytes();
+    let store = first_store(&folder, "first", Qemu::new(2).uuid(bytes));
+    assert_eq!(manifest(&store)["uuid"], uuid);
+    let none = Value::Null;
+    let ways: [(&str, &[&str], &Value); 4] = [
+        ("3", &[], &uuid.into()),
+        ("1", &["--uuid", other], &other.into()),
+        ("2", &["--uuid", "00000000-0000-0000-0000-000000000000"], &none),
+        ("0", &[], &none),
+    ];
+    for (index, (channels, more, expected)) in ways.into_iter().enumerate() {
+        let again = folder.file(&format!("again-{index}"));
+        let (program, address) = receive(&again, channels);
+        send(&store, &address, channels, more);
+        program.end().expect(0, "completed");
+        assert_eq!(&manifest(&again)["uuid"], expected, "{channels} channels, {more:?}");
+        std::fs::remove_dir_all(&again).unwrap();
+    }
+}
+
+#[test]
+fn both_sides_count_the_same_bytes_and_all_of_them() {
+    let folder = Folder::new();
+    let store = first_store(&folder, "first", Qemu::new(2));
+    for channels in ["3", "0"] {
+        let again = folder.file(&format!("again-{channels}"));
+        let (program, address) = receive(&again, channels);
+        let sent = send(&store, &address, channels, &[]);
+        let ended = program.end();
+        let received = ended.expect(0, "completed");
+        let bytes = |report: &Value| ["main_bytes", "channel_bytes"].map(|name| number(&report["counters"], name));
+        assert_eq!(bytes(&sent), bytes(received), "{channels} channels");
+        for report in [&sent, received] {
+            assert_eq!(number(report, "wire_bytes"), bytes(report).iter().sum::<u64>(), "{channels} channels");
+        }
     }
 }
 

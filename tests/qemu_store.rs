@@ -100,7 +100,7 @@ fn people_are_told_how_long_the_disk_took_and_what_was_counted() {
     let counters = &manifest(&store)["counters"];
     let (normal, zero) = (&counters["normal_pages"], &counters["zero_pages"]);
     for word in [
-        "completed\n".to_owned(),
+        "completed; every page has come, each round was whole, and digests of RAM are stored\n".to_owned(),
         format!("{store}, 4.00 MiB"),
         " ms to hash it, and ".to_owned(),
         " ms more until all of it was on the disk".to_owned(),
@@ -233,6 +233,21 @@ fn a_store_arrives_as_it_is_and_a_damaged_one_never_runs() {
     assert!(report["error"].as_str().unwrap().contains("is not what was written"), "{report}");
     received.expect(1, "failed");
     assert_eq!(folder.names(), ["copy", "store"]);
+}
+
+#[test]
+fn without_channels_the_description_of_the_devices_tells_which_qemu_it_came_from() {
+    let folder = Folder::new();
+    for (devices, dialect) in [(source::DEVICES, "10.0"), (r#"{"page_size": 4096, "devices": []}"#, "7.2")] {
+        let store = folder.file(dialect);
+        let mut receiver = receiver(&store, &[]);
+        let mut source = connect(&mut receiver);
+        source.migrate_with(devices);
+        assert_eq!(source.answer(), Some(ReturnMessage::Shut { error: 0 }));
+        drop(source);
+        receiver.end().expect(0, "completed");
+        assert_eq!(manifest(&store)["dialect"], dialect);
+    }
 }
 
 /// The program in a mount namespace of its own, where one script has mounted something, and another looks afterwards;

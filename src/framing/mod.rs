@@ -51,6 +51,11 @@ pub trait Framing: fmt::Debug + Send + Sync {
     /// Whether a target answers the control connection's hello with one of its own.
     fn answers_hello(&self) -> bool;
 
+    /// What to do about a peer that speaks TLS where this side does not.
+    fn without_tls(&self) -> &'static str {
+        "give --tls-dir here, too"
+    }
+
     /// How many data channels there are, where both sides have agreed on that elsewhere, and data channels may come
     /// before the control connection; `None` where Setup says it.
     fn channels(&self) -> Option<u8>;

@@ -204,7 +204,7 @@ impl Guest {
         Some(match framing.who(said) {
             Ok(hello) => Heard::All(hello),
             Err(_) if is_tls(said) => {
-                Heard::Nonsense("it speaks TLS, and this side does not; give --tls-dir here, too".to_owned())
+                Heard::Nonsense(format!("it speaks TLS, and this side does not; {}", framing.without_tls()))
             }
             Err(why) => Heard::Nonsense(why),
         })

@@ -85,6 +85,7 @@ impl Framing for Qemu {
             return Err(format!("it is neither QEMU's main connection nor a channel: {why}"));
         };
         let init = InitPacket::decode(bytes).map_err(|e| e.to_string())?;
+        self.seen.called(init);
         if init.channel >= self.channels {
             return Err(format!("it is channel {}, and there are {} channels", init.channel, self.channels));
         }
@@ -97,6 +98,10 @@ impl Framing for Qemu {
 
     fn answers_hello(&self) -> bool {
         false
+    }
+
+    fn without_tls(&self) -> &'static str {
+        "turn QEMU's parameter tls-creds off"
     }
 
     fn channels(&self) -> Option<u8> {

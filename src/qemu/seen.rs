@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use numbers::Numbers;
 
-use super::wire::{Barrier, Block, Compression, Dialect, Name};
+use super::wire::{Barrier, Block, Compression, Dialect, InitPacket, Name};
 use crate::sync::AtomicU64;
 use crate::sync::Ordering::Relaxed;
 
@@ -50,12 +50,30 @@ pub struct Facts {
     pub section: u32,
     /// Where the barriers are.
     pub barrier: Option<Barrier>,
-    /// How the packets are laid out; `None` without channels.
+    /// Which QEMU it is, by its first packet; without channels by the description of the devices, which comes last.
     pub dialect: Option<Dialect>,
     /// How pages were compressed, by the last packet that had any; `None` while none was.
     pub compression: Option<Compression>,
     /// Whether the source waits for an answer at the end.
     pub return_path: bool,
+    /// What connections that came as channels have said of themselves, each different word once: among them may be some
+    /// that were turned away, as they belong to nobody, or as no such channel was expected.
+    pub callers: Vec<InitPacket>,
+}
+
+/// Different words of channels that are kept: those of all channels, and of a good many strangers.
+const CALLERS_MAX: usize = 1024;
+
+impl Facts {
+    /// The uuid of the machine as the channels, so many of them, have said it: all of them the same. `None` without
+    /// channels, where there is none (zeros), and where strangers came with another one on as many channels.
+    pub fn uuid(&self, channels: u8) -> Option<[u8; 16]> {
+        let said = |init: &InitPacket| self.callers.contains(init);
+        let whole = |uuid: [u8; 16]| (0..channels).all(|channel| said(&InitPacket { uuid, channel }));
+        let mut uuids = self.callers.iter().filter(|init| init.channel == 0 && whole(init.uuid)).map(|init| init.uuid);
+        let uuid = uuids.next().filter(|uuid| *uuid != [0; 16])?;
+        uuids.next().is_none().then_some(uuid)
+    }
 }
 
 /// What was counted.
@@ -94,6 +112,15 @@ impl Seen {
         }
     }
 
+    /// A connection has said that it is a channel.
+    pub(super) fn called(&self, init: InitPacket) {
+        self.learn(|facts| {
+            if facts.callers.len() < CALLERS_MAX && !facts.callers.contains(&init) {
+                facts.callers.push(init);
+            }
+        });
+    }
+
     /// A channel begins a round. False if RAM is complete: then nothing of it may land.
     pub(super) fn begin_round(&self) -> bool {
         self.0.begun.fetch_add(1, Relaxed) & CLOSED == 0
@@ -125,5 +152,33 @@ impl Seen {
         add(&self.0.zero_pages, more.zero_pages);
         add(&self.0.sync_packets, more.sync_packets);
         add(&self.0.barriers, more.barriers);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn facts(callers: &[(u8, u8)]) -> Facts {
+        let seen = Seen::default();
+        callers.iter().for_each(|(channel, byte)| seen.called(InitPacket { uuid: [*byte; 16], channel: *channel }));
+        seen.facts()
+    }
+
+    #[test]
+    fn a_uuid_is_one_that_all_channels_have_said() {
+        assert_eq!(facts(&[(1, 7), (0, 7), (0, 7)]).uuid(2), Some([7; 16]));
+        assert_eq!(facts(&[(1, 7), (0, 7), (0, 8)]).uuid(2), Some([7; 16]), "a stranger");
+        assert_eq!(facts(&[(1, 7), (0, 8)]).uuid(2), None);
+        assert_eq!(facts(&[(1, 7), (0, 7), (0, 8), (1, 8)]).uuid(2), None, "as many strangers");
+        assert_eq!(facts(&[(0, 0), (1, 0)]).uuid(2), None, "no uuid");
+        assert_eq!(facts(&[]).uuid(0), None);
+    }
+
+    #[test]
+    fn strangers_cost_little_memory() {
+        let seen = Seen::default();
+        (0..=u16::MAX).for_each(|n| seen.called(InitPacket { uuid: [(n >> 8) as u8; 16], channel: n as u8 }));
+        assert_eq!(seen.facts().callers.len(), CALLERS_MAX);
     }
 }

@@ -15,12 +15,14 @@ pub fn page(number: u64) -> Vec<u8> {
     vec![byte; PAGE]
 }
 
+/// How QEMU 10.0 describes no devices.
+pub const DEVICES: &str = r#"{"configuration": {}, "page_size": 4096, "devices": []}"#;
+
 /// The state of no devices: the end mark, and a description of them.
-fn tail() -> Vec<u8> {
-    let text = br#"{"configuration": {}, "page_size": 4096, "devices": []}"#;
+fn tail(text: &str) -> Vec<u8> {
     let mut tail = vec![0, 6];
     tail.extend((text.len() as u32).to_be_bytes());
-    tail.extend(text);
+    tail.extend(text.as_bytes());
     tail
 }
 
@@ -71,11 +73,16 @@ impl<S: Read + Write> Source<S> {
 
     /// All of it, up to the last byte before the answer.
     pub fn migrate(&mut self) {
+        self.migrate_with(DEVICES);
+    }
+
+    /// The same, with this description of the devices.
+    pub fn migrate_with(&mut self, devices: &str) {
         self.begin();
         self.say(&Record::RamEnd);
         self.pages(PAGES / 2..PAGES);
         self.end_section();
-        self.say(&Record::Tail(&tail()));
+        self.say(&Record::Tail(&tail(devices)));
     }
 
     fn pages(&mut self, numbers: std::ops::Range<u64>) {

@@ -42,10 +42,17 @@ impl TlsToArgs {
 
 /// One warning, where what is sent can be read on its way.
 pub fn warn_if_open(address: &Address, tls: Option<&Tls>) {
-    if tls.is_none() && !address.is_local() {
+    if tls.is_none() {
+        warn_if_far(address, "use --tls-dir");
+    }
+}
+
+/// The same, where nothing is ever encrypted, with what to do about it.
+pub fn warn_if_far(address: &Address, advice: &str) {
+    if !address.is_local() {
         complain(format_args!(
             "warning: {address} may leave this machine, and nothing is encrypted: anybody on the way can read and change \
-             RAM; use --tls-dir"
+             RAM; {advice}"
         ));
     }
 }

@@ -17,6 +17,9 @@ use crate::wire::crc::Crc32c;
 /// Bytes of the magic and the version, which stand before the configuration.
 const HEADER_BYTES: usize = 8;
 
+/// What is said of a source that closed its main connection too early; why, it does not say.
+const GAVE_UP: &str = "the source gave up or died in the middle of the stream";
+
 /// The main connection of a target.
 #[derive(Debug)]
 pub struct TargetDialogue {
@@ -246,6 +249,8 @@ impl TargetDialogue {
 
     fn last(&mut self) -> SourceFrame {
         self.final_said = true;
+        let described = self.decoder.dialect_of_description();
+        self.seen.learn(|facts| facts.dialect = facts.dialect.or(described));
         let lanes = (0..self.channels).map(|id| (ChannelId(id), FIRST_GENERATION)).collect();
         SourceFrame::Final(Final {
             // There is one in the START section, in either mode.
@@ -339,7 +344,7 @@ impl Dialogue<TargetFrame, SourceFrame> for TargetDialogue {
     }
 
     fn ended(&mut self) -> Result<bool, Garbled> {
-        self.decoder.finish().map_err(words)?;
+        self.decoder.finish().map_err(|e| Garbled(format!("{GAVE_UP} ({e})")))?;
         // With a return path the source should have waited; but it may have died while it did, and all of its guest is
         // here.
         self.ended = true;

@@ -3,6 +3,7 @@
 mod receive;
 mod relay;
 mod send;
+mod words;
 
 use std::process::ExitCode;
 

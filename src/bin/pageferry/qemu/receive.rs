@@ -13,14 +13,15 @@ use pageferry::sys::thread::process_cpu_time;
 use pageferry::wire::control::Setup;
 use pageferry::{HookError, Incoming, Ram, Target};
 
+use super::words::{self, TRUSTED};
 use crate::interrupt::Interrupt;
 use crate::output::{Output, on_bus_error_fail};
 use crate::progress::{Side, Watch};
 use crate::receive::{Listening, listen_advice};
 use crate::report::{End, Report};
 use crate::sizes::{Cpus, human, ms};
-use crate::store::{Counters, Facts, Stored, Writer, contents};
-use crate::tls::warn_if_open;
+use crate::store::{Counters, Facts, Stored, Uuid, Writer, contents};
+use crate::tls::warn_if_far;
 
 /// Take one migration from QEMU, and store it: its RAM, and the state of its devices.
 ///
@@ -80,7 +81,7 @@ pub fn run(args: &Args) -> ExitCode {
 fn take_in(args: &Args, out: Output) -> Result<(Report, Option<Ram>), String> {
     let interrupt = Interrupt::listen();
     let writer = Writer::create(&args.out, args.force)?;
-    warn_if_open(&args.listen, None);
+    warn_if_far(&args.listen, TRUSTED);
     let full = format!("cannot have a page of {}: bus error; its disk may be full, make room", args.out.display());
     let qemu = Qemu::new(args.channels).accept_missing(args.accept_missing);
     let mut machine = Machine {
@@ -105,9 +106,20 @@ fn take_in(args: &Args, out: Output) -> Result<(Report, Option<Ram>), String> {
     let report = target.receive(&mut machine);
     drop(watch);
     let source_told = report.source_told;
+    let why = report.outcome.failure().map(|why| words::of_source(why, &machine.seen.facts(), args.channels));
     let mut report = Report::of_target(COMMAND, report, process_cpu_time().unwrap_or_default());
     report.note_cpus(args.cpus.as_ref());
-    report.counters = Some(counters(&machine.seen));
+    let counters = counters(&machine.seen);
+    // As QEMU counts: what came, with the first bytes of each connection, which say whose it is, and without the answers.
+    report.wire_bytes = counters.main_bytes + counters.channel_bytes;
+    report.counters = Some(counters);
+    report.checked = Some(match args.accept_missing {
+        false => "; every page has come, each round was whole, and digests of RAM are stored",
+        true => "; each round was whole, and digests of RAM are stored; pages that never came are zeros",
+    });
+    if report.outcome == End::Failed {
+        report.error = why.or(report.error);
+    }
     if let Some(error) = &mut report.error {
         // What recvmsg(2) says of a page that the file's disk has no room for.
         if error.contains(&format!("(os error {})", libc::EFAULT)) {
@@ -201,6 +213,7 @@ impl Incoming for Machine {
 
 fn facts(seen: &Seen, channels: u8) -> Facts {
     let facts = seen.facts();
+    let uuid = facts.uuid(channels).and_then(Uuid::new);
     Facts {
         machine: facts.machine.map_or_else(String::new, |name| name.as_str().to_owned()),
         configuration: facts.configuration,
@@ -214,6 +227,7 @@ fn facts(seen: &Seen, channels: u8) -> Facts {
         },
         section: facts.section,
         channels,
+        uuid,
         compression: match facts.compression {
             Some(Compression::Zlib) => "zlib",
             Some(Compression::Zstd) => "zstd",

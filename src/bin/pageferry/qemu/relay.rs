@@ -8,6 +8,7 @@ use pageferry::qemu::relay::{Relay, RelayReport};
 use pageferry::{CancelAnswer, Outcome};
 use serde::Serialize;
 
+use super::words::TRUSTED;
 use crate::interrupt::Interrupt;
 use crate::output::{Output, complain};
 use crate::progress::{Side, Watch};
@@ -15,7 +16,7 @@ use crate::receive::{Listening, listen_advice};
 use crate::report::End;
 use crate::sizes::{human, human_rate, ms};
 use crate::store::Counters;
-use crate::tls::warn_if_open;
+use crate::tls::warn_if_far;
 
 /// Pass a migration on from one QEMU to another, live: nothing is stored.
 ///
@@ -74,7 +75,7 @@ pub fn run(args: &Args) -> ExitCode {
 
 fn pass_on(args: &Args, out: Output) -> Result<RelayReport, String> {
     let interrupt = Interrupt::listen();
-    warn_if_open(&args.listen, None);
+    warn_if_far(&args.listen, TRUSTED);
     let builder = args.channels.map_or_else(Relay::builder, |channels| Relay::builder().channels(channels));
     let listening = builder.listen(&args.listen.to_string()).map_err(|e| listen_advice(&e))?;
     let relay = listening.to(&args.to.to_string()).map_err(|e| e.to_string())?;

@@ -15,11 +15,12 @@ use pageferry::qemu::wire::{Barrier, Compression, Dialect};
 use pageferry::sys::thread::process_cpu_time;
 use pageferry::{Guest, HookError, Ram, Source, StateWriter, Timeouts, Verify};
 
+use super::words;
 use crate::interrupt::Interrupt;
 use crate::output::{Output, on_bus_error_fail};
 use crate::progress::{Side, Watch};
 use crate::report::{End, Report};
-use crate::store::{Counters, Manifest, Reader, contents};
+use crate::store::{Counters, Manifest, Reader, Uuid, contents};
 
 /// Give a machine that `pageferry qemu receive` has stored to a QEMU that waits for it.
 ///
@@ -57,8 +58,8 @@ pub struct Args {
     /// Which QEMU the destination is
     #[arg(long, value_name = "VERSION", default_value = "auto")]
     dialect: DialectArg,
-    /// The destination's -uuid, where it has one that the store does not know: a source says it only if its capability
-    /// validate-uuid is on
+    /// The destination's -uuid, where it is not that of the source [default: the source's, which a store does not know if
+    /// it came without channels and without the capability validate-uuid]
     #[arg(long, value_name = "UUID", value_parser = parse_uuid)]
     uuid: Option<[u8; 16]>,
     /// Print one JSON object a line on standard output: progress, then a report
@@ -130,7 +131,7 @@ fn ship(args: &Args, out: Output) -> Result<Report, String> {
             CompressArg::Zlib => Compression::Zlib,
             CompressArg::Zstd => Compression::Zstd,
         });
-    if let Some(uuid) = args.uuid {
+    if let Some(uuid) = args.uuid.or(store.manifest().uuid.map(Uuid::bytes)) {
         qemu = qemu.uuid(uuid);
     }
     let seen = qemu.seen();
@@ -147,9 +148,19 @@ fn ship(args: &Args, out: Output) -> Result<Report, String> {
     let mut machine = Stored { store: &store, ram: &ram, tail: &tail, contents: &contents, damage: None };
     let report = source.migrate(&mut Still::new(), &mut machine);
     drop(watch);
+    let why = report.outcome.failure().map(words::of_destination);
     let still = machine.damage.map_or_else(|| store.check_still(), Err);
     let rounds = report.rounds.into();
     let mut report = Report::of_source(COMMAND, report, process_cpu_time().unwrap_or_default());
+    if report.outcome == End::Failed {
+        report.error = why.or(report.error);
+    }
+    report.checked = Some(match args.return_path {
+        Switch::On => "; RAM is what was stored, by its digests, and the destination has taken the machine",
+        Switch::Off => {
+            "; RAM is what was stored, by its digests; the destination was not asked whether it took the machine"
+        }
+    });
     match (report.outcome, still) {
         // In its own words, without the hook's.
         (End::Failed, Err(error)) => report.error = Some(error),
@@ -176,6 +187,8 @@ fn ship(args: &Args, out: Output) -> Result<Report, String> {
         sync_packets: sent.sync_packets,
         rounds,
     });
+    // As QEMU counts: what was sent, with the first bytes of each connection, and without the answers.
+    report.wire_bytes = sent.main_bytes + sent.channel_bytes;
     Ok(report)
 }
 
@@ -203,11 +216,10 @@ fn version(machine: &str) -> Option<(u32, u32)> {
     Some((major.parse().ok()?, minor.parse().ok()?))
 }
 
+/// Zeros are a destination's that has none.
 fn parse_uuid(text: &str) -> Result<[u8; 16], String> {
-    let digits: String = text.chars().filter(|c| *c != '-').collect();
-    let sound = digits.len() == 32 && digits.chars().all(|c| c.is_ascii_hexdigit());
-    let number = u128::from_str_radix(&digits, 16).ok().filter(|_| sound);
-    Ok(number.ok_or_else(|| format!("{text} is no UUID: 32 hexadecimal digits"))?.to_be_bytes())
+    let is_none = text.bytes().all(|b| matches!(b, b'0' | b'-')) && text.bytes().filter(|b| *b == b'0').count() == 32;
+    if is_none { Ok([0; 16]) } else { text.parse().map(Uuid::bytes) }
 }
 
 /// The stored machine, in the place of a guest: it never runs here.
@@ -263,6 +275,7 @@ mod tests {
             parse_uuid("00112233-4455-6677-8899-aabbccddeeff").map(|uuid| uuid[..3].to_vec()),
             Ok(vec![0, 0x11, 0x22])
         );
+        assert_eq!(parse_uuid("00000000-0000-0000-0000-000000000000"), Ok([0; 16]), "none");
         assert!(parse_uuid("0011").is_err() && parse_uuid("+0112233-4455-6677-8899-aabbccddeeff").is_err());
     }
 }

@@ -1,6 +1,8 @@
 //! What a store says of itself, and every check on that which needs no file.
 
 use std::collections::HashSet;
+use std::fmt;
+use std::str::FromStr;
 
 use pageferry::memory::{BLOCKS_MAX, NAME_BYTES_MAX};
 use serde::{Deserialize, Serialize};
@@ -37,6 +39,9 @@ pub struct Manifest {
     pub section: u32,
     /// Over how many channels it came; 0 is without multifd.
     pub channels: u8,
+    /// The machine's uuid, as the channels said it: none without channels, or where it has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uuid: Option<Uuid>,
     /// "none", "zlib" or "zstd": how its pages came.
     pub compression: String,
     /// How all digests here are made.
@@ -47,6 +52,11 @@ pub struct Manifest {
     pub tail: TailEntry,
     pub counters: Counters,
 }
+
+/// The uuid of a machine: in text 32 hexadecimal digits, with any hyphens among them, and never all of them 0.
+#[derive(Serialize, Deserialize, Clone, Copy, PartialEq, Eq, Debug)]
+#[serde(try_from = "String", into = "String")]
+pub struct Uuid([u8; 16]);
 
 /// One RAM block.
 #[derive(Serialize, Deserialize, Clone, PartialEq, Eq, Debug)]
@@ -90,6 +100,52 @@ pub struct Counters {
     pub sync_packets: u64,
     /// Rounds.
     pub rounds: u64,
+}
+
+impl Uuid {
+    /// `None` of zeros, which stand for a machine without one.
+    pub fn new(bytes: [u8; 16]) -> Option<Uuid> {
+        (bytes != [0; 16]).then_some(Uuid(bytes))
+    }
+
+    /// Its bytes, in the order of the digits.
+    pub fn bytes(self) -> [u8; 16] {
+        self.0
+    }
+}
+
+impl FromStr for Uuid {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Uuid, String> {
+        let digits: String = text.chars().filter(|c| *c != '-').collect();
+        let sound = digits.len() == 32 && digits.bytes().all(|b| b.is_ascii_hexdigit());
+        let number = u128::from_str_radix(&digits, 16).ok().filter(|_| sound);
+        let uuid = number.and_then(|number| Uuid::new(number.to_be_bytes()));
+        uuid.ok_or_else(|| format!("{text:?} is no uuid: 32 hexadecimal digits, not all of them 0"))
+    }
+}
+
+impl TryFrom<String> for Uuid {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Uuid, String> {
+        text.parse()
+    }
+}
+
+impl From<Uuid> for String {
+    fn from(uuid: Uuid) -> String {
+        uuid.to_string()
+    }
+}
+
+impl fmt::Display for Uuid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let digits = format!("{:032x}", u128::from_be_bytes(self.0));
+        let parts = [&digits[..8], &digits[8..12], &digits[12..16], &digits[16..20], &digits[20..]];
+        f.write_str(&parts.join("-"))
+    }
 }
 
 impl Manifest {

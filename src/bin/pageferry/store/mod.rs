@@ -19,7 +19,7 @@ mod tests;
 mod writer;
 
 pub use digest::contents;
-pub use manifest::{Counters, Manifest};
+pub use manifest::{Counters, Manifest, Uuid};
 pub use reader::Reader;
 pub use writer::{Facts, Stored, Writer};
 

@@ -56,6 +56,7 @@ fn facts() -> Facts {
         barrier: "per-round",
         section: 1,
         channels: 3,
+        uuid: "00112233-4455-6677-8899-aabbccddeeff".parse().ok(),
         compression: "zstd",
         counters: Counters {
             main_bytes: 1,
@@ -300,6 +301,11 @@ fn no_lie_of_a_manifest_is_believed() {
     refused(set("/compression", json!("lzo")), "compression");
     refused(set("/digests", json!("sha256")), "digests");
     refused(set("/channels", json!(256)), "256");
+    for uuid in ["", "0011", "+0112233-4455-6677-8899-aabbccddeeff", "00000000-0000-0000-0000-000000000000"] {
+        refused(set("/uuid", json!(uuid)), "is no uuid");
+    }
+    let older = with(&dir, |value| drop(value.as_object_mut().unwrap().remove("uuid"))).unwrap();
+    assert_eq!(older.manifest().uuid, None);
     refused(set("/configuration", json!("514")), "hexadecimal");
     refused(set("/configuration", json!("5x")), "hexadecimal");
     refused(set("/blocks", json!([])), "0 RAM blocks");
@@ -503,6 +509,7 @@ fn sample() -> Manifest {
         barrier: facts.barrier.to_owned(),
         section: facts.section,
         channels: facts.channels,
+        uuid: facts.uuid,
         compression: facts.compression.to_owned(),
         digests: digest::NAME.to_owned(),
         blocks: ["pc.ram", "pc.bios"].into_iter().enumerate().map(block).collect(),

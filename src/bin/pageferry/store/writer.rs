@@ -17,7 +17,7 @@ use pageferry::units::PageSize;
 use pageferry::{Ram, RamBlock};
 
 use super::leftovers::{PARTIAL, REPLACED, claim, leftovers};
-use super::manifest::{BlockEntry, Counters, FORMAT, Manifest, TailEntry, VERSION};
+use super::manifest::{BlockEntry, Counters, FORMAT, Manifest, TailEntry, Uuid, VERSION};
 use super::names::block_path;
 use super::reader::is_store;
 use super::{BLOCKS, MANIFEST, PAGE_BYTES, TAIL, digest};
@@ -33,6 +33,7 @@ pub struct Facts {
     pub barrier: &'static str,
     pub section: u32,
     pub channels: u8,
+    pub uuid: Option<Uuid>,
     pub compression: &'static str,
     pub counters: Counters,
 }
@@ -196,7 +197,7 @@ impl Writer {
 
     fn manifest(&self, tail: &[u8], facts: &Facts) -> Manifest {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        let Facts { machine, configuration, dialect, barrier, section, channels, compression, counters } =
+        let Facts { machine, configuration, dialect, barrier, section, channels, uuid, compression, counters } =
             facts.clone();
         Manifest {
             format: FORMAT.to_owned(),
@@ -209,6 +210,7 @@ impl Writer {
             barrier: barrier.to_owned(),
             section,
             channels,
+            uuid,
             compression: compression.to_owned(),
             digests: digest::NAME.to_owned(),
             blocks: self.blocks.iter().map(|block| block.entry.clone()).collect(),

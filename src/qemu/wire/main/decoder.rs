@@ -144,6 +144,12 @@ impl MainDecoder {
         self.order.return_path
     }
 
+    /// Which QEMU made the stream, by the last description of the devices that has been seen whole: where there are no
+    /// packets, nothing else tells.
+    pub const fn dialect_of_description(&self) -> Option<Dialect> {
+        self.order.tail.dialect()
+    }
+
     /// Bytes of a page or package that are still to come. A caller may take them from the connection itself, straight
     /// to where they belong, and say so with [`MainDecoder::data_taken`].
     pub const fn data_left(&self) -> u64 {

@@ -6,7 +6,13 @@
 const DEPTH_MAX: u32 = 64;
 
 /// Keys of the outermost object that are looked for, a bit each.
-const KEYS: [&[u8]; 2] = [b"page_size", b"devices"];
+const KEYS: [&[u8]; 3] = [b"page_size", b"devices", b"configuration"];
+
+/// Those that must be there.
+const NEEDED: u32 = 0b011;
+
+/// That of the configuration.
+const CONFIGURATION: u32 = 0b100;
 
 /// What may come next.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -87,10 +93,15 @@ impl Object {
             None => return Step::Broken,
         }
         match self.next {
-            Next::Nothing if self.found == (1 << KEYS.len()) - 1 => Step::Whole,
+            Next::Nothing if self.found & NEEDED == NEEDED => Step::Whole,
             Next::Nothing => Step::Broken,
             _ => Step::Open,
         }
+    }
+
+    /// Whether it describes the configuration, too, as far as it has come.
+    pub const fn has_configuration(&self) -> bool {
+        self.found & CONFIGURATION != 0
     }
 
     fn after(&mut self, byte: u8) -> Option<Next> {
@@ -258,6 +269,20 @@ mod tests {
             r#"{"page_size":1,"\u0064evices":1}"#,
         ] {
             assert_eq!(judge(text), (Step::Broken, text.len()), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_configuration_is_a_key_of_the_outermost_object() {
+        for (text, has) in [
+            (r#"{"configuration":{},"page_size":1,"devices":[]}"#, true),
+            (r#"{"page_size":1,"devices":[],"configuration":{}}"#, true),
+            (r#"{"page_size":1,"devices":[{"configuration":{}}]}"#, false),
+            (r#"{"page_size":1,"devices":"configuration"}"#, false),
+        ] {
+            let mut object = Object::opened();
+            text.bytes().skip(1).for_each(|byte| drop(object.step(byte)));
+            assert_eq!(object.has_configuration(), has, "{text}");
         }
     }
 

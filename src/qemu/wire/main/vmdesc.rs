@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 use super::json::{Object, Step};
+use crate::qemu::wire::Dialect;
 
 /// Most bytes of a description. A PC has 45 KiB.
 pub const VMDESC_BYTES_MAX: u32 = 16 << 20;
@@ -33,18 +34,25 @@ pub struct Vmdesc {
     window: [u8; WINDOW],
     open: [Option<Candidate>; OPEN_MAX],
     whole: bool,
+    /// Of the last description that was whole.
+    dialect: Option<Dialect>,
 }
 
 impl Vmdesc {
     /// Before the first byte of the tail.
     pub const fn new() -> Vmdesc {
         // Not zero: the end mark must come from the tail.
-        Vmdesc { window: [0xFF; WINDOW], open: [None; OPEN_MAX], whole: false }
+        Vmdesc { window: [0xFF; WINDOW], open: [None; OPEN_MAX], whole: false, dialect: None }
     }
 
     /// Whether the last byte was the last one of a description.
     pub const fn is_whole(&self) -> bool {
         self.whole
+    }
+
+    /// Which QEMU wrote the last description that was whole: 10.0 describes the configuration in it, 7.2 does not.
+    pub const fn dialect(&self) -> Option<Dialect> {
+        self.dialect
     }
 
     /// Looks at `bytes` up to the end of a description, or all of them, and returns how many that are.
@@ -67,6 +75,8 @@ impl Vmdesc {
                 Step::Open if candidate.left > 0 => {}
                 Step::Whole if candidate.left == 0 => {
                     self.whole = true;
+                    let new = candidate.object.has_configuration();
+                    self.dialect = Some(if new { Dialect::V10_0 } else { Dialect::V7_2 });
                     *slot = None;
                 }
                 _ => *slot = None,
@@ -120,6 +130,16 @@ mod tests {
             let bytes = [before, &described].concat();
             assert_eq!(ends(&bytes), [bytes.len()], "{before:?}");
         }
+    }
+
+    #[test]
+    fn the_last_description_tells_whose_it_is() {
+        let mut vmdesc = Vmdesc::new();
+        assert_eq!(vmdesc.dialect(), None);
+        vmdesc.scan(&described(r#"{"configuration": {}, "page_size": 4096, "devices": []}"#));
+        assert_eq!(vmdesc.dialect(), Some(Dialect::V10_0));
+        vmdesc.scan(&described(JSON));
+        assert_eq!(vmdesc.dialect(), Some(Dialect::V7_2));
     }
 
     #[test]

@@ -7,7 +7,7 @@ mod manifest;
 #[path = "../../../../src/bin/pageferry/store/names.rs"]
 mod names;
 
-use self::manifest::{BlockEntry, Counters, FORMAT, Manifest, TailEntry, VERSION};
+use self::manifest::{BlockEntry, Counters, FORMAT, Manifest, TailEntry, Uuid, VERSION};
 use self::names::{block_path, stays_inside};
 use super::plans;
 use super::script::Script;
@@ -86,6 +86,8 @@ fn sound(script: &mut Script<'_>) -> Manifest {
         barrier: one_of(script, &["per-round", "per-section"]),
         section: script.u32(),
         channels: script.byte(),
+        // One for some: it takes no byte of the script.
+        uuid: Uuid::new([blocks.len() as u8 & 3; 16]),
         compression: one_of(script, &["none", "zlib", "zstd"]),
         digests: digest::NAME.to_owned(),
         blocks,
