@@ -202,7 +202,10 @@ impl TargetDialogue {
         let facts = self.seen.facts();
         let counts = self.seen.counts();
         self.seen = self.public.clone();
-        self.seen.learn(|public| *public = Facts { blocks, ..facts });
+        // Of the packets, the channels tell.
+        self.seen.learn(|public| {
+            *public = Facts { blocks, dialect: public.dialect, compression: public.compression, ..facts };
+        });
         self.seen.count(&counts);
         Ok(Setup {
             verify: Verify::Off,
