@@ -89,6 +89,19 @@ fn no_channel_of_qemus_in_the_corpus_is_a_finding() {
     replays("qemu_channel", &["accepted", "refused"]);
 }
 
+#[cfg(feature = "cli")]
+#[test]
+fn no_compressed_packets_of_the_corpus_are_a_finding() {
+    replays("qemu_pack", &["accepted", "refused"]);
+}
+
+#[cfg(feature = "cli")]
+#[test]
+fn no_manifest_of_the_corpus_is_a_finding() {
+    replays("qemu_store", &["accepted", "refused"]);
+}
+
+#[cfg(feature = "cli")]
 #[test]
 fn every_fuzz_target_is_replayed_and_every_corpus_has_its_target() {
     let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/corpus");

@@ -27,6 +27,10 @@ pub use write::{NativeWriter, PacketWriter, Place, Room, Zeros};
 
 /// What is spoken on all connections of a migration.
 ///
+/// Whoever writes one begins with [`Native`] or, where the wire is older than this library, with `qemu`, and looks at
+/// `tests/framing_plug.rs`, which has one of its own: a session stands on the frames of [`crate::wire::control`], whatever
+/// they look like on the wire.
+///
 /// # When not to use it
 /// To change single messages: a framing is a whole language, and the peer must speak the same.
 pub trait Framing: fmt::Debug + Send + Sync {

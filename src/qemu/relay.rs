@@ -1,23 +1,31 @@
 #![forbid(unsafe_code)]
 //! Passes a migration on from one QEMU to another while it goes on, and looks at every packet of it.
 //!
-//! Each connection of the source gets one of its own to the destination. What is refused never reaches the destination,
-//! and no more is held than one buffer a connection: rounds flow while the guest still runs, and a destination that is
-//! slow slows the source down. The destination's answers go back, so that the source learns the truth.
+//! Each connection of the source gets one of its own to the destination, once the source is all there: until then the
+//! destination hears of nobody. What is refused never reaches the destination, and no more is held than one buffer a
+//! connection: rounds flow while the guest still runs, and a destination that is slow slows the source down. A barrier goes
+//! on when every channel has passed on its SYNC, so that a destination never waits for one that does not come. The
+//! destination's answers go back, so that the source learns the truth.
 
 mod channel;
 mod driver;
+mod gather;
+mod passage;
 mod trunk;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::bell::Bell;
 use crate::cancel::CancelHandle;
 use crate::config::Timeouts;
 use crate::error::{Failure, Outcome};
-use crate::gate::Gate;
+use crate::gate::{CancelAnswer, Gate};
 use crate::net::{Address, Listener};
 use crate::poll::PollSleeper;
+use crate::progress::Progress;
+use crate::sync::AtomicU32;
+use crate::sync::Ordering::Relaxed;
 
 /// What was passed on to the destination.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
@@ -32,6 +40,8 @@ pub struct RelayCounters {
     pub zero_pages: u64,
     /// SYNC packets of all channels.
     pub sync_packets: u64,
+    /// Barriers of the main connection: in as many rounds, or sections.
+    pub barriers: u64,
 }
 
 /// How it ended.
@@ -62,8 +72,8 @@ pub struct RelayBuilder {
 }
 
 impl RelayBuilder {
-    /// How many multifd channels there are, which no stream says; any number unless told otherwise. A QEMU 10.0
-    /// destination dies of one channel too many: tell it where strangers can connect.
+    /// How many multifd channels there are, which no stream says. Unless told, the source has those that have said SYNC when
+    /// its first barrier has come, and half a second has brought no more of them.
     #[must_use]
     pub fn channels(mut self, channels: u8) -> Self {
         self.channels = Some(channels);
@@ -102,7 +112,8 @@ impl Listening {
         let bell =
             PollSleeper::bell().map_err(|e| Failure::Config(format!("no eventfd for the relay's bell: {e}")))?;
         let Listening { listener, settings } = self;
-        Ok(Relay { settings, listener, to: address.parse()?, bell, gate: Gate::new() })
+        let (to, progress) = (address.parse()?, Progress::new(MAIN + 1));
+        Ok(Relay { settings, listener, to, bell, gate: Gate::new(), stops: Arc::default(), progress })
     }
 }
 
@@ -122,7 +133,13 @@ pub struct Relay {
     to: Address,
     bell: Bell<PollSleeper>,
     gate: Gate,
+    /// How often it was asked to stop.
+    stops: Arc<AtomicU32>,
+    progress: Progress,
 }
+
+/// Where the progress of the main connection is, behind those of all channels that there can be.
+const MAIN: usize = u8::MAX as usize;
 
 impl Relay {
     /// Begins to describe a relay.
@@ -135,8 +152,18 @@ impl Relay {
         self.listener.address()
     }
 
-    /// Cancels, from any thread. It is too late once the last bytes of the guest are on their way to the destination,
-    /// which may run it from then on.
+    /// What is passed on, while it is: a channel's under its number. Rounds are barriers here.
+    pub fn progress(&self) -> Progress {
+        self.progress.clone()
+    }
+
+    /// Stops it from any thread, also past the point where it can be cancelled.
+    pub fn stop_handle(&self) -> StopHandle {
+        StopHandle { cancel: self.cancel_handle(), stops: self.stops.clone() }
+    }
+
+    /// Cancels, from any thread. It is too late once the state of the devices is on its way to the destination, which may
+    /// run the guest when it has that.
     pub fn cancel_handle(&self) -> CancelHandle {
         CancelHandle { gate: self.gate.clone(), controller: self.bell.ringer() }
     }
@@ -144,5 +171,22 @@ impl Relay {
     /// Waits for a source, and passes its migration on. Every thread that it started has been joined when it returns.
     pub fn run(self) -> RelayReport {
         driver::run(self)
+    }
+}
+
+/// Stops a relay, from any thread, any number of times.
+#[derive(Clone, Debug)]
+pub struct StopHandle {
+    cancel: CancelHandle,
+    stops: Arc<AtomicU32>,
+}
+
+impl StopHandle {
+    /// Cancels if that is possible. If it is too late, the destination may have the guest: it is given
+    /// [`Timeouts::silence`] to say so, and asked once more to stop, the relay does not wait for it any longer. Without an
+    /// answer the outcome is [`Outcome::Uncertain`], and a source that still waits takes its guest back.
+    pub fn stop(&self) -> CancelAnswer {
+        self.stops.fetch_add(1, Relaxed);
+        self.cancel.cancel()
     }
 }

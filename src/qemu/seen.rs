@@ -2,7 +2,11 @@
 
 #![forbid(unsafe_code)]
 
+mod numbers;
+
 use std::sync::{Arc, Mutex, PoisonError};
+
+use numbers::Numbers;
 
 use super::wire::{Barrier, Block, Compression, Dialect, Name};
 use crate::sync::AtomicU64;
@@ -27,6 +31,7 @@ struct Inner {
     barriers: AtomicU64,
     /// Rounds that channels have begun, all added up, and [`CLOSED`]. One word: of two who change it, one sees the other.
     begun: AtomicU64,
+    numbers: Numbers,
 }
 
 /// RAM is complete.
@@ -97,6 +102,11 @@ impl Seen {
     /// RAM is complete: no round begins any more. False if there are not as many as there should be.
     pub(super) fn close(&self, rounds: u64) -> bool {
         self.0.begun.fetch_or(CLOSED, Relaxed) == rounds
+    }
+
+    /// The numbers of the packets.
+    pub(super) fn numbers(&self) -> &Numbers {
+        &self.0.numbers
     }
 
     pub(super) fn learn(&self, change: impl FnOnce(&mut Facts)) {

@@ -170,3 +170,79 @@ fn a_caller_may_take_pages_past_the_decoders() {
     assert_eq!(decoder.pull(&mut &[9, 0x11][..]), Ok(Some(ChannelEvent::Data(&[9]))));
     assert_eq!((decoder.finish(), decoder.at()), (Ok(()), 64 + 1344 + 8192));
 }
+
+#[test]
+fn a_capability_that_comes_twice_is_refused() {
+    let named = |names: &[&str]| Record::Subsection(Subsection::Capabilities(names.iter().map(|n| name(n)).collect()));
+    let twice = named(&["x-ignore-shared", "x-ignore-shared"]);
+    refuses(after(Dialect::V10_0, begun()), twice, "x-ignore-shared comes twice", named(&["x-ignore-shared"]));
+}
+
+#[test]
+fn blocks_have_only_huge_page_sizes_that_were_advised() {
+    let advise = Record::Command(Command::PostcopyAdvise { page_sizes: Some((2 << 20) | 4096) });
+    let begun = [begun(), vec![advise, Record::RamStart { section: 1 }]].concat();
+    let of = |page_bytes| Record::Blocks(vec![Block { page_bytes: Some(page_bytes), ..block("a", 1024) }]);
+    for wrong in [4096, 1 << 20, 3 << 20] {
+        refuses(after(Dialect::V10_0, begun.clone()), of(wrong), "POSTCOPY_ADVISE has named", of(2 << 20));
+    }
+}
+
+#[test]
+fn a_list_of_blocks_without_end_is_refused_before_it_is_held() {
+    let mut out = Vec::new();
+    let mut encoder = MainEncoder::new(Dialect::V10_0);
+    let records = [begun(), vec![Record::RamStart { section: 1 }]].concat();
+    records.iter().for_each(|record| encoder.encode(record, &mut out).unwrap());
+    out.extend(((1_u64 << 40) | 4).to_be_bytes());
+    for index in 0..1025 {
+        let text = format!("{index:04}");
+        out.push(4);
+        out.extend(text.as_bytes());
+        out.extend(4096_u64.to_be_bytes());
+    }
+    let mut decoder = MainDecoder::new(Dialect::V10_0);
+    let mut input = &out[..];
+    let error = loop {
+        match decoder.pull(&mut input) {
+            Ok(record) => assert!(record.is_some(), "the 1025th block is refused, whatever follows"),
+            Err(error) => break error.to_string(),
+        }
+    };
+    assert!(error.ends_with("the number of RAM blocks is 1025, expected at most 1024"), "{error}");
+}
+
+#[test]
+fn names_of_255_bytes_come_back_wherever_there_are_names() {
+    let long = "n".repeat(255);
+    let block = block(&long, 2);
+    let records = vec![
+        Record::Header,
+        Record::Machine(name(&long)),
+        Record::RamStart { section: 1 },
+        Record::Blocks(vec![block]),
+        Record::EndOfSection,
+        Record::Footer,
+        Record::Command(Command::RecvBitmap(name(&long))),
+        Record::RamEnd,
+        Record::ZeroPage { block: 0, offset: 4096 },
+        Record::EndOfSection,
+        Record::Footer,
+    ];
+    let mut out = Vec::new();
+    let mut encoder = MainEncoder::new(Dialect::V7_2);
+    records.iter().for_each(|record| encoder.encode(record, &mut out).unwrap());
+    let (mut decoder, mut input, mut came) = (MainDecoder::new(Dialect::V7_2), &out[..], Vec::new());
+    while let Some(record) = decoder.pull(&mut input).unwrap() {
+        came.push(record);
+    }
+    assert_eq!(came, records);
+    // A zero page is filled with zeros, and with nothing else.
+    let at = out.len() - 5 - 8 - 1;
+    for fill in [1, 2, 255] {
+        let mut bytes = out.clone();
+        assert_eq!(std::mem::replace(&mut bytes[at], fill), 0);
+        let (mut decoder, mut input) = (MainDecoder::new(Dialect::V7_2), &bytes[..]);
+        assert!((0..records.len()).any(|_| decoder.pull(&mut input).is_err()), "filled with {fill}");
+    }
+}

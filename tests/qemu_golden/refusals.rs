@@ -1,6 +1,9 @@
 //! QEMU's bytes with one thing wrong: what is refused, at which byte, and in which words. Much of it QEMU itself takes.
 
-use pageferry::qemu::wire::{Dialect, InitPacket, RamPacket, ReturnDecoder};
+use pageferry::qemu::wire::{
+    ChannelDecoder, ChannelEvent, DEVICE_DATA_BYTES_MAX, DevicePacket, Dialect, InitPacket, Name, NewRamPacket,
+    RamPacket, ReturnDecoder,
+};
 
 use crate::channels::{INITS, PACKETS};
 use crate::main_stream::STREAM;
@@ -164,4 +167,71 @@ fn a_message_with_anything_wrong_is_refused_where_it_is() {
         let error = ReturnDecoder::new().pull(&mut &bytes[..]).unwrap_err();
         assert_eq!(error.to_string(), format!("return path, {message}"));
     }
+}
+
+#[test]
+fn a_packet_that_names_one_page_more_than_it_has_room_for_is_refused() {
+    let packet = with(PACKETS[0][1], 15, &[5]);
+    for (normal, message) in
+        [(6_u32, "normal_pages is 6, expected at most 5"), (129, "normal_pages is 129, expected at most 5")]
+    {
+        for dialect in [Dialect::V10_0, Dialect::V7_2] {
+            let error = RamPacket::decode(&with(&packet, 16, &normal.to_be_bytes()), dialect, 64).unwrap_err();
+            assert!(error.to_string().ends_with(message), "{error}");
+        }
+    }
+    let full = with(&with(PACKETS[0][1], 16, &129_u32.to_be_bytes()), 32, &[0; 4]);
+    assert!(RamPacket::decode(&full, Dialect::V10_0, 0).is_err());
+}
+
+#[test]
+fn compressed_packets_of_one_page_and_of_none_have_the_length_that_they_may_have() {
+    // One normal page, and no zero pages.
+    let one = with(&with(&with(PACKETS[0][1], 11, &[4]), 16, &1_u32.to_be_bytes()), 32, &[0; 4]);
+    let one = with(&one, 328, &[0; 1016]);
+    for (size, length) in [(0_u32, None), (9, Some(9))] {
+        let bytes = with(&one, 20, &size.to_be_bytes());
+        let packet = RamPacket::decode(&bytes, Dialect::V10_0, 0);
+        assert_eq!(packet.ok().map(|packet| packet.data_bytes), length);
+    }
+    // A SYNC of QEMU 7.2 that has the length of an earlier packet, and says how that was compressed.
+    let stale = with(&with(&with(PACKETS[0][1], 11, &[3]), 16, &[0, 0, 0, 0, 0, 8, 0, 0]), 32, &[0; 4]);
+    let packet = RamPacket::decode(&stale, Dialect::V7_2, 64).unwrap();
+    assert!(packet.sync && packet.data_bytes == 0);
+}
+
+#[test]
+fn a_sync_has_room_for_pages_in_qemu_7_2_only() {
+    for (dialect, room) in [(Dialect::V10_0, 0_u32), (Dialect::V7_2, 128)] {
+        let bytes = NewRamPacket::sync(7).encode(dialect).unwrap();
+        assert_eq!(bytes[12..16], room.to_be_bytes());
+        assert_eq!(Dialect::of_first_packet(&bytes), dialect);
+    }
+}
+
+#[test]
+fn a_packet_of_a_device_with_anything_wrong_is_refused_where_it_is() {
+    let device = Name::new("vfio").unwrap();
+    let largest = DevicePacket { device, instance: 3, data_bytes: DEVICE_DATA_BYTES_MAX };
+    let sound = largest.encode().unwrap();
+    assert_eq!(DevicePacket::decode(&sound, 64), Ok(largest));
+    for (at, new, message) in [
+        (11, &[0x41][..], "byte 72: the flag word is 65 (0x41), expected 0x40: device state and no other"),
+        (12, &[0], "byte 76: the device name is not a name and zero bytes to the end of the field"),
+        (12, &[b'a'; 256], "byte 76: the device name is not a name and zero bytes to the end of the field"),
+        (272, &[0; 4], "byte 336: the next_packet_size is 0 (0x0), expected some state"),
+        (275, &[1], "byte 336: the next_packet_size is 67108865, expected at most 67108864"),
+    ] {
+        let error = DevicePacket::decode(&with(&sound, at, new), 64).unwrap_err();
+        assert_eq!(error.to_string(), format!("multifd channel, {message}"));
+    }
+    // QEMU 7.2 has no such packets.
+    let mut stream = INITS[0].to_vec();
+    stream.extend(sound);
+    let mut decoder = ChannelDecoder::new(Dialect::V7_2);
+    let mut input = &stream[..];
+    assert!(matches!(decoder.pull(&mut input), Ok(Some(ChannelEvent::Init(_)))));
+    let error = decoder.pull(&mut input).unwrap_err().to_string();
+    let expected = "byte 72: a packet with device state cannot be followed, expected RAM packets from QEMU 7.2";
+    assert_eq!(error, format!("multifd channel, {expected}"));
 }

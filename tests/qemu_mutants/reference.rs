@@ -20,8 +20,8 @@ pub struct Meaning {
     pub tail: Vec<u8>,
 }
 
-/// A channel's rounds; each ends with a SYNC.
-fn channel(stream: &[u8], dialect: Dialect) -> Result<(u8, Vec<Vec<Written>>), String> {
+/// A channel's rounds; each ends with a SYNC. The numbers of its packets are appended to `numbers`.
+fn channel(stream: &[u8], dialect: Dialect, numbers: &mut Vec<u64>) -> Result<(u8, Vec<Vec<Written>>), String> {
     let (mut decoder, mut input) = (ChannelDecoder::new(dialect), stream);
     let (mut id, mut rounds, mut round) = (None, Vec::new(), Vec::new());
     loop {
@@ -35,6 +35,7 @@ fn channel(stream: &[u8], dialect: Dialect) -> Result<(u8, Vec<Vec<Written>>), S
                 if packet.compression != Compression::None && packet.data_bytes > 0 {
                     return Err("compressed".to_owned());
                 }
+                numbers.push(packet.number);
                 let block = packet.block.unwrap_or_default().to_owned();
                 let zero = packet.zero.iter().map(|offset| Written(block.clone(), offset, None));
                 round.extend(zero);
@@ -61,16 +62,32 @@ fn channel(stream: &[u8], dialect: Dialect) -> Result<(u8, Vec<Vec<Written>>), S
     Ok((id.ok_or("no channel")?, rounds))
 }
 
+/// Whether the packets have the numbers that QEMU gives them, or those of somebody who numbers in another way.
+fn are_numbered_through(channels: &[Vec<u64>]) -> bool {
+    let firsts = channels.iter().filter_map(|numbers| numbers.first());
+    let firsts = firsts.fold(0, |sum: u64, first| sum.wrapping_add(*first));
+    let mut all = channels.concat();
+    all.sort_unstable();
+    let rise = channels.iter().all(|numbers| numbers.is_sorted_by(|one, next| one < next));
+    let ours = firsts == (0..channels.len() as u64).sum::<u64>() && all.last().is_some_and(|last| *last > 0);
+    !ours || (rise && (0..all.len() as u64).eq(all))
+}
+
 /// What the streams mean, or what is wrong with them.
 pub fn meaning(streams: &[Vec<u8>], dialect: Dialect) -> Result<Meaning, String> {
     let mut ids = BTreeSet::new();
-    let mut channels = Vec::new();
+    let (mut channels, mut numbers) = (Vec::new(), Vec::new());
     for stream in &streams[1..] {
-        let (id, rounds) = channel(stream, dialect)?;
+        let mut own = Vec::new();
+        let (id, rounds) = channel(stream, dialect, &mut own)?;
+        numbers.push(own);
         if id >= CHANNELS || !ids.insert(id) {
             return Err(format!("channel {id}"));
         }
         channels.push(rounds);
+    }
+    if dialect == Dialect::V10_0 && !are_numbered_through(&numbers) {
+        return Err("packets are missing, or came twice".to_owned());
     }
     let (mut decoder, mut input) = (MainDecoder::new(dialect), &streams[0][..]);
     let mut rounds: Vec<Vec<Written>> = vec![Vec::new()];

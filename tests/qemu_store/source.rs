@@ -59,6 +59,8 @@ impl<S: Read + Write> Source<S> {
     /// The list of blocks, and half of the pages.
     pub fn begin(&mut self) {
         self.head(&[]);
+        // Whoever leaves with something unread makes the system say so to the other end.
+        assert_eq!(self.hear(|_| true), Some(ReturnMessage::Pong { value: 1 }));
         self.say(&Record::RamStart { section: 1 });
         self.say(&Record::Blocks(vec![Block::new(Name::new("pc.ram").unwrap(), PAGES * PAGE as u64)]));
         self.end_section();
@@ -91,11 +93,15 @@ impl<S: Read + Write> Source<S> {
 
     /// The receiver's last word, if there is one before it leaves.
     pub fn answer(&mut self) -> Option<ReturnMessage> {
+        self.hear(|message| matches!(message, ReturnMessage::Shut { .. }))
+    }
+
+    fn hear(&mut self, wanted: impl Fn(&ReturnMessage) -> bool) -> Option<ReturnMessage> {
         let mut buffer = [0; 256];
         while let Ok(n @ 1..) = self.stream.read(&mut buffer) {
             let mut input = &buffer[..n];
             while let Some(message) = self.answers.pull(&mut input).expect("a sound answer") {
-                if matches!(message, ReturnMessage::Shut { .. }) {
+                if wanted(&message) {
                     return Some(message);
                 }
             }

@@ -1,5 +1,6 @@
 //! Ctrl-C: cancels the migration, whenever it comes; SIGTERM and SIGHUP do the same.
 
+use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use pageferry::{CancelAnswer, CancelHandle};
@@ -10,10 +11,16 @@ use crate::output::complain;
 #[derive(Clone, Debug, Default)]
 pub struct Interrupt(Arc<Mutex<State>>);
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct State {
     asked: bool,
-    handle: Option<CancelHandle>,
+    stop: Option<Box<dyn Fn() + Send>>,
+}
+
+impl fmt::Debug for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("State").field("asked", &self.asked).finish_non_exhaustive()
+    }
 }
 
 impl Interrupt {
@@ -29,11 +36,20 @@ impl Interrupt {
 
     /// Cancels this migration when a signal comes; at once if it has come.
     pub fn attach(&self, handle: CancelHandle) {
+        self.attach_to(move || {
+            if handle.cancel() == CancelAnswer::TooLate {
+                complain("too late to cancel: the hand-over is under way");
+            }
+        });
+    }
+
+    /// Does this at each signal that comes; at once if one has come.
+    pub fn attach_to(&self, stop: impl Fn() + Send + 'static) {
         self.change(|state| {
             if state.asked {
-                handle.cancel();
+                stop();
             }
-            state.handle = Some(handle);
+            state.stop = Some(Box::new(stop));
         });
     }
 
@@ -43,13 +59,12 @@ impl Interrupt {
     }
 
     fn ask(&self) {
-        let answer = self.change(|state| {
+        self.change(|state| {
             state.asked = true;
-            state.handle.as_ref().map(CancelHandle::cancel)
+            if let Some(stop) = &state.stop {
+                stop();
+            }
         });
-        if answer == Some(CancelAnswer::TooLate) {
-            complain("too late to cancel: the hand-over is under way");
-        }
     }
 
     fn change<R>(&self, change: impl FnOnce(&mut State) -> R) -> R {

@@ -26,6 +26,8 @@ const DRAWS_HZ: u8 = 100;
 pub enum Side {
     Source,
     Target,
+    /// Between the two: what comes is what goes.
+    Relay,
 }
 
 /// Shows until it is dropped.
@@ -152,6 +154,14 @@ impl Shown {
         }
         match self.side {
             Side::Target => words.push(format!("{} received", human(now.channels.payload_bytes))),
+            Side::Relay if now.stage == Stage::HandOver => {
+                words.push("waiting for the destination's answer".to_owned())
+            }
+            Side::Relay if now.stage != Stage::Connecting => {
+                words.push(format!("round {}", now.rounds));
+                words.push(format!("{} passed on", human(now.channels.wire_bytes)));
+            }
+            Side::Relay => {}
             Side::Source if now.stage == Stage::Precopy => {
                 words.push(format!("round {}", now.rounds + 1));
                 words.push(format!("{} left", human(bytes_left(self.side, now))));
@@ -176,7 +186,9 @@ fn bytes_left(side: Side, now: &Snapshot) -> u64 {
     match (side, now.stage) {
         (_, Stage::Connecting) => now.ram_bytes,
         (_, Stage::HandOver | Stage::Ended) => 0,
-        (Side::Target, _) => now.ram_bytes.saturating_sub(now.channels.payload_bytes + now.channels.zero_bytes),
+        (Side::Target | Side::Relay, _) => {
+            now.ram_bytes.saturating_sub(now.channels.payload_bytes + now.channels.zero_bytes)
+        }
         (Side::Source, _) if downtime_ms(now).is_some() => now.bytes_left,
         (Side::Source, _) => now.ram_bytes.saturating_sub(now.untouched_bytes + now.pushed_bytes),
     }

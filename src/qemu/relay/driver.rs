@@ -1,112 +1,123 @@
 #![forbid(unsafe_code)]
 //! The relay's controller: the door, the main connection, and the threads of the channels.
 
-use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::channel::{Counts, Ends, Lane, Shared};
-use super::trunk::{Broken, Trunk};
-use super::{Relay, RelayCounters, RelayReport};
+use super::channel::{Ends, Lane, Standing, Stopped};
+use super::gather::{Gathered, Gathering};
+use super::trunk::Trunk;
+use super::{MAIN, Relay, RelayCounters, RelayReport};
 use crate::bell::Close;
 use crate::config::CrewOptions;
 use crate::crew::{Crew, Exit, Launch, StdSpawn};
 use crate::error::{Failure, Outcome};
 use crate::net::{CROWD_PAUSE, ENTRANTS_MAX, Endpoint, Greeting, Lobby, Opening, Stream, open, passes};
+use crate::progress::Stage;
 use crate::qemu::Qemu;
-use crate::qemu::wire::InitPacket;
+use crate::qemu::wire::{InitPacket, PAGE_BYTES};
 use crate::sync::Ordering::Relaxed;
 use crate::sys::event::{EventFd, PollSet};
 use crate::sys::socket::Socket;
 use crate::units::{ChannelId, FIRST_GENERATION};
 use crate::wire::hello::{Hello, HelloRole};
 
-/// Remarks about strangers, at the most.
+/// Remarks, at the most.
 const REMARKS_MAX: usize = 16;
 /// How long a source has to close its end after the last word, and after a cancel.
 const LAST_WORD: Duration = Duration::from_secs(1);
 const LAST_WORD_OF_CANCEL: Duration = Duration::from_millis(30);
 
 struct Channel {
-    crew: Crew<Lane>,
     ends: Arc<Ends>,
-    counts: Arc<Counts>,
+    standing: Arc<Standing>,
     ended: bool,
 }
 
 struct Driver {
     relay: Relay,
     lobby: Lobby,
-    shared: Arc<Shared>,
+    /// Until the source is all there.
+    gathering: Option<Gathering>,
     trunk: Option<Trunk>,
-    channels: BTreeMap<u8, Channel>,
-    uuid: Option<[u8; 16]>,
+    channels: Vec<Channel>,
+    crew: Option<Crew<Lane>>,
+    /// The last barrier has been passed on: RAM is complete, and the channels have nothing more to say of it.
+    closed: bool,
     begun: Option<Instant>,
     accept_again: Option<Instant>,
     turned_away: u64,
     remarks: Vec<String>,
     /// Bytes of all connections, and since when it has been so many.
     moved: (u64, Instant),
+    /// Until when the destination's answer is waited for, where that has a limit.
+    answer_until: Option<Instant>,
 }
 
 pub fn run(relay: Relay) -> RelayReport {
     // Any channel that QEMU can have, where nobody has said how many there are.
-    let lobby = Lobby::new(Arc::new(Qemu::new(relay.settings.channels.unwrap_or(u8::MAX))));
+    let told = relay.settings.channels;
+    let lobby = Lobby::new(Arc::new(Qemu::new(told.unwrap_or(u8::MAX))));
+    let gathering = Gathering::new(told, relay.settings.timeouts.hello);
     let mut driver = Driver {
         relay,
         lobby,
-        shared: Arc::default(),
+        gathering: Some(gathering),
         trunk: None,
-        channels: BTreeMap::new(),
-        uuid: None,
+        channels: Vec::new(),
+        crew: None,
+        closed: false,
         begun: None,
         accept_again: None,
         turned_away: 0,
         remarks: Vec::new(),
         moved: (0, Instant::now()),
+        answer_until: None,
     };
     let outcome = loop {
         if driver.relay.gate.is_cancelled() {
             break Outcome::Cancelled;
         }
         match driver.step() {
-            Ok(false) => {}
-            Ok(true) => break Outcome::Completed,
+            Ok(None) => {}
+            Ok(Some(outcome)) => break outcome,
             Err(_) if driver.relay.gate.is_cancelled() => break Outcome::Cancelled,
-            Err(Broken { why, uncertain: true }) => break Outcome::Uncertain(why),
-            Err(Broken { why, uncertain: false }) => break Outcome::Failed(why),
+            Err(why) if driver.may_run() => break Outcome::Uncertain(why),
+            Err(why) => break Outcome::Failed(why),
         }
     };
     driver.finish(outcome)
 }
 
 impl Driver {
-    /// Does what can be done, then waits; true once the destination has taken the guest.
-    fn step(&mut self) -> Result<bool, Broken> {
+    fn may_run(&self) -> bool {
+        self.trunk.as_ref().is_some_and(Trunk::may_run)
+    }
+
+    /// Does what can be done, then waits; how it ended, once it has.
+    fn step(&mut self) -> Result<Option<Outcome>, Failure> {
         self.accept()?;
         for greeting in self.lobby.listen(self.relay.bell.sleeper().set()) {
             match greeting {
-                Greeting::Hello(stream, hello) => self.greet(stream, &hello)?,
-                Greeting::Stranger(why) => self.turn_away(&why),
+                Greeting::Hello(stream, hello) => self.greet(&stream, &hello),
+                Greeting::Stranger(why) => self.remark(format!("a connection was turned away: {why}")),
                 Greeting::Silent => {}
             }
         }
-        let mut dead_places = Vec::new();
-        if let Some(trunk) = &mut self.trunk {
-            trunk.pump(&self.relay.gate)?;
-            if !trunk.blocks().is_empty() && self.shared.blocks.set(trunk.blocks().to_vec()).is_ok() {
-                for bell in self.channels.values().flat_map(|channel| channel.crew.ringers()) {
-                    bell.ring();
-                }
-            }
-            if let Some(verdict) = trunk.verdict() {
-                return verdict.map(|()| true);
-            }
+        self.gather()?;
+        if let Some(outcome) = self.pump()? {
+            return Ok(Some(outcome));
         }
-        self.reap()?;
+        if let Err(why) = self.reap() {
+            // A destination that gives up may have said so on the main connection.
+            return self.pump()?.map_or(Err(why), |outcome| Ok(Some(outcome)));
+        }
         let stall = self.check_barriers()?;
+        if let Some(outcome) = self.check_patience() {
+            return Ok(Some(outcome));
+        }
 
         let set = self.relay.bell.sleeper().set();
         set.clear();
@@ -116,45 +127,38 @@ impl Driver {
         } else if let Some(fd) = self.relay.listener.fd() {
             set.watch(fd, true, false);
         }
-        if let Some(when) = stall {
+        for when in [stall, self.answer_until].into_iter().flatten() {
             set.until(when);
         }
-        let whole = self.trunk.as_ref().is_some_and(|trunk| trunk.is_whole);
-        if let Some(trunk) = &self.trunk {
-            let [read_there, write_back, read_back, write_there] = trunk.wants();
-            if read_there || write_back {
-                set.watch(trunk.source.as_fd(), read_there, write_back);
-            }
-            if read_back || write_there {
-                set.watch(trunk.destination.as_fd(), read_back, write_there);
-            }
+        if let Some(gathering) = &mut self.gathering {
+            gathering.watch(set);
         }
-        if !whole {
-            for (id, channel) in &self.channels {
-                dead_places.push((*id, set.watch(channel.ends.destination.as_fd(), true, false)));
+        if let Some(trunk) = &self.trunk {
+            trunk.watch(set);
+        }
+        let mut places = Vec::new();
+        if !self.closed {
+            for (id, channel) in self.channels.iter().enumerate() {
+                places.push((id, set.watch(channel.ends.destination.as_fd(), true, false)));
             }
         }
         self.relay.bell.wait();
         // A destination says nothing on a channel: it can only have closed it.
         let set = self.relay.bell.sleeper().set();
-        if let Some((id, _)) = dead_places.iter().find(|(_, place)| set.ready(*place).readable) {
+        if let Some((id, _)) = places.iter().find(|(_, place)| set.ready(*place).readable) {
             let id = *id;
             // It may have said why on the main connection.
-            if let Some(trunk) = &mut self.trunk {
-                trunk.pump(&self.relay.gate)?;
-                if let Some(verdict) = trunk.verdict() {
-                    return verdict.map(|()| true);
-                }
-                if trunk.is_whole {
-                    return Ok(false);
-                }
+            if let Some(outcome) = self.pump()? {
+                return Ok(Some(outcome));
             }
-            return Err(broken(id, "the destination has closed it before the source's stream has ended"));
+            if !self.closed {
+                return Err(broken(id, "the destination has closed it before the source's stream has ended"));
+            }
         }
-        Ok(false)
+        Ok(None)
     }
 
-    fn accept(&mut self) -> Result<(), Broken> {
+    fn accept(&mut self) -> Result<(), Failure> {
         if self.accept_again.is_some_and(|when| Instant::now() < when) {
             return Ok(());
         }
@@ -172,7 +176,7 @@ impl Driver {
                 }
                 Err(e) => {
                     let address = self.relay.address().map_or_else(String::new, |a| a.to_string());
-                    return Err(Failure::Listen { address, reason: e.into() }.into());
+                    return Err(Failure::Listen { address, reason: e.into() });
                 }
             }
         }
@@ -180,124 +184,187 @@ impl Driver {
         Ok(())
     }
 
-    fn turn_away(&mut self, why: &str) {
+    fn remark(&mut self, what: String) {
         if self.remarks.len() < REMARKS_MAX {
-            self.remarks.push(format!("a connection was turned away: {why}"));
+            self.remarks.push(what);
         }
     }
 
-    /// Connects to the destination for somebody who has said who it is, and passes that on at once: a connection that says
-    /// nothing, or half of it, brings a QEMU destination to a standstill.
-    fn greet(&mut self, stream: Stream, hello: &Hello) -> Result<(), Broken> {
-        let refused = match hello.role {
-            _ if self.trunk.as_ref().is_some_and(|trunk| trunk.is_whole) => Some("the migration is at its end".to_owned()),
-            HelloRole::Control => self.trunk.is_some().then(|| "there is a main connection already".to_owned()),
-            HelloRole::Data(ChannelId(id)) if self.channels.contains_key(&id) => Some(format!("channel {id} is there already")),
-            HelloRole::Data(_) if self.uuid.is_some_and(|uuid| uuid != hello.session.0) => {
-                Some("its uuid is not that of the channels before".to_owned())
-            }
-            HelloRole::Data(_) => None,
-        };
-        if let Some(why) = refused {
-            self.turned_away += 1;
-            self.turn_away(&why);
-            return Ok(());
-        }
-        self.begun.get_or_insert_with(Instant::now);
+    fn turn_away(&mut self, why: &str) {
+        self.turned_away += 1;
+        self.remark(format!("a connection was turned away: {why}"));
+    }
+
+    /// Somebody has said who it is.
+    fn greet(&mut self, stream: &Stream, hello: &Hello) {
         let source = stream.socket().clone();
-        let (opening, init) = match hello.role {
-            HelloRole::Control => (Opening::Control, None),
-            HelloRole::Data(channel) => {
-                let init = InitPacket { uuid: hello.session.0, channel: channel.0 };
-                (Opening::Data { channel, generation: FIRST_GENERATION }, Some(init))
+        if self.gathering.is_some() && hello.role == HelloRole::Control {
+            self.begun = Some(Instant::now());
+        }
+        let greeted = match (&mut self.gathering, hello.role) {
+            (Some(gathering), HelloRole::Control) => gathering.main(source),
+            (Some(gathering), HelloRole::Data(id)) => {
+                gathering.channel(source, InitPacket { uuid: hello.session.0, channel: id.0 })
+            }
+            (None, HelloRole::Control) => Err("there is a main connection already".to_owned()),
+            (None, HelloRole::Data(ChannelId(id))) => {
+                Err(format!("channel {id} came when the migration had begun with {} channels", self.channels.len()))
             }
         };
-        let mut endpoint = Endpoint::Addresses(vec![self.relay.to.clone()]);
-        let deadline = Instant::now() + self.relay.settings.timeouts.connect;
-        let gate = self.relay.gate.clone();
-        let connected =
-            open(&mut endpoint, opening, None, &mut self.relay.bell, deadline, &|| gate.is_cancelled())?;
-        let Some(destination) = connected else { return Ok(()) };
-        let destination = destination.socket().clone();
-        let mode = |blocks: bool| {
-            let set = source.set_nonblocking(!blocks).and_then(|()| destination.set_nonblocking(!blocks));
-            set.map_err(|e| Failure::Control { doing: "setting it up", reason: e.into() })
-        };
-        let Some(init) = init else {
-            mode(false)?;
-            let mut trunk = Trunk::new(source, destination)?;
-            trunk.pump(&self.relay.gate)?;
-            self.trunk = Some(trunk);
-            return Ok(());
-        };
-        self.uuid = Some(init.uuid);
-        mode(true)?;
-        let bytes = init.encode();
-        match destination.send(&bytes) {
-            Ok(n) if n == bytes.len() => {}
-            _ => return Err(broken(init.channel, "the destination does not take its first bytes")),
+        if let Err(why) = greeted {
+            self.turn_away(&why);
         }
-        let ends = Arc::new(Ends { source, destination });
-        let counts = Arc::new(Counts::default());
-        counts.bytes.fetch_add(bytes.len() as u64, Relaxed);
-        let lane = Lane { init: bytes, ends: ends.clone(), shared: self.shared.clone(), counts: counts.clone() };
-        let mut launch = Launch::new(&StdSpawn, Arc::new(self.relay.bell.ringer()));
-        let options = CrewOptions::default();
-        launch.start = Arc::new(move |starting: &_| options.own_hook(starting).map(|()| None));
-        let id = usize::from(init.channel);
-        let crew = crate::sys::thread::with_signals_blocked(|| {
-            Crew::muster(id..id + 1, &launch, |_| Ok::<_, Infallible>(vec![lane]))
-        });
-        let crew = crew.map_err(|e| Failure::Worker(e.to_string()))?;
-        self.channels.insert(init.channel, Channel { crew, ends, counts, ended: false });
+    }
+
+    /// Hears those who may be a source; once one is all there, connects it to the destination.
+    fn gather(&mut self) -> Result<(), Failure> {
+        let Some(gathering) = &mut self.gathering else { return Ok(()) };
+        let mut strangers = Vec::new();
+        let set = self.relay.bell.sleeper().set();
+        let gathered = gathering.listen(set, &self.relay.gate, self.relay.progress.cells(MAIN), &mut strangers);
+        strangers.iter().for_each(|why| self.turn_away(why));
+        let Some(Gathered { trunk, channels, dialect }) = gathered? else { return Ok(()) };
+        self.gathering = None;
+        let blocks = Arc::new(trunk.blocks().to_vec());
+        self.trunk = Some(trunk);
+
+        // The main connection first, which QEMU 7.2 takes the first one for, and its first bytes at once: a connection that
+        // says nothing, or half of what it should, brings a QEMU destination to a standstill.
+        let deadline = Instant::now() + self.relay.settings.timeouts.connect;
+        let Some(destination) = self.connect(Opening::Control, deadline)? else { return Ok(()) };
+        let Some(trunk) = &mut self.trunk else { return Ok(()) };
+        destination.set_nonblocking(true).map_err(set_up)?;
+        trunk.destination = Some(destination);
+        trunk.pump(&self.relay.gate, self.relay.progress.cells(MAIN))?;
+        let mut lanes = Vec::new();
+        for channel in channels {
+            let id = channel.init.channel;
+            let opening = Opening::Data { channel: ChannelId(id), generation: FIRST_GENERATION };
+            let Some(destination) = self.connect(opening, deadline)? else { return Ok(()) };
+            let init = channel.init.encode();
+            match destination.send(&init) {
+                Ok(n) if n == init.len() => {}
+                _ => return Err(broken(id.into(), "the destination does not take its first bytes")),
+            }
+            channel.source.set_nonblocking(false).and_then(|()| destination.set_nonblocking(false)).map_err(set_up)?;
+            self.relay.progress.cells(id.into()).wire_bytes.fetch_add(init.len() as u64, Relaxed);
+            let ends = Arc::new(Ends { source: channel.source, destination });
+            let standing = Arc::new(Standing::default());
+            self.channels.push(Channel { ends: ends.clone(), standing: standing.clone(), ended: false });
+            let (progress, controller) = (self.relay.progress.clone(), self.relay.bell.ringer());
+            let blocks = blocks.clone();
+            lanes.push(Lane { init, first: channel.first, dialect, ends, blocks, standing, progress, controller });
+        }
+        if !lanes.is_empty() {
+            let mut launch = Launch::new(&StdSpawn, Arc::new(self.relay.bell.ringer()));
+            let options = CrewOptions::default();
+            launch.start = Arc::new(move |starting: &_| options.own_hook(starting).map(|()| None));
+            let ids = 0..lanes.len();
+            let crew = crate::sys::thread::with_signals_blocked(|| {
+                Crew::muster(ids, &launch, |_| Ok::<_, Infallible>(lanes))
+            });
+            self.crew = Some(crew.map_err(|e| Failure::Worker(e.to_string()))?);
+        }
+        self.relay.progress.set(|c| &c.ram_bytes, blocks.iter().map(|block| block.bytes).sum());
+        self.relay.progress.stage(Stage::Precopy);
+        self.moved = (0, Instant::now());
         Ok(())
     }
 
-    /// Takes note of the threads that have ended.
-    fn reap(&mut self) -> Result<(), Broken> {
-        for (id, channel) in &mut self.channels {
-            while let Some(worker) = channel.crew.poll_exit() {
-                match channel.crew.take_exit(worker) {
-                    Some(Exit::Done(Ok(()))) => channel.ended = true,
-                    Some(Exit::Done(Err(why))) => return Err(broken(*id, &why)),
-                    Some(Exit::Panicked { message }) => return Err(Failure::Worker(message).into()),
-                    Some(Exit::NeverRan) | None => return Err(broken(*id, "its thread has not run")),
+    /// A connection to the destination; `None` if it was cancelled meanwhile.
+    fn connect(&mut self, opening: Opening, deadline: Instant) -> Result<Option<Arc<Socket>>, Failure> {
+        let mut endpoint = Endpoint::Addresses(vec![self.relay.to.clone()]);
+        let gate = self.relay.gate.clone();
+        let connected = open(&mut endpoint, opening, None, &mut self.relay.bell, deadline, &|| gate.is_cancelled())?;
+        Ok(connected.map(|stream| stream.socket().clone()))
+    }
+
+    /// Moves the main connection on, past every barrier for which all channels are there.
+    fn pump(&mut self) -> Result<Option<Outcome>, Failure> {
+        let Some(trunk) = &mut self.trunk else { return Ok(None) };
+        let progress = &self.relay.progress;
+        loop {
+            trunk.pump(&self.relay.gate, progress.cells(MAIN))?;
+            let Some(hold) = trunk.hold() else { break };
+            if !self.channels.iter().all(|channel| channel.standing.passed() >= hold.syncs) {
+                break;
+            }
+            if hold.closes {
+                for (id, channel) in self.channels.iter().enumerate() {
+                    let (syncs, behind) = channel.standing.close();
+                    if syncs > hold.syncs {
+                        return Err(differ("a SYNC too many", id, syncs, hold.syncs));
+                    }
+                    if behind > 0 {
+                        return Err(broken(id, "pages came behind the last barrier"));
+                    }
                 }
+                self.closed = true;
+            }
+            trunk.let_go();
+        }
+        progress.set(|c| &c.rounds, trunk.barriers);
+        if trunk.awaits_answer() {
+            progress.stage(Stage::HandOver);
+        } else if trunk.is_in_end() {
+            progress.stage(Stage::Paused);
+        }
+        Ok(trunk.verdict())
+    }
+
+    /// Takes note of the threads that have ended.
+    fn reap(&mut self) -> Result<(), Failure> {
+        let Some(crew) = &mut self.crew else { return Ok(()) };
+        let mut lost = Vec::new();
+        while let Some(id) = crew.poll_exit() {
+            match crew.take_exit(id) {
+                Some(Exit::Done(Ok(()))) => self.channels[id].ended = true,
+                // All that it had to say of RAM has been passed on.
+                Some(Exit::Done(Err(Stopped::Lost(why)))) if self.closed => {
+                    self.channels[id].ended = true;
+                    lost.push(format!("channel {id} ended badly, behind the last barrier: {why}"));
+                }
+                Some(Exit::Done(Err(Stopped::Lost(why) | Stopped::Wrong(why)))) => return Err(broken(id, &why)),
+                Some(Exit::Panicked { message }) => return Err(Failure::Worker(message)),
+                Some(Exit::NeverRan) | None => return Err(broken(id, "its thread has not run")),
             }
         }
+        lost.into_iter().for_each(|what| self.remark(what));
         Ok(())
     }
 
     /// Compares the SYNCs of the channels with the barriers of the main connection: a destination would wait for ever
     /// where they differ. Gives the time at which to look again.
-    fn check_barriers(&mut self) -> Result<Option<Instant>, Broken> {
+    fn check_barriers(&mut self) -> Result<Option<Instant>, Failure> {
         let Some(trunk) = &self.trunk else { return Ok(None) };
-        let bytes = trunk.bytes + self.channels.values().map(|c| c.counts.bytes.load(Relaxed)).sum::<u64>();
+        let bytes = self.relay.progress.channels().wire_bytes;
         if bytes != self.moved.0 {
             self.moved = (bytes, Instant::now());
         }
+        if self.closed {
+            if trunk.awaits_answer() {
+                for channel in self.channels.iter().filter(|channel| channel.ended) {
+                    channel.ends.destination.shutdown_write();
+                }
+            }
+            return Ok(None);
+        }
+        let barriers = trunk.barriers;
+        // A destination that is slow holds up channels, and those hold up the source's main connection.
+        let held_up = |channel: &Channel| channel.standing.is_sending() && channel.standing.syncs() <= barriers;
+        let nobody_held_up = trunk.is_idle() && !self.channels.iter().any(held_up);
         let mut stall = None;
-        for (id, channel) in &self.channels {
-            let syncs = channel.counts.syncs.load(Relaxed);
-            let differ = |what: &str| {
-                let text = format!("{what}: {syncs} SYNCs on channel {id}, {} barriers on the main connection", trunk.barriers);
-                Broken::from(Failure::Protocol(text))
-            };
-            if trunk.is_last && syncs > trunk.barriers {
-                return Err(differ("a SYNC too many"));
+        for (id, channel) in self.channels.iter().enumerate() {
+            let syncs = channel.standing.syncs();
+            if channel.ended && syncs < barriers {
+                return Err(differ("the source has ended a channel too early", id, syncs, barriers));
             }
-            if channel.ended && (trunk.is_last && syncs != trunk.barriers || syncs < trunk.barriers) {
-                return Err(differ("the source has ended a channel too early"));
-            }
-            if channel.ended && trunk.is_whole {
-                channel.ends.destination.shutdown_write();
-            }
-            // What the source's main connection says comes behind what it has put into the channels.
-            let [reading, ..] = trunk.wants();
-            if reading && (syncs < trunk.barriers || channel.ended && !trunk.is_whole) {
+            // What the source says on its main connection comes behind what it has put into the channels.
+            let lacks_syncs = syncs < barriers && !channel.standing.is_sending();
+            if lacks_syncs || nobody_held_up && (syncs > barriers || channel.ended) {
                 let when = self.moved.1 + self.relay.settings.timeouts.stall;
                 if Instant::now() >= when {
-                    return Err(differ("nothing moves"));
+                    return Err(differ("nothing moves", id, syncs, barriers));
                 }
                 stall = Some(when);
             }
@@ -305,36 +372,74 @@ impl Driver {
         Ok(stall)
     }
 
+    /// Whether nobody waits for the destination's answer any longer.
+    fn check_patience(&mut self) -> Option<Outcome> {
+        let trunk = self.trunk.as_ref()?;
+        let asked = self.relay.stops.load(Relaxed);
+        let give_up = |why: Failure| match trunk.may_run() {
+            true => Outcome::Uncertain(why),
+            false => Outcome::Failed(why),
+        };
+        if asked > 0 && !trunk.may_run() {
+            return Some(Outcome::Cancelled);
+        }
+        if asked > 1 {
+            let text = "nobody waits for the destination's answer any longer, which may have the guest";
+            return Some(give_up(super::trunk::broken(text)));
+        }
+        if asked == 0 && trunk.deaf().is_none() {
+            return None;
+        }
+        let patience = self.relay.settings.timeouts.silence;
+        let until = *self.answer_until.get_or_insert_with(|| Instant::now() + patience);
+        if Instant::now() < until {
+            return None;
+        }
+        let (waiting_for, ms) = ("the destination's answer", patience.as_millis() as u64);
+        Some(give_up(trunk.deaf().cloned().unwrap_or(Failure::Silent { waiting_for, ms })))
+    }
+
     fn finish(mut self, outcome: Outcome) -> RelayReport {
-        let (completed, cancelled) = (outcome == Outcome::Completed, outcome == Outcome::Cancelled);
-        if !completed {
-            if let Some(trunk) = &mut self.trunk {
-                trunk.refuse();
-                trunk.destination.shutdown();
-            }
-            for channel in self.channels.values() {
-                channel.crew.close(Close::Abort);
-            }
-        }
-        if let Some(trunk) = &self.trunk {
-            if !completed {
+        let patience = if outcome == Outcome::Cancelled { LAST_WORD_OF_CANCEL } else { LAST_WORD };
+        if outcome != Outcome::Completed {
+            // Whoever does not know says nothing: the source learns as much as if the destination had closed.
+            let tells = !matches!(outcome, Outcome::Uncertain(_));
+            let mut mains: Vec<Trunk> = self.gathering.take().into_iter().flat_map(Gathering::into_mains).collect();
+            for trunk in mains.iter_mut().chain(&mut self.trunk) {
+                if tells {
+                    trunk.refuse();
+                }
                 trunk.source.shutdown_write();
+                if let Some(destination) = &trunk.destination {
+                    destination.shutdown();
+                }
             }
-            await_close(&trunk.source, if cancelled { LAST_WORD_OF_CANCEL } else { LAST_WORD });
+            if let Some(crew) = &self.crew {
+                crew.close(Close::Abort);
+            }
+            mains.iter().filter(|trunk| trunk.has_return_path()).for_each(|trunk| await_close(&trunk.source, patience));
         }
-        let mut counters = RelayCounters::default();
         if let Some(trunk) = &self.trunk {
-            counters.main_bytes = trunk.bytes;
-            (counters.normal_pages, counters.zero_pages) = (trunk.normal_pages, trunk.zero_pages);
+            await_close(&trunk.source, patience);
         }
-        for channel in self.channels.values_mut() {
-            channel.crew.close(Close::Abort);
-            channel.crew.join();
-            counters.channel_bytes += channel.counts.bytes.load(Relaxed);
-            counters.normal_pages += channel.counts.normal_pages.load(Relaxed);
-            counters.zero_pages += channel.counts.zero_pages.load(Relaxed);
-            counters.sync_packets += channel.counts.syncs.load(Relaxed);
+        if let Some(crew) = &mut self.crew {
+            crew.close(Close::Abort);
+            crew.join();
         }
+        if outcome == Outcome::Completed && self.trunk.as_ref().is_some_and(|trunk| !trunk.has_return_path()) {
+            self.remark("the source had no return path: nobody has said that the destination has taken the guest".to_owned());
+        }
+        let progress = &self.relay.progress;
+        progress.stage(Stage::Ended);
+        let (all, main) = (progress.channels(), progress.channel(MAIN).unwrap_or_default());
+        let counters = RelayCounters {
+            main_bytes: main.wire_bytes,
+            channel_bytes: all.wire_bytes - main.wire_bytes,
+            normal_pages: all.payload_bytes / PAGE_BYTES,
+            zero_pages: all.zero_bytes / PAGE_BYTES,
+            sync_packets: self.channels.iter().map(|channel| channel.standing.syncs()).sum(),
+            barriers: self.trunk.as_ref().map_or(0, |trunk| trunk.barriers),
+        };
         RelayReport {
             outcome,
             counters,
@@ -344,6 +449,15 @@ impl Driver {
             remarks: self.remarks,
         }
     }
+}
+
+fn set_up(e: std::io::Error) -> Failure {
+    Failure::Control { doing: "setting it up", reason: e.into() }
+}
+
+fn differ(what: &str, channel: usize, syncs: u64, barriers: u64) -> Failure {
+    let text = format!("{what}: {syncs} SYNCs on channel {channel}, {barriers} barriers on the main connection");
+    Failure::Protocol(text)
 }
 
 /// Lets a source hear the last word: to close a socket with bytes in it that nobody has read would take the word back.
@@ -368,6 +482,7 @@ fn await_close(source: &Socket, patience: Duration) {
     }
 }
 
-fn broken(id: u8, reason: &str) -> Broken {
-    Failure::Channel { channel: ChannelId(id), generation: FIRST_GENERATION, reason: reason.to_owned() }.into()
+fn broken(id: usize, reason: &str) -> Failure {
+    // There are 255 at the most.
+    Failure::Channel { channel: ChannelId(id as u8), generation: FIRST_GENERATION, reason: reason.to_owned() }
 }

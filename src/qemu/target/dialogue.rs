@@ -17,10 +17,6 @@ use crate::wire::crc::Crc32c;
 /// Bytes of the magic and the version, which stand before the configuration.
 const HEADER_BYTES: usize = 8;
 
-/// Parts of RAM in a row without a page, from which on a source must be waiting for something: QEMU sends a part only while
-/// there are pages to send, or while it may not switch over, and then by the thousand.
-const IDLE_PARTS: u32 = 16;
-
 /// The main connection of a target.
 #[derive(Debug)]
 pub struct TargetDialogue {
@@ -40,9 +36,7 @@ pub struct TargetDialogue {
     /// The last part of RAM has begun; nothing but the barrier has come since the last barrier.
     last_part: bool,
     flushed: bool,
-    /// Until the source has been told that it may switch over: the parts of RAM so far that named no page, as many as came
-    /// in a row last, and the pages before them. `None` from then on.
-    idle: Option<(u32, u64)>,
+    asked_to_switch: bool,
     state_bytes: u64,
     state_crc: Crc32c,
     /// The tail may end here.
@@ -78,7 +72,7 @@ impl TargetDialogue {
             page: (BlockId(0), 0),
             last_part: false,
             flushed: false,
-            idle: Some((0, 0)),
+            asked_to_switch: false,
             state_bytes: 0,
             state_crc: Crc32c::new(),
             whole: false,
@@ -143,8 +137,8 @@ impl TargetDialogue {
             }
             Record::Footer => {
                 self.ask_to_switch();
-                if self.last_part && !self.seen.close(u64::from(self.barriers) * u64::from(self.channels)) {
-                    return Err(Garbled("a packet came on a channel behind the last SYNC".to_owned()));
+                if self.last_part {
+                    self.close()?;
                 }
             }
             Record::Tail(bytes) => {
@@ -159,6 +153,14 @@ impl TargetDialogue {
             Record::Packaged(_) => return Err(post_copy("a package")),
         }
         Ok(None)
+    }
+
+    /// The last part of RAM has ended: every channel has come to its last SYNC.
+    fn close(&self) -> Result<(), Garbled> {
+        if !self.seen.close(u64::from(self.barriers) * u64::from(self.channels)) {
+            return Err(Garbled("a packet came on a channel behind the last SYNC".to_owned()));
+        }
+        self.seen.numbers().check(self.channels).map_err(|why| Garbled(why.to_string()))
     }
 
     /// The configuration has ended, with the record before this one.
@@ -227,26 +229,17 @@ impl TargetDialogue {
     }
 
     /// Lets the source stop its guest when it likes, as far as this side goes: it may have been told to wait for that. One
-    /// from before QEMU 8.1 does not know the word, and gives up if it hears it. Called at the end of each part of RAM: all
-    /// that it named has been read by now.
+    /// from before QEMU 8.1 does not know the word, and gives up if it hears it. The first packets of the channels have been
+    /// read by now; where there are none, the machine type says how old the source is at least, and no more can be known.
     fn ask_to_switch(&mut self) {
-        let Some((parts, before)) = self.idle else { return };
-        let counts = self.seen.counts();
-        let pages = counts.normal_pages + counts.zero_pages;
-        let parts = if pages == before { parts + 1 } else { 0 };
-        let knows_the_word = if self.barriers <= 1 { self.is_new() } else { parts >= IDLE_PARTS };
-        self.idle = (!knows_the_word).then_some((parts, pages));
-        if knows_the_word {
+        if std::mem::replace(&mut self.asked_to_switch, true) {
+            return;
+        }
+        let facts = self.seen.facts();
+        let is_new = facts.machine.is_some_and(|machine| version(machine.as_str()) >= Some((8, 1)));
+        if facts.barrier == Some(Barrier::PerRound) || facts.dialect == Some(Dialect::V10_0) || is_new {
             self.answer(&ReturnMessage::SwitchoverAck);
         }
-    }
-
-    /// Whether what has come in the START section shows QEMU 8.1 or a newer one: flush words, packets of the channels, or
-    /// a machine type of such a version.
-    fn is_new(&self) -> bool {
-        let facts = self.seen.facts();
-        let by_machine = facts.machine.is_some_and(|machine| version(machine.as_str()) >= Some((8, 1)));
-        facts.barrier == Some(Barrier::PerRound) || facts.dialect == Some(Dialect::V10_0) || by_machine
     }
 
     /// Says something on the return path, if there is one.

@@ -30,6 +30,8 @@ pub struct QemuReader {
     /// Bytes of the channel before the next packet.
     at: u64,
     syncs: u32,
+    /// The number of the packet before.
+    number: Option<u64>,
     /// Something has come since the last SYNC.
     begun: bool,
 }
@@ -48,6 +50,7 @@ impl QemuReader {
             inflate: None,
             at: channel_bytes,
             syncs: 0,
+            number: None,
             begun: false,
         }
     }
@@ -132,6 +135,10 @@ impl PacketReader for QemuReader {
         let says_something = packet.sync || pages > 0;
         if says_something && !std::mem::replace(&mut self.begun, true) && !self.seen.begin_round() {
             return Err(Garbled(format!("multifd channel, byte {}: a packet came behind the last SYNC", self.at)));
+        }
+        if dialect == Dialect::V10_0 {
+            let before = self.number.replace(packet.number);
+            self.seen.numbers().take(packet.number, before);
         }
         append(packet.normal, RunKind::Data, runs);
         append(packet.zero, RunKind::Zero, runs);

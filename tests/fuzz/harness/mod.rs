@@ -16,10 +16,14 @@ mod peer;
 mod plans;
 mod qemu_channel;
 mod qemu_main;
+#[cfg(feature = "cli")]
+mod qemu_pack;
 #[path = "../../support/script.rs"]
 mod script;
 mod source_session;
 mod source_wire;
+#[cfg(feature = "cli")]
+mod store;
 #[path = "../../support/qemu_streams.rs"]
 mod streams;
 mod target_session;
@@ -34,8 +38,8 @@ pub type Target = (&'static str, fn(&[u8]) -> &'static str);
 /// The word for a migration that was going on when the script was over.
 pub const OPEN: &str = "open";
 
-/// All of them.
-pub const TARGETS: [Target; 9] = [
+/// All of them; without the feature `cli` all that need neither compression nor the program's own files.
+pub const TARGETS: &[Target] = &[
     ("packet", packet::run),
     ("control", control::run),
     ("hello", hello::run),
@@ -45,6 +49,10 @@ pub const TARGETS: [Target; 9] = [
     ("source_wire", source_wire::run),
     ("qemu_main", qemu_main::run),
     ("qemu_channel", qemu_channel::run),
+    #[cfg(feature = "cli")]
+    ("qemu_pack", qemu_pack::run),
+    #[cfg(feature = "cli")]
+    ("qemu_store", store::run),
 ];
 
 /// Runs the target of this name.

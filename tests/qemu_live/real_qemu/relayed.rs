@@ -1,5 +1,7 @@
 //! Through a relay, while the guest still runs at the source.
 
+use std::io::Write;
+use std::net::TcpStream;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -47,6 +49,55 @@ fn compressed_pages_are_relayed() {
 #[test]
 fn a_guest_is_relayed_without_a_return_path() {
     run_case("a_guest_is_relayed_without_a_return_path", &relayed(Q35_10, Wire { return_path: false, ..PLAIN }));
+}
+
+#[test]
+fn a_guest_is_relayed_whose_devices_are_not_described() {
+    let setup = Setup { machine: "pc-q35-10.0,suppress-vmdesc=on", ..Q35_10 };
+    run_case("a_guest_is_relayed_whose_devices_are_not_described", &relayed(setup, PLAIN));
+}
+
+/// What a channel says first: QEMU 10.0 dies of one whose number is that of the channels.
+fn first_words(channel: u8) -> [u8; 64] {
+    let mut bytes = [0; 64];
+    bytes[..8].copy_from_slice(&[0x11, 0x22, 0x33, 0x44, 0, 0, 0, 1]);
+    bytes[24] = channel;
+    bytes
+}
+
+#[test]
+fn strangers_at_a_relay_do_not_reach_the_destination() {
+    run("strangers_at_a_relay_do_not_reach_the_destination", || {
+        let mut source = Machine::start(Q35_10, false)?;
+        PLAIN.set(&mut source)?;
+        source.wait_for_number(40);
+        let mut destination = Machine::start(Q35_10, true)?;
+        let address = destination.listen(&PLAIN, "tcp:127.0.0.1:0")?;
+        let mut relay = program::start(&["qemu", "relay", "--listen", "127.0.0.1:0", "--to", &address, "--json"]);
+        let at = relay.address();
+        let one_too_many = first_words(PLAIN.channels);
+        let strangers = [&b""[..], b"QE", b"QEVM", &one_too_many[..40], &one_too_many, &first_words(0)];
+        let connect = |said: &[u8]| {
+            let mut stranger = TcpStream::connect(&at).unwrap();
+            stranger.write_all(said).unwrap();
+            stranger
+        };
+        let before = strangers.map(connect);
+        source.migrate_to(&at);
+        assert_eq!(source.qmp.wait_for_migration(&["completed", "failed"]), "completed", "{}", source.query());
+        assert_eq!(
+            destination.qmp.wait_for_migration(&["completed", "failed"]),
+            "completed",
+            "{}",
+            destination.errors()
+        );
+        drop(before);
+        let report = relay.end();
+        let report = report.expect(0, "completed");
+        assert_eq!(report["channels"], PLAIN.channels, "{report}");
+        let (ram, said) = source.quit();
+        judged(goes_on(destination, &ram, &said))
+    });
 }
 
 #[test]

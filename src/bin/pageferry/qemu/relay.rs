@@ -1,23 +1,30 @@
 //! `pageferry qemu relay`: passes a migration on from one QEMU to another while it goes on.
 
+use std::fmt;
 use std::process::ExitCode;
 
-use pageferry::Outcome;
 use pageferry::net::Address;
 use pageferry::qemu::relay::{Relay, RelayReport};
+use pageferry::{CancelAnswer, Outcome};
 use serde::Serialize;
 
 use crate::interrupt::Interrupt;
 use crate::output::{Output, complain};
+use crate::progress::{Side, Watch};
 use crate::receive::{Listening, listen_advice};
 use crate::report::End;
-use crate::sizes::{human, ms};
+use crate::sizes::{human, human_rate, ms};
+use crate::store::Counters;
 use crate::tls::warn_if_open;
 
 /// Pass a migration on from one QEMU to another, live: nothing is stored.
 ///
 /// Every packet is looked at, and what is wrong never reaches the destination. The destination's answer goes back to the
 /// source; without QEMU's capability return-path there is none, and QEMU takes what it has sent for received.
+///
+/// Ctrl-C cancels, and the source keeps its guest, until the state of the devices is on its way. From then on the
+/// destination may have the guest: Ctrl-C gives it 10 s more to say so, and a second one none. Without an answer the exit
+/// code is 3, for uncertain: the source takes its guest back, so make sure that the destination does not run it.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -25,7 +32,8 @@ Examples:
   pageferry qemu relay --listen unix:/run/ferry --to 10.0.1.2:4444 --channels 8 --json
 
 Start the destination with -incoming first; multifd and multifd-channels are the same at both ends.
-Give --channels where strangers reach the address: QEMU 10.0 dies of one channel too many.")]
+Without --channels it takes the channels that there are half a second after the source has begun. Nothing reaches the
+destination before the source is all there, and whoever comes later is turned away.")]
 pub struct Args {
     /// Where to listen: HOST:PORT (port 0: any that is free) or unix:PATH
     #[arg(long, value_name = "ADDR")]
@@ -36,18 +44,9 @@ pub struct Args {
     /// Multifd channels, as QEMU's parameter multifd-channels has it; 0 where its capability multifd is off [default: any]
     #[arg(long, value_name = "N")]
     channels: Option<u8>,
-    /// Print one JSON object a line on standard output: where it listens, then a report
+    /// Print one JSON object a line on standard output: where it listens, progress, then a report
     #[arg(long)]
     json: bool,
-}
-
-#[derive(Serialize)]
-struct Counters {
-    main_bytes: u64,
-    channel_bytes: u64,
-    normal_pages: u64,
-    zero_pages: u64,
-    sync_packets: u64,
 }
 
 /// The last line of JSON.
@@ -79,35 +78,41 @@ fn pass_on(args: &Args, out: Output) -> Result<RelayReport, String> {
     let builder = args.channels.map_or_else(Relay::builder, |channels| Relay::builder().channels(channels));
     let listening = builder.listen(&args.listen.to_string()).map_err(|e| listen_advice(&e))?;
     let relay = listening.to(&args.to.to_string()).map_err(|e| e.to_string())?;
-    interrupt.attach(relay.cancel_handle());
+    let handle = relay.stop_handle();
+    interrupt.attach_to(move || {
+        if handle.stop() == CancelAnswer::TooLate {
+            complain("too late to cancel: the destination may have the guest, and has a little time to say so");
+        }
+    });
     let at = relay.address().ok_or("the address that is listened on is not known")?;
     out.event(&Listening::at(&at));
     out.say(format_args!("listening at {at}, for {}", args.to));
-    Ok(relay.run())
+    let watch = Watch::start(relay.progress(), Side::Relay, out);
+    let report = relay.run();
+    drop(watch);
+    Ok(report)
 }
 
 fn end(report: RelayReport, out: Output) -> ExitCode {
-    let outcome = match &report.outcome {
-        Outcome::Completed => End::Completed,
-        Outcome::Cancelled => End::Cancelled,
-        Outcome::Failed(_) => End::Failed,
-        Outcome::Uncertain(_) => End::Uncertain,
+    let (outcome, error) = match &report.outcome {
+        Outcome::Completed => (End::Completed, None),
+        Outcome::Cancelled => (End::Cancelled, Some("cancelled".to_owned())),
+        Outcome::Failed(why) => (End::Failed, Some(why.to_string())),
+        Outcome::Uncertain(why) => (
+            End::Uncertain,
+            Some(format!(
+                "uncertain: the destination may have the guest, and the source may run it on: {why}; look there before you \
+                 let either run"
+            )),
+        ),
     };
-    let error = (outcome != End::Completed).then(|| report.outcome.to_string());
     if let Some(error) = &error {
         complain(error);
     }
     let c = report.counters;
-    if outcome == End::Completed {
-        out.say(format_args!(
-            "completed: {} on the main connection, {} on {} channels; {} pages with data, {} of zeros; {:.0} ms",
-            human(c.main_bytes),
-            human(c.channel_bytes),
-            report.channels,
-            c.normal_pages,
-            c.zero_pages,
-            ms(report.total)
-        ));
+    let words = Words { report: &report, completed: outcome == End::Completed };
+    if report.channels > 0 || c.main_bytes > 0 {
+        out.say(words.to_string().trim_end());
     }
     out.event(&Line {
         event: "report",
@@ -120,6 +125,7 @@ fn end(report: RelayReport, out: Output) -> ExitCode {
             normal_pages: c.normal_pages,
             zero_pages: c.zero_pages,
             sync_packets: c.sync_packets,
+            rounds: c.barriers,
         },
         channels: report.channels,
         turned_away: report.turned_away,
@@ -127,4 +133,36 @@ fn end(report: RelayReport, out: Output) -> ExitCode {
         remarks: report.remarks,
     });
     outcome.exit_code()
+}
+
+/// The report for people.
+struct Words<'a> {
+    report: &'a RelayReport,
+    completed: bool,
+}
+
+impl fmt::Display for Words<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let RelayReport { counters: c, channels, turned_away, total, remarks, .. } = self.report;
+        if self.completed {
+            writeln!(f, "completed: the destination has taken everything")?;
+        }
+        let bytes = c.main_bytes + c.channel_bytes;
+        let (main, rest, time) = (human(c.main_bytes), human(c.channel_bytes), total.as_secs_f64());
+        write!(f, "  passed on   {}", human(bytes))?;
+        if time > 0.0 {
+            write!(f, " in {:.0} ms, {}", ms(*total), human_rate((bytes as f64 / time) as u64))?;
+        }
+        writeln!(f, ": {main} on the main connection, {rest} on {channels} {}", plural("channel", *channels as u64))?;
+        writeln!(f, "  pages       {} with data, {} of zeros", c.normal_pages, c.zero_pages)?;
+        writeln!(f, "  barriers    {}, with {} {}", c.barriers, c.sync_packets, plural("SYNC", c.sync_packets))?;
+        if *turned_away > 0 {
+            writeln!(f, "  turned away {turned_away} {}", plural("connection", *turned_away))?;
+        }
+        remarks.iter().try_for_each(|remark| writeln!(f, "  remark      {remark}"))
+    }
+}
+
+fn plural(word: &str, count: u64) -> String {
+    format!("{word}{}", if count == 1 { "" } else { "s" })
 }

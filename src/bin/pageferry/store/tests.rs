@@ -1,8 +1,10 @@
 //! What a store promises: it is whole or not there, and no lie in it is believed.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use pageferry::digest::Contents;
 use pageferry::memory::Backing;
@@ -13,6 +15,7 @@ use pageferry::{Ram, RamBlock};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
+use super::leftovers::leftovers;
 use super::manifest::{BlockEntry, TailEntry};
 use super::names::{block_path, stays_inside};
 use super::{Counters, Facts, Manifest, Reader, Stored, Writer, contents, digest};
@@ -224,6 +227,9 @@ fn only_a_store_is_replaced_and_only_by_force() {
     let other = folder.0.join("other");
     fs::create_dir(&other).unwrap();
     write(&other, false).unwrap();
+    fs::write(other.join("blocks/notes"), "mine").unwrap();
+    refused(Writer::create(&other, true), "no store");
+    fs::remove_file(other.join("blocks/notes")).unwrap();
     fs::write(other.join("manifest.json"), "{}").unwrap();
     refused(Writer::create(&other, true), "no store");
     let file = folder.0.join("file");
@@ -380,6 +386,43 @@ fn what_is_not_in_the_store_or_damaged_is_found() {
     fs::remove_file(dir.join("device.state")).unwrap();
     refused(Reader::open(&dir), "check the path");
     refused(Reader::open(&folder.0.join("nowhere")), "check the path");
+}
+
+#[test]
+fn a_block_that_is_written_after_it_was_opened_is_noticed() {
+    let (_folder, dir) = store();
+    let reader = Reader::open(&dir).unwrap();
+    reader.check_still().unwrap();
+    let rom = dir.join("blocks/01-_rom@etc_acpi_tables.ram");
+    // As a write does, a second from now.
+    let later = SystemTime::now() + Duration::from_secs(1);
+    fs::OpenOptions::new().write(true).open(rom).unwrap().set_modified(later).unwrap();
+    refused(reader.check_still(), "let it lie still");
+}
+
+#[test]
+fn only_what_nobody_builds_any_more_is_left_over() {
+    let folder = Folder::new();
+    let dir = folder.0.join("vm");
+    let left = || leftovers(&folder.0, OsStr::new("vm"));
+    let mut writer = Writer::create(&dir, false).unwrap();
+    let ram = fill(&mut writer);
+    assert_eq!(left(), [""; 0], "one that is being built");
+    finish(writer, &ram, &facts()).unwrap();
+    // As a power cut would leave them: without a store, with one, and one that stepped aside.
+    let partial = |name: &str| folder.0.join(format!("vm.partial-{name}"));
+    fs::create_dir_all(partial("0123456789abcdef/blocks")).unwrap();
+    fs::rename(&dir, partial("00000000000000aa-replaced")).unwrap();
+    // Nothing of ours: another store's, a file, one that was made a moment ago, and names that are alike.
+    fs::create_dir_all(folder.0.join("vm2.partial-0123456789abcdef/blocks")).unwrap();
+    fs::write(partial("0123456789abcdee"), "").unwrap();
+    fs::create_dir(partial("0123456789abcded")).unwrap();
+    fs::create_dir_all(partial("notes/blocks")).unwrap();
+    let mut said = left();
+    said.sort();
+    assert_eq!(said.len(), 2, "{said:?}");
+    assert!(said[0].contains("00000000000000aa-replaced") && said[0].contains("holds a store"), "{said:?}");
+    assert!(said[1].contains("0123456789abcdef") && said[1].contains("remove it"), "{said:?}");
 }
 
 /// The digest of a block of this many bytes, of which these pages were noted.

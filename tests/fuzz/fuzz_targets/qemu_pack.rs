@@ -1,0 +1,9 @@
+//! See `harness::qemu_pack`.
+#![no_main]
+
+#[path = "../harness/mod.rs"]
+mod harness;
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| {
+    harness::run("qemu_pack", input);
+});

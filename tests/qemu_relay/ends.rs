@@ -1,0 +1,183 @@
+//! How it ended is never told better than it was, nor to the source.
+
+use std::io::Write;
+use std::time::Instant;
+
+use pageferry::Outcome;
+use pageferry::qemu::wire::Dialect::V10_0;
+
+use crate::world::{Main, SHUT_ERROR, SHUT_OK, SILENCE, TAIL, TEN, Tongue, World, hang_up, packet, read, rest, shut};
+
+/// A tail that is cut off within a device, at a byte that is no end mark, and one that may be whole without a description.
+pub const HALF: &[u8] = b"\x04some dev";
+pub const UNDESCRIBED: &[u8] = b"\x04some device\x01\x00";
+
+fn failed(outcome: &Outcome, why: &str) {
+    assert!(matches!(outcome, Outcome::Failed(failure) if failure.to_string().contains(why)), "{outcome}");
+}
+
+fn uncertain(outcome: &Outcome, why: &str) {
+    assert!(matches!(outcome, Outcome::Uncertain(failure) if failure.to_string().contains(why)), "{outcome}");
+}
+
+#[test]
+fn what_the_destination_says_against_it_travels_back_at_any_time() {
+    for at_end in [false, true] {
+        let world = World::new(1);
+        let mut through = world.through(TEN, 1);
+        if at_end {
+            through.say_ram(TEN);
+            through.say_main(TAIL);
+        }
+        through.main_there.write_all(&shut(7)).unwrap();
+        assert_eq!(read(&mut through.main, 8), shut(7));
+        drop((through.main, through.channels));
+        failed(&world.end().outcome, "SHUT with error 7");
+    }
+}
+
+#[test]
+fn a_destination_that_says_all_is_well_before_it_can_be_is_not_believed() {
+    for tail in [None, Some(HALF)] {
+        let world = World::new(1);
+        let mut through = world.through(TEN, 1);
+        if let Some(tail) = tail {
+            through.say_ram(TEN);
+            through.say_main(tail);
+        }
+        through.main_there.write_all(&shut(0)).unwrap();
+        assert_eq!(read(&mut through.main, 8), SHUT_ERROR);
+        drop((through.main, through.channels));
+        failed(&world.end().outcome, "before the source's stream has ended");
+    }
+}
+
+#[test]
+fn a_destination_that_has_taken_a_guest_whose_devices_are_not_described_is_believed() {
+    let world = World::new(1);
+    let mut through = world.through(TEN, 1);
+    through.say_ram(TEN);
+    through.say_main(UNDESCRIBED);
+    through.main_there.write_all(&shut(0)).unwrap();
+    assert_eq!(read(&mut through.main, 8), SHUT_OK);
+    drop((through.main, through.channels));
+    assert_eq!(world.end().outcome, Outcome::Completed);
+}
+
+#[test]
+fn a_destination_that_dies_during_the_rounds_leaves_the_guest_to_the_source() {
+    for main_dies in [true, false] {
+        let world = World::new(2);
+        let mut through = world.through(TEN, 2);
+        through.channels[0].write_all(&packet(V10_0, 0)).unwrap();
+        let dead = if main_dies { through.main_there } else { through.channels_there.remove(1) };
+        drop(dead);
+        assert_eq!(read(&mut through.main, 8), SHUT_ERROR);
+        drop((through.main, through.channels));
+        failed(&world.end().outcome, if main_dies { "main connection" } else { "channel 1" });
+    }
+}
+
+#[test]
+fn a_destination_that_goes_away_with_the_whole_guest_may_run_it() {
+    let world = World::new(1);
+    let mut through = world.through(TEN, 1);
+    through.say_ram(TEN);
+    through.say_main(TAIL);
+    drop(through.main_there);
+    assert_eq!(rest(&mut through.main), [0; 0], "nobody says what nobody knows");
+    drop((through.main, through.channels));
+    uncertain(&world.end().outcome, "without an answer");
+}
+
+#[test]
+fn a_source_that_dies_during_the_rounds_ends_it_and_the_destination_gets_nothing_more() {
+    for main_dies in [true, false] {
+        let world = World::new(1);
+        let mut through = world.through(TEN, 1);
+        // Half a packet.
+        through.say(&packet(V10_0, 0)[..2000]);
+        match main_dies {
+            true => drop(through.main),
+            false => drop(through.channels),
+        }
+        assert_eq!(rest(&mut through.main_there), [0; 0]);
+        failed(&world.end().outcome, if main_dies { "main stream" } else { "data of a packet" });
+    }
+}
+
+#[test]
+fn a_source_that_dies_within_the_devices_has_not_given_its_guest_away() {
+    let world = World::new(1);
+    let mut through = world.through(TEN, 1);
+    through.say_ram(TEN);
+    through.say_main(HALF);
+    drop(through.main);
+    failed(&world.end().outcome, "devices");
+}
+
+#[test]
+fn a_source_that_dies_with_everything_said_leaves_the_answer_to_the_destination() {
+    for (tail, answer) in [(TAIL, Some(0)), (TAIL, Some(5)), (TAIL, None), (UNDESCRIBED, Some(1)), (UNDESCRIBED, None)]
+    {
+        let world = World::new(1);
+        let mut through = world.through(TEN, 1);
+        through.say_ram(TEN);
+        through.say_main(tail);
+        let died = Instant::now();
+        drop((through.main, through.channels));
+        assert_eq!(rest(&mut through.main_there), [0; 0], "the end of the stream passes");
+        match answer {
+            Some(error) => through.main_there.write_all(&shut(error)).unwrap(),
+            None => assert!(died.elapsed() < SILENCE),
+        }
+        let outcome = world.end().outcome;
+        match answer {
+            Some(0) => uncertain(&outcome, "the destination has taken the guest, and the source does not know"),
+            Some(error) => failed(&outcome, &format!("SHUT with error {error}")),
+            None => {
+                uncertain(&outcome, if tail == TAIL { "before the destination has answered" } else { "main stream" });
+                assert!(died.elapsed() >= SILENCE, "{:?}", died.elapsed());
+            }
+        }
+    }
+}
+
+#[test]
+fn without_a_return_path_a_stream_that_may_be_whole_is_not_called_so() {
+    let tongue = Tongue { return_path: false, ..TEN };
+    let world = World::new(1);
+    let mut through = world.through(tongue, 1);
+    through.say_ram(tongue);
+    through.say_main(UNDESCRIBED);
+    hang_up(&through.main);
+    assert_eq!(rest(&mut through.main_there), [0; 0]);
+    drop((through.main_there, through.main));
+    uncertain(&world.end().outcome, "main connection");
+}
+
+#[test]
+fn a_destination_that_speaks_unasked_is_no_destination() {
+    let tongue = Tongue { return_path: false, ..TEN };
+    let world = World::new(1);
+    let mut through = world.through(tongue, 1);
+    through.main_there.write_all(&shut(0)).unwrap();
+    assert_eq!(rest(&mut through.main), [0; 0], "the source did not ask to be told");
+    failed(&world.end().outcome, "nobody has opened the return path");
+}
+
+#[test]
+fn what_comes_in_single_bytes_passes_all_the_same() {
+    let world = World::new(1);
+    let mut through = world.through(TEN, 1);
+    through.say_ram(TEN);
+    TAIL.iter().for_each(|byte| through.say_main(&[*byte]));
+    for byte in shut(0) {
+        through.main_there.write_all(&[byte]).unwrap();
+    }
+    assert_eq!(read(&mut through.main, 8), SHUT_OK);
+    drop((through.main, through.channels));
+    let report = world.end();
+    assert_eq!(report.outcome, Outcome::Completed);
+    assert_eq!(report.counters.main_bytes, Main::usual(TEN).whole().len() as u64);
+}
