@@ -57,7 +57,9 @@ pub trait Framing: fmt::Debug + Send + Sync {
     }
 
     /// How many data channels there are, where both sides have agreed on that elsewhere, and data channels may come
-    /// before the control connection; `None` where Setup says it.
+    /// before the control connection; `None` where Setup says it. Where it is agreed on, nobody proves that a connection is
+    /// of this migration: the source goes on behind the hello of every channel as soon as it has said Setup, without an
+    /// answer, and is known by that.
     fn channels(&self) -> Option<u8>;
 
     /// Whether the target says what has landed, and answers Pings: then digests can be compared, and a channel may be

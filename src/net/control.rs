@@ -223,7 +223,7 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
             }
             match self.stream.recv(&mut self.inbox) {
                 Ok(0) => {
-                    self.over = self.dialogue.ended()?;
+                    self.over = self.dialogue.ended().map_err(ControlError::CutOff)?;
                     if !self.over {
                         return Err(ControlError::Closed);
                     }
@@ -365,6 +365,8 @@ pub enum ControlError {
     Io(io::Error),
     /// The bytes make no sense.
     Garbled(Garbled),
+    /// The peer closed it in the middle of something.
+    CutOff(Garbled),
 }
 
 impl From<Garbled> for ControlError {
@@ -378,8 +380,13 @@ impl ControlError {
     pub fn own_mistake(&self) -> Option<Failure> {
         match self {
             ControlError::Garbled(e) => Some(Failure::Config(format!("this cannot be sent: {e}"))),
-            ControlError::Closed | ControlError::SpeaksTls | ControlError::Io(_) => None,
+            ControlError::Closed | ControlError::SpeaksTls | ControlError::Io(_) | ControlError::CutOff(_) => None,
         }
+    }
+
+    /// Whether the peer says what makes no sense; and not only that it has left.
+    pub fn is_nonsense(&self) -> bool {
+        matches!(self, ControlError::SpeaksTls | ControlError::Garbled(_))
     }
 
     /// As the reason of a migration's failure, where the peer's bytes were received.
@@ -393,7 +400,7 @@ impl ControlError {
                 Failure::Control { doing, reason: OsReason { errno: None, text } }
             }
             ControlError::Io(e) => Failure::Control { doing, reason: e.into() },
-            ControlError::Garbled(e) => Failure::Protocol(e.to_string()),
+            ControlError::Garbled(e) | ControlError::CutOff(e) => Failure::Protocol(e.to_string()),
         }
     }
 }

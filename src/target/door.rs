@@ -10,7 +10,7 @@ use crate::net::{CROWD_PAUSE, Control, ENTRANTS_MAX, Greeting, Listener, Stream,
 use crate::session::source::FIRST_GENERATION;
 use crate::session::target::TargetEvent;
 use crate::target::driver::{Driver, Over};
-use crate::units::{ChannelId, Generation};
+use crate::units::Generation;
 use crate::wire::control::{SourceFrame, TargetFrame};
 use crate::wire::hello::{Hello, HelloRole, Side};
 
@@ -59,6 +59,7 @@ impl Driver<'_> {
                 // stays ready, is left alone for a while.
                 Err(e) if self.control.is_some() || passes(&e) => {
                     self.lobby.make_room();
+                    self.turned_away += u64::from(self.early.make_room());
                     self.accept_again = Some(Instant::now() + ACCEPT_PAUSE);
                     self.remark(format!("a connection could not be accepted: {e}"));
                     return Ok(());
@@ -83,8 +84,16 @@ impl Driver<'_> {
                 Greeting::Silent => {}
             }
         }
-        // Nobody else can come, and nothing would ever end the wait.
-        if self.begun.is_none() && self.listener.is_exhausted() && self.lobby.is_empty() {
+        Ok(())
+    }
+
+    /// Ends the wait for a source where nobody else can come: nothing else ever would.
+    pub fn miss_source(&mut self) -> Result<(), Over> {
+        let nobody_is_left = self.listener.is_exhausted() && self.lobby.is_empty() && self.early.has_no_applicant();
+        if self.begun.is_none() && nobody_is_left {
+            if let Some(why) = self.early.refusal() {
+                return self.event(TargetEvent::Failed(why));
+            }
             let text = "none of the connections that were handed over is a source's control connection".to_owned();
             let reason = OsReason { errno: None, text };
             let doing = "waiting for the source's Hello";
@@ -96,10 +105,9 @@ impl Driver<'_> {
     /// Takes a connection for what it says it is; anything that does not belong to this migration is dropped, and
     /// disturbs nobody.
     fn greet_one(&mut self, stream: Stream, hello: &Hello) -> Result<(), Over> {
-        if self.settings.framing.control_meets() {
-            // On this wire nobody is heard of who has nothing to say.
-            stream.socket().set_keep_alive();
-            self.forget_spent();
+        if let Some(channels) = self.settings.framing.channels() {
+            self.greet_early(stream, hello, channels);
+            return Ok(());
         }
         match hello.role {
             HelloRole::Control if hello.side == Side::Source && hello.generation > FIRST_GENERATION => {
@@ -121,64 +129,18 @@ impl Driver<'_> {
             HelloRole::Data(channel)
                 if self.begun.is_some()
                     && hello.side == Side::Source
-                    && self.belongs_here(hello)
+                    && hello.session == self.id
                     && self.session.expects(channel, hello.generation) =>
             {
-                self.early = Some(hello.session);
                 let generation = hello.generation;
                 self.streams[usize::from(channel.0)] = Some((stream, generation));
                 self.event(TargetEvent::ChannelConnected { channel, generation })
-            }
-            HelloRole::Data(channel) if self.comes_early(channel, hello) => {
-                self.early = Some(hello.session);
-                self.streams[usize::from(channel.0)] = Some((stream, hello.generation));
-                Ok(())
             }
             HelloRole::Control | HelloRole::Data(_) => {
                 self.turned_away += 1;
                 Ok(())
             }
         }
-    }
-
-    /// Whether a data channel is of this migration: the control connection names the session, or else the first of them.
-    fn belongs_here(&self, hello: &Hello) -> bool {
-        match self.settings.framing.channels() {
-            None => hello.session == self.id,
-            Some(_) => self.early.is_none_or(|session| session == hello.session),
-        }
-    }
-
-    /// Whether this is a data channel that may come before it is expected: one of the number that was agreed on, which is
-    /// not there yet, of the session of the others.
-    fn comes_early(&self, channel: ChannelId, hello: &Hello) -> bool {
-        self.settings.framing.channels().is_some()
-            && self.prepared_at.is_none()
-            && self.belongs_here(hello)
-            && self.streams.get(usize::from(channel.0)).is_some_and(Option::is_none)
-    }
-
-    /// Forgets the channels that have come early and are gone: their source has given up, and another may come.
-    fn forget_spent(&mut self) {
-        if self.prepared_at.is_some() {
-            return;
-        }
-        let is_spent = |(stream, _): &mut (Stream, Generation)| stream.socket().is_spent();
-        self.streams.iter_mut().for_each(|place| drop(place.take_if(is_spent)));
-        if self.streams.iter().all(Option::is_none) {
-            self.early = None;
-        }
-    }
-
-    /// Says of the channels that have come early that they are here.
-    pub fn announce_early(&mut self) -> Result<(), Over> {
-        let early = |(id, stream): (usize, &Option<(Stream, Generation)>)| {
-            stream.as_ref().map(|(_, generation)| (ChannelId(id as u8), *generation))
-        };
-        let here: Vec<_> = self.streams.iter().enumerate().filter_map(early).collect();
-        here.into_iter().try_for_each(|(channel, generation)| {
-            self.event(TargetEvent::ChannelConnected { channel, generation })
-        })
     }
 
     /// Answers a control connection's Hello.

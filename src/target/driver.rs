@@ -18,6 +18,7 @@ use crate::progress::{Progress, Stage};
 use crate::session::source::FIRST_GENERATION;
 use crate::session::target::{TargetAction, TargetEvent, TargetSession};
 use crate::sys::random::random_16;
+use crate::target::early::Early;
 use crate::target::hear::Meeting;
 use crate::target::lanes::{LaneGear, Lanes};
 use crate::target::witness::{Testimony, Witness, may_be_in_doubt};
@@ -54,8 +55,8 @@ pub(super) struct Driver<'a> {
     pub id: SessionId,
     pub verify: Verify,
     pub channels: u8,
-    /// The session as the first data channel called it.
-    pub early: Option<SessionId>,
+    /// Who came before it was known whose migration this is.
+    pub early: Early,
     pub ram: Option<Ram>,
     pub blocks: Arc<[BlockInfo]>,
     pub prepared_at: Option<Instant>,
@@ -82,8 +83,6 @@ pub(super) fn receive(target: Target, incoming: &mut dyn Incoming) -> (TargetRep
     let resumes = settings.framing.mends() && !settings.resume_window.is_zero();
     let session = TargetSession::new(settings.state_bytes_max, resumes);
     let lobby = Lobby::new(settings.framing.clone());
-    // Where the number of channels is agreed on elsewhere, they may come first.
-    let streams = (0..settings.framing.channels().unwrap_or(0)).map(|_| None).collect();
     let mut driver = Driver {
         incoming,
         settings,
@@ -106,11 +105,11 @@ pub(super) fn receive(target: Target, incoming: &mut dyn Incoming) -> (TargetRep
         id: SessionId([0; 16]),
         verify: Verify::Off,
         channels: 0,
-        early: None,
+        early: Early::default(),
         ram: None,
         blocks: Arc::new([]),
         prepared_at: None,
-        streams,
+        streams: Vec::new(),
         lanes: None,
         meeting: Meeting::new(),
         records: Records::default(),
@@ -137,6 +136,9 @@ impl Driver<'_> {
         }
         self.accept()?;
         self.greet()?;
+        self.hear_applicants()?;
+        self.miss_source()?;
+        self.seat_channels()?;
         self.receive_frames()?;
         self.hear_visitor()?;
         self.look_at_lanes()?;
@@ -159,6 +161,7 @@ impl Driver<'_> {
             (None, None) => {}
         }
         self.lobby.watch(set);
+        self.early.watch(set, self.session.awaits_channels(), self.settings.timeouts.hello);
         if let Some(control) = self.control.as_ref().filter(|control| listens || control.unsent_bytes() > 0) {
             set.watch(control.fd(), listens, control.unsent_bytes() > 0);
         }
@@ -217,8 +220,7 @@ impl Driver<'_> {
                 };
                 self.excuse_silence();
                 self.prepared_at = Some(Instant::now());
-                self.event(event)?;
-                self.announce_early()
+                self.event(event)
             }
             TargetAction::StartLanes => match self.start_lanes() {
                 Ok(()) => Ok(()),

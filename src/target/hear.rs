@@ -204,11 +204,10 @@ impl Driver<'_> {
     fn deadline_of_meeting(&mut self) -> Option<(Instant, Instant, &'static str)> {
         let (hello, silence) = (self.settings.timeouts.hello, self.settings.timeouts.silence);
         let due = |since: Instant, limit: Duration, what| Some((since, since + limit, what));
-        match (self.begun, self.prepared_at) {
-            (None, _) => return None,
-            (Some(begun), None) => return due(begun, hello, "the list of RAM blocks"),
-            (_, Some(prepared)) if self.session.awaits_channels() => return due(prepared, hello, "the data channels"),
-            _ => {}
+        // Those who may be the source have limits of their own.
+        let prepared = self.prepared_at?;
+        if self.session.awaits_channels() {
+            return due(prepared, hello, "the data channels");
         }
         if let Some(parting) = &self.meeting.parting {
             return due(parting.since, silence, "the end of its channels");

@@ -4,6 +4,7 @@
 mod check;
 mod door;
 mod driver;
+mod early;
 mod hear;
 mod lanes;
 mod witness;

@@ -6,7 +6,7 @@
 #![forbid(unsafe_code)]
 
 use crate::framing::{Dialogue, Garbled, Heard};
-use crate::qemu::seen::{Counts, Seen};
+use crate::qemu::seen::{Counts, Facts, Seen};
 use crate::qemu::wire::{
     Barrier, Block, Command, Dialect, MAIN_MAGIC, MainDecoder, PAGE_BYTES, Record, ReturnMessage, StreamError,
 };
@@ -25,7 +25,9 @@ const GAVE_UP: &str = "the source gave up or died in the middle of the stream";
 pub struct TargetDialogue {
     decoder: MainDecoder,
     channels: u8,
+    /// What this connection has said; until it has said Setup, nobody else sees it: it may be a stranger's.
     seen: Seen,
+    public: Seen,
     /// Everything up to the end of the configuration, and how much of it is known to belong to that.
     head: Vec<u8>,
     head_bytes: usize,
@@ -54,7 +56,8 @@ pub struct TargetDialogue {
 
 impl TargetDialogue {
     /// Behind the magic, which said whose connection it is.
-    pub fn new(channels: u8, seen: Seen) -> TargetDialogue {
+    pub fn new(channels: u8, public: Seen) -> TargetDialogue {
+        let seen = Seen::default();
         // What 7.2 does not say, 10.0 may: nothing else differs on this connection.
         let mut decoder = MainDecoder::new(Dialect::V10_0);
         // A part of a record: it gives nothing yet, and is not wrong.
@@ -64,6 +67,7 @@ impl TargetDialogue {
             decoder,
             channels,
             seen,
+            public,
             head: MAIN_MAGIC.to_vec(),
             head_bytes: 0,
             configured: false,
@@ -200,7 +204,14 @@ impl TargetDialogue {
             backing_page_bytes: block.page_bytes.unwrap_or(PAGE_BYTES),
         };
         let infos = blocks.iter().enumerate().map(info).collect();
-        self.seen.learn(|facts| facts.blocks = blocks);
+        let facts = self.seen.facts();
+        let counts = self.seen.counts();
+        self.seen = self.public.clone();
+        // Of the packets, the channels tell.
+        self.seen.learn(|public| {
+            *public = Facts { blocks, dialect: public.dialect, compression: public.compression, ..facts };
+        });
+        self.seen.count(&counts);
         Ok(Setup {
             verify: Verify::Off,
             channels: self.channels,

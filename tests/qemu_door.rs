@@ -1,0 +1,215 @@
+//! A target of QEMU's wire, at whose door others were before the source: none of them may cost the migration.
+#![cfg(all(not(loom), feature = "qemu"))]
+
+#[path = "qemu_mutants/capture.rs"]
+#[expect(dead_code, reason = "other tests use all of it")]
+mod capture;
+#[path = "support/vmm.rs"]
+mod vmm;
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+use pageferry::config::Timeouts;
+use pageferry::qemu::wire::{Dialect, InitPacket, MAIN_MAGIC};
+use pageferry::qemu::{Qemu, Seen};
+use pageferry::{CancelHandle, Outcome, Target, TargetReport};
+
+use capture::{CHANNELS, Capture, capture};
+use vmm::TestIncoming;
+
+/// How long a connection may take to say who it is, and how long the channels may take.
+const HELLO: Duration = Duration::from_secs(2);
+/// Longer than anything here takes.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// A main stream that has gone no further.
+const HALF_HEADER: &[u8] = b"QEVM\0\0\0\x03";
+
+/// A target that listens, and those who are in its way.
+struct Door {
+    address: String,
+    strangers: Vec<TcpStream>,
+    seen: Seen,
+    cancel: CancelHandle,
+    ended: Receiver<TargetReport>,
+}
+
+impl Door {
+    fn open() -> Door {
+        let qemu = Qemu::new(CHANNELS);
+        let seen = qemu.seen();
+        let timeouts = Timeouts { hello: HELLO, ..Timeouts::default() };
+        let target = Target::builder().framing(qemu).timeouts(timeouts).listen("127.0.0.1:0").unwrap();
+        let (address, cancel) = (target.address().unwrap().to_string(), target.cancel_handle());
+        let (sender, ended) = channel();
+        std::thread::spawn(move || sender.send(target.receive(&mut TestIncoming::new())));
+        Door { address, strangers: Vec::new(), seen, cancel, ended }
+    }
+
+    fn connect(&self, words: &[u8]) -> TcpStream {
+        let mut wire = TcpStream::connect(&self.address).unwrap();
+        wire.write_all(words).unwrap();
+        wire
+    }
+
+    /// Somebody says this, and stays.
+    fn stays(&mut self, words: &[u8]) {
+        let stranger = self.connect(words);
+        self.strangers.push(stranger);
+    }
+
+    /// Somebody says this, and leaves.
+    fn leaves(&self, words: &[u8]) {
+        drop(self.connect(words));
+    }
+
+    /// A source comes, in the order in which QEMU does all this.
+    fn source_comes(&self, capture: &Capture) -> Vec<TcpStream> {
+        let mut main = self.connect(b"");
+        let mut wires: Vec<_> = capture.streams[1..].iter().map(|records| self.connect(&records[0])).collect();
+        main.write_all(&capture.streams[0].concat()).unwrap();
+        for (wire, records) in wires.iter_mut().zip(&capture.streams[1..]) {
+            wire.write_all(&records[1..].concat()).unwrap();
+        }
+        wires.push(main);
+        wires
+    }
+
+    /// A source comes, and its guest is taken in without a wait.
+    /// Gives how many were turned away, and what is remarked.
+    fn takes_the_source(self) -> (u64, Vec<String>) {
+        let (capture, begun) = (capture(Dialect::V10_0, true), Instant::now());
+        let wires = self.source_comes(&capture);
+        let report = self.ended.recv_timeout(PATIENCE).expect("it hangs");
+        drop((wires, self.strangers));
+        assert_eq!(report.outcome, Outcome::Completed, "{report:#?}");
+        assert!(begun.elapsed() < HELLO, "it waited for strangers: {:?}", begun.elapsed());
+        (report.turned_away, report.remarks)
+    }
+}
+
+fn init(channel: u8, uuid: u8) -> Vec<u8> {
+    InitPacket { uuid: [uuid; 16], channel }.encode().to_vec()
+}
+
+#[test]
+fn a_main_connection_that_left_before_its_block_list() {
+    for words in [&MAIN_MAGIC[..], HALF_HEADER, b"QEVM\0\0\0\x03\x07\0\0\0\x06pc-q35"] {
+        let door = Door::open();
+        door.leaves(words);
+        // It has read all of it, and more.
+        let mut half = door.connect(words);
+        half.shutdown(Shutdown::Write).unwrap();
+        half.read_to_end(&mut Vec::new()).unwrap();
+        let (turned_away, remarks) = door.takes_the_source();
+        let told = remarks.iter().filter(|remark| remark.contains("before it had said Setup")).count();
+        assert!(turned_away >= 2 && told >= 2, "{turned_away}: {remarks:?}");
+    }
+}
+
+#[test]
+fn main_connections_that_stay_and_say_no_more() {
+    let mut door = Door::open();
+    (0..40).for_each(|_| door.stays(HALF_HEADER));
+    door.stays(&MAIN_MAGIC);
+    door.takes_the_source();
+}
+
+#[test]
+fn a_main_connection_that_says_no_more_is_sent_away_in_time() {
+    let mut door = Door::open();
+    door.stays(HALF_HEADER);
+    let begun = Instant::now();
+    door.strangers[0].read_to_end(&mut Vec::new()).unwrap();
+    assert!(begun.elapsed() < HELLO * 2, "{:?}", begun.elapsed());
+    door.takes_the_source();
+}
+
+#[test]
+fn nothing_that_another_main_connection_said_is_kept() {
+    let mut door = Door::open();
+    door.stays(b"QEVM\0\0\0\x03\x07\0\0\0\x05other\x08\0\x01\0\0");
+    let seen = door.seen.clone();
+    let main_bytes = capture(Dialect::V10_0, true).streams[0].concat().len() as u64;
+    door.takes_the_source();
+    assert_ne!(seen.facts().machine.unwrap().as_str(), "other");
+    assert_eq!(seen.counts().main_bytes, main_bytes);
+}
+
+#[test]
+fn channels_of_another_machine() {
+    for ids in [vec![1], (0..CHANNELS).collect()] {
+        let mut door = Door::open();
+        ids.iter().for_each(|id| door.stays(&init(*id, b'u')));
+        door.takes_the_source();
+    }
+}
+
+#[test]
+fn a_channel_that_left_again() {
+    let door = Door::open();
+    (0..CHANNELS).for_each(|id| door.leaves(&init(id, 0)));
+    door.takes_the_source();
+}
+
+#[test]
+fn channels_that_stay_and_say_no_more() {
+    let mut door = Door::open();
+    (0..CHANNELS).for_each(|id| door.stays(&init(id, 0)));
+    door.takes_the_source();
+}
+
+#[test]
+fn more_channels_than_are_kept() {
+    vmm::allow_many_descriptors();
+    let mut door = Door::open();
+    (0..300).for_each(|_| door.stays(&init(0, 0)));
+    let (turned_away, _) = door.takes_the_source();
+    assert!(turned_away >= 300, "{turned_away}");
+}
+
+#[test]
+fn doubles_that_come_between_the_source_and_its_first_packet() {
+    let (door, capture) = (Door::open(), capture(Dialect::V10_0, true));
+    let mut main = door.connect(b"");
+    let mut wires: Vec<_> = capture.streams[1..].iter().map(|records| door.connect(&records[0])).collect();
+    let doubles: Vec<_> = (0..CHANNELS).map(|id| door.connect(&init(id, 0))).collect();
+    main.write_all(&capture.streams[0].concat()).unwrap();
+    for (wire, records) in wires.iter_mut().zip(&capture.streams[1..]) {
+        wire.write_all(&records[1..].concat()).unwrap();
+    }
+    let report = door.ended.recv_timeout(PATIENCE).expect("it hangs");
+    assert_eq!(report.outcome, Outcome::Completed, "{report:#?}");
+    drop((doubles, main));
+}
+
+#[test]
+fn all_of_them_together() {
+    let mut door = Door::open();
+    for words in [&MAIN_MAGIC[..], HALF_HEADER, b"", b"QE", &init(1, 0), &init(0, b'u'), &init(1, b'u'), &init(200, 0)]
+    {
+        door.stays(words);
+        door.leaves(words);
+    }
+    door.takes_the_source();
+}
+
+#[test]
+fn a_target_with_strangers_only_can_be_cancelled() {
+    let mut door = Door::open();
+    door.stays(HALF_HEADER);
+    (0..CHANNELS).for_each(|id| door.stays(&init(id, 0)));
+    door.cancel.cancel();
+    let report = door.ended.recv_timeout(HELLO / 2).expect("it hangs");
+    assert_eq!(report.outcome, Outcome::Cancelled);
+}
+
+#[test]
+fn a_main_stream_that_makes_no_sense_is_told_to_both_sides() {
+    let mut door = Door::open();
+    door.stays(b"QEVM\0\0\0\x02");
+    let report = door.ended.recv_timeout(PATIENCE).expect("it hangs");
+    assert!(report.outcome.to_string().contains("version"), "{}", report.outcome);
+}
