@@ -338,7 +338,7 @@ fn a_channel_that_waits_at_the_barrier_for_a_slow_one_is_not_taken_to_be_stalled
     let received = thread::spawn(move || {
         let (main, channels) = destination.accept(2);
         let barrier = Arc::new(std::sync::Barrier::new(3));
-        let paces = [None, Some(4 << 20)];
+        let paces = [None, Some(2 << 20)];
         let lanes: Vec<_> =
             channels.into_iter().zip(paces).map(|(lane, pace)| as_qemu(lane, barrier.clone(), pace)).collect();
         main_as_qemu(main, &barrier);
@@ -354,7 +354,7 @@ fn a_channel_that_waits_at_the_barrier_for_a_slow_one_is_not_taken_to_be_stalled
         }
     };
     let mut dirty = Script { bitmap: guest.dirty.clone(), rounds: 0, between: Box::new(between) };
-    let times = Timeouts { stall: Duration::from_secs(1), ..Timeouts::default() };
+    let times = Timeouts { stall: Duration::from_millis(2000), ..Timeouts::default() };
     let builder = Source::builder(guest.ram.clone()).framing(Qemu::new(2)).timeouts(times);
     let begun = Instant::now();
     let (report, _) = migrates(guest, &mut dirty, builder, &to);

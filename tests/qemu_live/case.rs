@@ -298,8 +298,12 @@ fn agree(setup: &Setup, wire: &Wire, counted: Counted, said: &Value) {
         assert_eq!(zero, number("duplicate"), "pages of zeros: {told}");
         match setup.version {
             Version::V10_0 => assert_eq!(normal, number("normal"), "pages with data: {told}"),
-            // What 7.2 says while the migration ends lacks a few of its last pages, whose bytes it has counted.
-            Version::V7_2 => assert!((0..=32).contains(&(normal - number("normal"))), "pages with data: {told}"),
+            // What 7.2 says while the migration ends lacks some pages of each channel's last packet, whose bytes it has
+            // counted: 68 of 3 channels were seen.
+            Version::V7_2 => {
+                let behind = (0..=128 * u64::from(wire.channels)).contains(&(normal - number("normal")));
+                assert!(behind, "pages with data: {told}");
+            }
         }
     }
 }

@@ -20,10 +20,6 @@ const HEADER_BYTES: usize = 8;
 /// What is said of a source that closed its main connection too early; why, it does not say.
 const GAVE_UP: &str = "the source gave up or died in the middle of the stream";
 
-/// Parts of RAM in a row without a page, from which on a source must be waiting for something: QEMU sends a part only while
-/// there are pages to send, or while it may not switch over, and then by the thousand.
-const IDLE_PARTS: u32 = 16;
-
 /// The main connection of a target.
 #[derive(Debug)]
 pub struct TargetDialogue {
@@ -41,9 +37,7 @@ pub struct TargetDialogue {
     /// The last part of RAM has begun; nothing but the barrier has come since the last barrier.
     last_part: bool,
     flushed: bool,
-    /// Until the source has been told that it may switch over: the parts of RAM so far that named no page, as many as came
-    /// in a row last, and the pages before them. `None` from then on.
-    idle: Option<(u32, u64)>,
+    asked_to_switch: bool,
     state_bytes: u64,
     state_crc: Crc32c,
     /// The tail may end here.
@@ -77,7 +71,7 @@ impl TargetDialogue {
             page: (BlockId(0), 0),
             last_part: false,
             flushed: false,
-            idle: Some((0, 0)),
+            asked_to_switch: false,
             state_bytes: 0,
             state_crc: Crc32c::new(),
             whole: false,
@@ -227,26 +221,17 @@ impl TargetDialogue {
     }
 
     /// Lets the source stop its guest when it likes, as far as this side goes: it may have been told to wait for that. One
-    /// from before QEMU 8.1 does not know the word, and gives up if it hears it. Called at the end of each part of RAM: all
-    /// that it named has been read by now.
+    /// from before QEMU 8.1 does not know the word, and gives up if it hears it. The first packets of the channels have been
+    /// read by now; where there are none, the machine type says how old the source is at least, and no more can be known.
     fn ask_to_switch(&mut self) {
-        let Some((parts, before)) = self.idle else { return };
-        let counts = self.seen.counts();
-        let pages = counts.normal_pages + counts.zero_pages;
-        let parts = if pages == before { parts + 1 } else { 0 };
-        let knows_the_word = if self.barriers <= 1 { self.is_new() } else { parts >= IDLE_PARTS };
-        self.idle = (!knows_the_word).then_some((parts, pages));
-        if knows_the_word {
+        if std::mem::replace(&mut self.asked_to_switch, true) {
+            return;
+        }
+        let facts = self.seen.facts();
+        let is_new = facts.machine.is_some_and(|machine| version(machine.as_str()) >= Some((8, 1)));
+        if facts.barrier == Some(Barrier::PerRound) || facts.dialect == Some(Dialect::V10_0) || is_new {
             self.answer(&ReturnMessage::SwitchoverAck);
         }
-    }
-
-    /// Whether what has come in the START section shows QEMU 8.1 or a newer one: flush words, packets of the channels, or
-    /// a machine type of such a version.
-    fn is_new(&self) -> bool {
-        let facts = self.seen.facts();
-        let by_machine = facts.machine.is_some_and(|machine| version(machine.as_str()) >= Some((8, 1)));
-        facts.barrier == Some(Barrier::PerRound) || facts.dialect == Some(Dialect::V10_0) || by_machine
     }
 
     /// Says something on the return path, if there is one.

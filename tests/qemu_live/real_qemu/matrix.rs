@@ -49,7 +49,9 @@ fn case(number: u64) -> Option<Case> {
     let excluded = zero_copy && compression != "none" || switchover_ack && !return_path;
     let sent = send_channels.unwrap_or(channels) == 0 && send_compression.unwrap_or(compression) != "none";
     let other = way == Way::Relayed && (send_channels.is_some() || send_compression.is_some());
-    let impossible = old || alone || excluded || sent || other;
+    // Nothing tells it from a 7.2, which does not know the answer that it waits for.
+    let mistaken = way == Way::Stored && switchover_ack && channels == 0 && machine == "pc-q35-8.0";
+    let impossible = old || alone || excluded || sent || other || mistaken;
     (!impossible).then_some(Case { setup, wire, way, send_channels, send_compression, paused })
 }
 

@@ -72,7 +72,7 @@ pub fn run(args: &Args) -> ExitCode {
     let (report, ram) =
         take_in(args, out).unwrap_or_else(|error| (Report::early(COMMAND, End::Failed, Some(error)), None));
     let code = out.end(&report);
-    // Nobody who waits for the report waits until all of RAM is unmapped, which takes 70 ms a GiB.
+    // Nobody who waits for the report waits until all of RAM is unmapped, which takes tens of ms a GiB.
     drop(ram);
     code
 }

@@ -359,29 +359,6 @@ fn only_a_source_that_knows_the_word_is_told_that_it_may_switch() {
 }
 
 #[test]
-fn a_source_that_waits_without_a_page_to_send_is_told_that_it_may_switch() {
-    let mut play = Play::begin(0);
-    let mut records = beginning("pc-q35-7.2", &[Command::OpenReturnPath]);
-    let mut encoder = MainEncoder::new(Dialect::V10_0);
-    let mut part = |play: &mut Play, records: &[Record<'_>]| {
-        let mut bytes = Vec::new();
-        let end = end_of_part(Barrier::PerSection);
-        records.iter().chain(&end).for_each(|record| encoder.encode(record, &mut bytes).unwrap());
-        play.hear(bytes.strip_prefix(&MAIN_MAGIC).unwrap_or(&bytes)).unwrap();
-        play.messages().len()
-    };
-    assert_eq!(part(&mut play, &std::mem::take(&mut records)), 0);
-    let page = [Record::RamPart, Record::ZeroPage { block: 0, offset: 0 }];
-    for _ in 0..3 {
-        assert_eq!(part(&mut play, &page), 0);
-        (1..IDLE_PARTS).for_each(|_| assert_eq!(part(&mut play, &page[..1]), 0));
-    }
-    assert_eq!(part(&mut play, &page[..1]), 1, "once");
-    (0..2 * IDLE_PARTS).for_each(|_| assert_eq!(part(&mut play, &page[..1]), 1));
-    assert_eq!(play.messages(), [ReturnMessage::SwitchoverAck]);
-}
-
-#[test]
 fn a_guest_is_complete_when_every_page_was_named() {
     let qemu = Qemu::new(2);
     let mut dialogue = TargetDialogue::new(2, qemu.seen());
