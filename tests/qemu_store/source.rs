@@ -66,6 +66,7 @@ impl<S: Read + Write> Source<S> {
         self.say(&Record::RamStart { section: 1 });
         self.say(&Record::Blocks(vec![Block::new(Name::new("pc.ram").unwrap(), PAGES * PAGE as u64)]));
         self.end_section();
+        assert_eq!(self.hear(|_| true), Some(ReturnMessage::SwitchoverAck));
         self.say(&Record::RamPart);
         self.pages(0..PAGES / 2);
         self.end_section();

@@ -281,9 +281,9 @@ mod tests {
             (r#"{"page_size":1,"devices":"configuration"}"#, false),
         ] {
             let mut object = Object::opened();
-            text.bytes().skip(1).for_each(|byte| {
+            for byte in text.bytes().skip(1) {
                 let _ = object.step(byte);
-            });
+            }
             assert_eq!(object.has_configuration(), has, "{text}");
         }
     }
