@@ -44,7 +44,7 @@ impl Door {
         let target = Target::builder().framing(qemu).timeouts(timeouts).listen("127.0.0.1:0").unwrap();
         let (address, cancel) = (target.address().unwrap().to_string(), target.cancel_handle());
         let (sender, ended) = channel();
-        std::thread::spawn(move || sender.send(target.receive(&mut TestIncoming::new())));
+        std::thread::spawn(move || drop(sender.send(target.receive(&mut TestIncoming::new()))));
         Door { address, strangers: Vec::new(), seen, cancel, ended }
     }
 
