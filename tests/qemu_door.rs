@@ -104,7 +104,7 @@ fn a_main_connection_that_left_before_its_block_list() {
         half.shutdown(Shutdown::Write).unwrap();
         half.read_to_end(&mut Vec::new()).unwrap();
         let (turned_away, remarks) = door.takes_the_source();
-        let told = remarks.iter().filter(|remark| remark.contains("before it had said Setup")).count();
+        let told = remarks.iter().filter(|remark| remark.contains("before its list of RAM blocks")).count();
         assert!(turned_away >= 2 && told >= 2, "{turned_away}: {remarks:?}");
     }
 }
@@ -124,6 +124,19 @@ fn a_main_connection_that_says_no_more_is_sent_away_in_time() {
     let begun = Instant::now();
     door.strangers[0].read_to_end(&mut Vec::new()).unwrap();
     assert!(begun.elapsed() < HELLO * 2, "{:?}", begun.elapsed());
+    door.takes_the_source();
+}
+
+#[test]
+fn a_main_connection_that_asks_and_does_not_read_the_answers() {
+    let mut door = Door::open();
+    door.stays(b"QEVM\0\0\0\x03\x07\0\0\0\x05other\x08\0\x01\0\0");
+    // PING, over and over: until it is sent away.
+    let pings = b"\x08\0\x02\0\x04\0\0\0\x01".repeat(4096);
+    let begun = Instant::now();
+    while door.strangers[0].write_all(&pings).is_ok() {
+        assert!(begun.elapsed() < HELLO * 3);
+    }
     door.takes_the_source();
 }
 

@@ -24,6 +24,8 @@ use crate::wire::hello::{Hello, HelloRole};
 
 /// Control connections that are heard at once. Each costs its inbox.
 const APPLICANTS_MAX: usize = 16;
+/// Answers that one of them may leave unread: a source's are a few bytes.
+const UNREAD_BYTES_MAX: usize = 4096;
 /// Claims that are kept beyond one to each channel.
 const SPARE_CLAIMS: usize = 64;
 
@@ -178,7 +180,7 @@ impl Driver<'_> {
 
     fn turn_away(&mut self, why: Failure) {
         self.turned_away += 1;
-        self.remark(format!("a connection was turned away before it had said Setup: {why}"));
+        self.remark(format!("a control connection was turned away before its list of RAM blocks: {why}"));
         self.early.refusal = Some(why);
     }
 
@@ -198,6 +200,7 @@ impl Driver<'_> {
                 }
                 Heard::Page { .. } | Heard::Zero { .. } | Heard::Barrier(_) => ControlFlow::Continue(()),
             });
+            let unread_bytes = applicant.control.unsent_bytes();
             let waited = applicant.since.elapsed();
             let is_late = waited >= self.settings.timeouts.hello;
             match (first, heard) {
@@ -210,7 +213,7 @@ impl Driver<'_> {
                     return self.control_lost(e.into_failure("waiting for the source"));
                 }
                 (None, Err(e)) => self.dismiss(index, e.into_failure("waiting for the list of RAM blocks")),
-                (None, Ok(())) if flushed.is_err() => self.dismiss(index, unfit("it does not listen")),
+                (None, Ok(())) if flushed.is_err() || unread_bytes > UNREAD_BYTES_MAX => self.dismiss(index, unfit("it does not listen")),
                 (None, Ok(())) if is_late => {
                     let ms = waited.as_millis() as u64;
                     self.dismiss(index, Failure::Silent { waiting_for: "the list of RAM blocks", ms });
