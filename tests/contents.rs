@@ -13,7 +13,7 @@ use pageferry::source::SourceBuilder;
 use pageferry::target::TargetBuilder;
 use pageferry::units::{BlockId, PageSize};
 use pageferry::wire::control::Setup;
-use pageferry::{DirtyBitmap, Guest, HookError, Incoming, Outcome, Ram, Source, StateWriter, Target, Verify};
+use pageferry::{DirtyBitmap, Failure, Guest, HookError, Incoming, Outcome, Ram, Source, StateWriter, Target, Verify};
 use vmm::{TestGuest, TestIncoming, Transport};
 
 /// A guest that looks at what was sent.
@@ -80,8 +80,7 @@ impl Incoming for Taking {
 }
 
 fn contents(ram: &Ram) -> Arc<Contents> {
-    let shapes = ram.blocks().iter().map(|block| BlockShape { pages: block.pages(), page_size: block.page_size() });
-    Arc::new(Contents::new(&shapes.collect::<Vec<_>>()).unwrap())
+    Arc::new(Contents::new(&ram.shapes()).unwrap())
 }
 
 /// What was noted is what the memory holds, and no page had to be read.
@@ -204,6 +203,44 @@ fn an_objection_when_all_is_sent_keeps_the_guest() {
         assert!(matches!(received, Outcome::Failed(_) | Outcome::Cancelled), "{}: {received}", way.name);
         assert_eq!((looking.guest.paused, looking.guest.resumed, taking.incoming.runs), (1, 1, 0), "{}", way.name);
     }
+}
+
+#[test]
+fn hashes_of_other_blocks_are_refused() {
+    let (guest, other) = (guest(), contents(&vmm::ram(PageSize::SIZE_4K, &[1100, 64])));
+    let source = Source::builder(guest.ram.clone()).contents(other.clone()).connect("127.0.0.1:1");
+    assert!(matches!(source, Err(Failure::Config(_))), "{source:?}");
+
+    /// A VMM that gives the wrong ones.
+    struct Wrong(TestIncoming, Arc<Contents>);
+    impl Incoming for Wrong {
+        fn prepare(&mut self, setup: &Setup) -> Result<Ram, HookError> {
+            self.0.prepare(setup)
+        }
+        fn contents(&mut self) -> Option<Arc<Contents>> {
+            Some(self.1.clone())
+        }
+        fn load_state(&mut self, state: &mut dyn Read) -> Result<(), HookError> {
+            self.0.load_state(state)
+        }
+        fn run(&mut self) -> Result<(), HookError> {
+            self.0.run()
+        }
+        fn discard(&mut self) {
+            self.0.discard();
+        }
+    }
+    let (mut guest, mut wrong) = (guest, Wrong(TestIncoming::new(), other));
+    let (source, target) = Transport::Tcp4.connect(Source::builder(guest.ram.clone()), Target::builder(), 2);
+    let mut dirty = guest.dirty.clone();
+    let (sent, received) = std::thread::scope(|scope| {
+        let receiving = scope.spawn(|| target.receive(&mut wrong));
+        (source.migrate(&mut dirty, &mut guest), receiving.join().unwrap())
+    });
+    for outcome in [sent.outcome, received.outcome] {
+        assert!(outcome.to_string().contains("not of the prepared blocks"), "{outcome}");
+    }
+    assert_eq!((wrong.0.runs, wrong.0.discards), (0, 1));
 }
 
 #[test]

@@ -16,7 +16,7 @@ const TWICE: u8 = WRITTEN - 1;
 /// Rounds have marks from 1 on, and share them with every round that is this many behind.
 const MARKS: u32 = TWICE as u32 - 1;
 
-/// The content hash of each page, as it was sent or has landed last.
+/// The content hash of each page, as it was sent or has landed last: of one migration.
 ///
 /// The workers of a migration note what they move while it is in their cache: see
 /// [`Incoming::contents`](crate::Incoming::contents) and
@@ -24,8 +24,8 @@ const MARKS: u32 = TWICE as u32 - 1;
 /// says what RAM holds.
 ///
 /// # What it rests on
-/// Rounds are kept apart by a barrier or by acknowledgements: what is noted of a later round is noted later, and so the
-/// last note of a page is that of what it holds. Within one round that is true of a page that moves once. One that moves
+/// Rounds are kept apart, at a target by its barrier, at a source by waiting until one has been sent: what is noted of a later
+/// round is noted later, and so the last note of a page is that of what it holds. Within one round that is true of a page that moves once. One that moves
 /// twice may hold what either brought: it is marked, for good, and [`hashes`](Contents::hashes) has it read. (A mark names
 /// its round only up to a multiple of 126. A page that is taken for one that moved twice is read in vain, no more.)
 ///
@@ -54,6 +54,7 @@ const MARKS: u32 = TWICE as u32 - 1;
 /// # Ok::<(), std::collections::TryReserveError>(())
 /// ```
 pub struct Contents {
+    shapes: Vec<BlockShape>,
     blocks: Vec<Block>,
 }
 
@@ -74,7 +75,13 @@ impl Contents {
         let block = |shape: &BlockShape| -> Result<Block, TryReserveError> {
             Ok(Block { hashes: zeroed(shape.pages, AtomicU64::new)?, marks: zeroed(shape.pages, AtomicU8::new)? })
         };
-        Ok(Contents { blocks: blocks.iter().map(block).collect::<Result<_, _>>()? })
+        let shapes = blocks.to_vec();
+        Ok(Contents { shapes, blocks: blocks.iter().map(block).collect::<Result<_, _>>()? })
+    }
+
+    /// Whether it is for blocks of these shapes.
+    pub fn fits(&self, blocks: &[BlockShape]) -> bool {
+        self.shapes == blocks
     }
 
     /// Begins to note pages of one block, moved in one round. A block that does not exist takes whatever is noted and
@@ -146,8 +153,7 @@ impl Contents {
 
 impl fmt::Debug for Contents {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let pages = self.blocks.iter().map(|block| block.hashes.len());
-        f.debug_struct("Contents").field("pages", &pages.collect::<Vec<_>>()).finish_non_exhaustive()
+        f.debug_struct("Contents").field("shapes", &self.shapes).finish_non_exhaustive()
     }
 }
 

@@ -21,6 +21,7 @@ pub use initial::MadeZero;
 pub use owned::Backing;
 pub use presence::PresenceMap;
 
+use crate::digest::BlockShape;
 use crate::units::{BlockId, PageSize};
 use std::any::Any;
 use std::sync::Arc;
@@ -105,6 +106,12 @@ impl Ram {
     /// The blocks; the index of each is its id.
     pub fn blocks(&self) -> &[RamBlock] {
         &self.inner.blocks
+    }
+
+    /// The blocks as tables of pages are made for them: see [`digest`](crate::digest).
+    pub fn shapes(&self) -> Vec<BlockShape> {
+        let shape = |block: &RamBlock| BlockShape { pages: block.pages(), page_size: block.page_size() };
+        self.blocks().iter().map(shape).collect()
     }
 
     /// The blocks with their ids.

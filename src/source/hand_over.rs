@@ -44,17 +44,18 @@ impl Driver<'_> {
             }
             let final_at = Instant::now();
             let facts = self.facts()?;
-            if !self.session.channels_are_settled() || self.session.live_channels() == 0 || self.losses.returned_bytes > 0 {
-                self.break_off_at = self.may_withdraw().then_some(begun + self.settings.limits.downtime_limit);
-                self.ship_what_came_back()?;
-                continue;
-            }
             if self.records.contents.is_some() {
                 let (alive, objection) = self.beside("sent", |_| Ok(()), || guest.sent());
                 alive?;
                 if let Err(e) = objection {
                     return self.fail(Failure::Hook { hook: "sent", reason: e.to_string() }).map(|()| Attempt::Withdrawn);
                 }
+            }
+            // Asked behind all that takes time: a channel that was lost meanwhile has given pages back.
+            if !self.session.channels_are_settled() || self.session.live_channels() == 0 || self.losses.returned_bytes > 0 {
+                self.break_off_at = self.may_withdraw().then_some(begun + self.settings.limits.downtime_limit);
+                self.ship_what_came_back()?;
+                continue;
             }
             self.gauge.forget_ping();
             self.progress.stage(Stage::HandOver);

@@ -85,7 +85,7 @@ pub trait Guest {
 
     /// The guest stands still, and all of its RAM and state has been sent, but not the word that it is complete: the last
     /// moment to object. Called only where [`SourceBuilder::contents`] keeps hashes, which are settled now; once an attempt
-    /// to hand over, or once more where channels are lost.
+    /// to hand over, and once more where something had to travel again since.
     ///
     /// # Errors
     /// The guest is resumed here; the migration fails.
@@ -298,7 +298,8 @@ impl SourceBuilder {
     }
 
     /// Keeps the hash of each page that is sent, of these blocks: for [`Guest::sent`], where the guest's RAM ought to be
-    /// something that is known. A hash costs a look at the page, which the zero test has put into the cache.
+    /// something that is known. A hash costs a look at the page, which the zero test has put into the cache; and a round
+    /// begins when the last one has been sent. For one migration: a second attempt needs hashes of its own.
     pub fn contents(mut self, contents: Arc<Contents>) -> Self {
         self.settings.contents = Some(contents);
         self
@@ -441,6 +442,9 @@ impl SourceBuilder {
         let channels = usize::from(self.settings.channels);
         if channels == 0 || channels > CHANNELS_MAX {
             return Err(Failure::Config(format!("{channels} channels are not possible; 1 to {CHANNELS_MAX} are")));
+        }
+        if self.settings.contents.as_ref().is_some_and(|contents| !contents.fits(&self.ram.shapes())) {
+            return Err(Failure::Config("the hashes that are to be kept are not of these RAM blocks".to_owned()));
         }
         if !self.settings.framing.mends() && self.settings.verify != Verify::Off {
             let what = "this framing carries no digests that could be compared; use Verify::Off";

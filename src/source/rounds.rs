@@ -202,7 +202,21 @@ impl Driver<'_> {
         pushed
     }
 
+    /// Where hashes are kept, no page of a round is looked at before all of the last one have been: of two notes the later
+    /// one counts. Elsewhere rounds overlap, and the link is not kept waiting.
+    fn finish_last_round(&mut self) -> Result<(), Over> {
+        let last = self.session.round().0.checked_sub(1).filter(|_| self.records.contents.is_some());
+        let Some(last) = last else { return Ok(()) };
+        while !self.breaks_off() && !self.lanes.as_ref().is_some_and(|lanes| lanes.all_sent(Round(last))) {
+            self.carry()?;
+            self.wake_at = self.break_off_at;
+            self.service(true)?;
+        }
+        Ok(())
+    }
+
     fn push_round(&mut self, which: Which, batch_bytes: u64) -> Result<(), Over> {
+        self.finish_last_round()?;
         self.round_begins()?;
         let ram = self.ram.clone();
         let mut batch = Vec::with_capacity(PUSH_RUNS_MAX);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::bell::Ringer;
-use crate::digest::{BlockShape, DigestTable};
+use crate::digest::DigestTable;
 use crate::error::Failure;
 use crate::net::{Control, Endpoint, Opening, Stream, one_of, open};
 use crate::poll::PollSleeper;
@@ -44,9 +44,7 @@ impl Driver<'_> {
             Err(e) => return self.fail(Failure::Config(format!("no random number for the session: {e}"))),
         };
         if self.settings.verify != Verify::Off {
-            let shapes: Vec<_> =
-                self.ram.blocks().iter().map(|b| BlockShape { pages: b.pages(), page_size: b.page_size() }).collect();
-            match DigestTable::new(self.id, &shapes) {
+            match DigestTable::new(self.id, &self.ram.shapes()) {
                 Ok(table) => self.records.digests = Some(Arc::new(table)),
                 Err(e) => return self.fail(Failure::Memory(format!("no memory for the page digests: {e}"))),
             }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crate::bell::Bell;
 use crate::channel::records::Records;
 use crate::config::CrewOptions;
-use crate::digest::{BlockShape, DigestTable};
+use crate::digest::DigestTable;
 use crate::error::{Failure, Outcome};
 use crate::gate::Gate;
 use crate::memory::Ram;
@@ -363,12 +363,13 @@ impl Driver<'_> {
             own.make_zero().map_err(|e| format!("block {} cannot be made zero: {e}", sent.id))?;
         }
         if setup.verify != Verify::Off {
-            let shapes: Vec<_> =
-                ram.blocks().iter().map(|b| BlockShape { pages: b.pages(), page_size: b.page_size() }).collect();
-            let table = DigestTable::new(self.id, &shapes).map_err(|e| format!("no memory for page digests: {e}"))?;
+            let table = DigestTable::new(self.id, &ram.shapes()).map_err(|e| format!("no memory for page digests: {e}"))?;
             self.records.digests = Some(Arc::new(table));
         }
         self.records.contents = self.incoming.contents();
+        if self.records.contents.as_ref().is_some_and(|contents| !contents.fits(&ram.shapes())) {
+            return Err("the hashes that are to be kept are not of the prepared blocks".to_owned());
+        }
         self.streams.resize_with(setup.channels.into(), || None);
         self.blocks = setup.blocks.clone().into();
         random_16().map(InstanceId).map_err(|e| format!("no random number for the instance: {e}"))

@@ -303,8 +303,10 @@ impl Lanes {
         self.landed.mark_range(id, page, 1);
         let has_landed = write_bytes(block, at, bytes);
         let ends_page = (at + bytes.len() as u64) % page_bytes == 0;
-        if let (true, Some(hash)) = (has_landed && ends_page, self.look.hash_at(block, page)) {
-            self.gear.records.of(id, round).data(page, hash);
+        if has_landed && ends_page {
+            if let Some(hash) = self.look.hash_at(block, page) {
+                self.gear.records.of(id, round).data(page, hash);
+            }
         }
         has_landed
     }

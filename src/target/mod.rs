@@ -43,7 +43,9 @@ pub trait Incoming {
     fn prepare(&mut self, setup: &Setup) -> Result<Ram, HookError>;
 
     /// Where the hash of each page goes as it lands, if that is wanted: of the blocks that `prepare` has given. Asked once,
-    /// after that.
+    /// after that, and for this migration alone.
+    ///
+    /// Hashes of other blocks refuse the machine.
     fn contents(&mut self) -> Option<Arc<Contents>> {
         None
     }
@@ -110,8 +112,8 @@ pub struct TargetReport {
     pub turned_away: u64,
     /// The session, as the source calls it.
     pub session: SessionId,
-    /// Whether the source's system is known to have taken in all that was said to it, the last word included. If not, the
-    /// source may take the guest for its own, whatever the outcome here.
+    /// Whether the source's system, or that of a relay or proxy that stands in its place, is known to have taken in all that was
+    /// said to it, the last word included. If not, the source may take the guest for its own, whatever the outcome here.
     pub source_told: bool,
     /// Connections of data channels that were lost on the way.
     pub channels_lost: u32,

@@ -12,7 +12,7 @@
 use std::io;
 use std::ops::Range;
 
-use pageferry::digest::{BlockShape, Contents, FullDigest};
+use pageferry::digest::{Contents, FullDigest};
 use pageferry::memory::hash::PageHash;
 use pageferry::memory::look::{Look, Seen};
 use pageferry::sys::memory::punch_hole;
@@ -26,8 +26,7 @@ pub const NAME: &str = "pf-page-hash-v1";
 
 /// Room for the hashes of the pages of a store's RAM.
 pub fn contents(ram: &Ram) -> Result<Contents, String> {
-    let shapes = ram.blocks().iter().map(|block| BlockShape { pages: block.pages(), page_size: block.page_size() });
-    Contents::new(&shapes.collect::<Vec<_>>()).map_err(|e| format!("no memory for the hashes of the pages: {e}"))
+    Contents::new(&ram.shapes()).map_err(|e| format!("no memory for the hashes of the pages: {e}"))
 }
 
 /// The digest of a block of which all pages that moved were noted, and nobody writes any more.
