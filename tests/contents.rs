@@ -4,15 +4,22 @@
 #[path = "support/vmm.rs"]
 mod vmm;
 
-use std::io::Read;
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
 
 use pageferry::digest::{BlockShape, Contents};
+use pageferry::framing::{Framing, Heard, Native};
 use pageferry::memory::hash::PageHash;
 use pageferry::source::SourceBuilder;
 use pageferry::target::TargetBuilder;
 use pageferry::units::{BlockId, PageSize};
-use pageferry::wire::control::Setup;
+use pageferry::wire::control::{Setup, TargetFrame};
+use pageferry::wire::hello::HELLO_BYTES;
 use pageferry::{DirtyBitmap, Failure, Guest, HookError, Incoming, Outcome, Ram, Source, StateWriter, Target, Verify};
 use vmm::{TestGuest, TestIncoming, Transport};
 
@@ -241,6 +248,121 @@ fn hashes_of_other_blocks_are_refused() {
         assert!(outcome.to_string().contains("not of the prepared blocks"), "{outcome}");
     }
     assert_eq!((wrong.0.runs, wrong.0.discards), (0, 1));
+}
+
+/// Passes everything on between a source and a target, and swallows what the second data channel carries when it is told to.
+struct Thief {
+    address: String,
+    swallows: Arc<AtomicBool>,
+    victim: Receiver<TcpStream>,
+    retired: Receiver<()>,
+}
+
+impl Thief {
+    fn before(target: &str) -> Thief {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let (to, swallows) = (target.to_owned(), Arc::new(AtomicBool::new(false)));
+        let ((victims, victim), (tell, retired)) = (channel(), channel());
+        let swallowing = swallows.clone();
+        std::thread::spawn(move || {
+            for number in 0..3 {
+                let near = listener.accept().unwrap().0;
+                let far = TcpStream::connect(&to).unwrap();
+                let (back_from, back_to) = (far.try_clone().unwrap(), near.try_clone().unwrap());
+                let (mut dialogue, mut hello_bytes) = (Native.at_source(), HELLO_BYTES);
+                let tell = tell.clone();
+                let listen = move |mut said: &[u8]| {
+                    let hello = said.len().min(hello_bytes);
+                    (said, hello_bytes) = (&said[hello..], hello_bytes - hello);
+                    while let Some(heard) = dialogue.hear(&mut said).unwrap() {
+                        if matches!(heard, Heard::Frame(TargetFrame::ChannelRetired { .. })) {
+                            let _ = tell.send(());
+                        }
+                    }
+                    true
+                };
+                if number == 2 {
+                    victims.send(near.try_clone().unwrap()).unwrap();
+                    let swallowing = swallowing.clone();
+                    std::thread::spawn(move || pump(near, far, move |_| !swallowing.load(Relaxed)));
+                } else {
+                    std::thread::spawn(move || pump(near, far, |_| true));
+                }
+                match number {
+                    0 => drop(std::thread::spawn(move || pump(back_from, back_to, listen))),
+                    _ => drop(std::thread::spawn(move || pump(back_from, back_to, |_| true))),
+                }
+            }
+        });
+        Thief { address, swallows, victim, retired }
+    }
+}
+
+/// Passes on what `look` lets through, until one side closes.
+fn pump(mut from: TcpStream, mut to: TcpStream, mut look: impl FnMut(&[u8]) -> bool) {
+    let mut buffer = vec![0; 1 << 16];
+    while let Ok(n @ 1..) = from.read(&mut buffer) {
+        if look(&buffer[..n]) && to.write_all(&buffer[..n]).is_err() {
+            break;
+        }
+    }
+    let _ = (from.shutdown(Shutdown::Both), to.shutdown(Shutdown::Both));
+}
+
+/// A guest that loses a channel while it is asked, with pages of the last round on it.
+struct Robbed {
+    guest: TestGuest,
+    thief: Thief,
+    asked: u32,
+}
+
+impl Guest for Robbed {
+    fn pause(&mut self) -> Result<(), HookError> {
+        // From here on there is nothing but the last round: of these pages.
+        self.thief.swallows.store(true, Relaxed);
+        for page in 0..600 {
+            vmm::write_page(&self.guest.ram, BlockId(0), page, 99);
+            self.guest.dirty.mark(BlockId(0), page);
+        }
+        self.guest.pause()
+    }
+
+    fn resume(&mut self) -> Result<(), HookError> {
+        self.guest.resume()
+    }
+
+    fn save_state(&mut self, out: &mut StateWriter) -> Result<(), HookError> {
+        self.guest.save_state(out)
+    }
+
+    fn sent(&mut self) -> Result<(), HookError> {
+        self.asked += 1;
+        if self.asked == 1 {
+            self.thief.victim.recv().unwrap().shutdown(Shutdown::Both).unwrap();
+            self.thief.retired.recv_timeout(Duration::from_secs(30)).expect("the channel is given up");
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn a_channel_that_is_lost_while_the_guest_is_asked_costs_no_page() {
+    let guest = guest();
+    let (mut dirty, contents) = (guest.dirty.clone(), contents(&guest.ram));
+    let target = Target::builder().listen("127.0.0.1:0").unwrap();
+    let thief = Thief::before(&target.address().unwrap().to_string());
+    // Without digests nothing else would notice.
+    let source = Source::builder(guest.ram.clone()).verify(Verify::Off).contents(contents).channels(2);
+    let source = source.connect(&thief.address).unwrap();
+    let (mut robbed, mut incoming) = (Robbed { guest, thief, asked: 0 }, TestIncoming::new());
+    let (sent, received) = std::thread::scope(|scope| {
+        let receiving = scope.spawn(|| target.receive(&mut incoming));
+        (source.migrate(&mut dirty, &mut robbed), receiving.join().unwrap())
+    });
+    assert_eq!((&sent.outcome, &received.outcome), (&Outcome::Completed, &Outcome::Completed), "{:?}", sent.remarks);
+    assert_eq!(vmm::first_difference(&robbed.guest.ram, incoming.ram.as_ref().unwrap()), None);
+    assert_eq!((robbed.asked, sent.channels_lost), (2, 1));
 }
 
 #[test]
