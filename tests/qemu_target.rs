@@ -41,7 +41,7 @@ struct Play {
 }
 
 fn target() -> pageferry::target::TargetBuilder {
-    let timeouts = Timeouts { silence: SILENCE, hello: Duration::from_secs(1), ..Timeouts::default() };
+    let timeouts = Timeouts { silence: SILENCE, hook: SILENCE, hello: Duration::from_secs(1), ..Timeouts::default() };
     Target::builder().framing(Qemu::new(CHANNELS)).timeouts(timeouts)
 }
 

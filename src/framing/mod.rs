@@ -142,6 +142,12 @@ pub trait Dialogue<Out, In>: fmt::Debug + Send {
     /// Appends what this side must answer by itself to what was heard.
     fn reply(&mut self, _out: &mut Vec<u8>) {}
 
+    /// Whether the peer has said so much that it is taken for the one that is waited for, should it leave now: where anybody
+    /// can connect, others may come before.
+    fn is_known(&self) -> bool {
+        false
+    }
+
     /// Whether something is known that [`Dialogue::hear`] would give without a single byte, if [`Dialogue::quiet`] has been
     /// said.
     fn has_news(&self) -> bool {

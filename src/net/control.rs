@@ -268,6 +268,11 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
         }
     }
 
+    /// Whether the peer is taken for the one that is waited for: see [`Dialogue::is_known`].
+    pub fn is_known(&self) -> bool {
+        self.dialogue.is_known()
+    }
+
     /// Whether the next call of [`Control::hear`] has something to hand over, whatever the socket says.
     pub fn has_news(&self) -> bool {
         !self.unheard.is_empty() || self.dialogue.has_news()

@@ -185,8 +185,9 @@ impl Driver<'_> {
     }
 
     /// Hears those who may be the source, until one of them has said Setup. Who leaves before, or does not come to it in
-    /// time, was somebody else; who says what no source says is heard no further, and the migration fails: this is told to
-    /// both sides, as it may well be a source that this side does not understand.
+    /// time, was somebody else. But who has said what only a source says, and then leaves, was the source; and who says what
+    /// no source says is heard no further, as it may well be one that this side does not understand: the migration fails,
+    /// and both sides are told.
     pub fn hear_applicants(&mut self) -> Result<(), Over> {
         let mut index = 0;
         while self.begun.is_none() && index < self.early.applicants.len() {
@@ -208,7 +209,7 @@ impl Driver<'_> {
                     self.choose(index);
                     return self.event(TargetEvent::Frame(frame));
                 }
-                (None, Err(e)) if e.is_nonsense() => {
+                (None, Err(e)) if e.is_nonsense() || applicant.control.is_known() => {
                     self.choose(index);
                     return self.control_lost(e.into_failure("waiting for the source"));
                 }

@@ -49,6 +49,12 @@ impl Meeting {
 
 impl Driver<'_> {
     pub fn receive_frames(&mut self) -> Result<(), Over> {
+        if self.meeting.held.is_some() {
+            // What was answered before goes out although nothing is heard here: a sleep would end at once for it.
+            if let Some(Err(e)) = self.control.as_mut().map(|control| control.flush()) {
+                return self.control_lost(Failure::Control { doing: "sending on it", reason: e.into() });
+            }
+        }
         while self.may_hear() {
             let Driver { control: Some(control), lanes, meeting, .. } = self else { return Ok(()) };
             let flushed = control.flush();
@@ -223,7 +229,9 @@ impl Driver<'_> {
         }
         // The guest stands still by then. One that QEMU does not describe (suppress-vmdesc) has no end that can be seen.
         if !self.state.is_empty() && self.final_at.is_none() {
-            return due(self.meeting.moved.1, silence, "the rest of the device state, and its description");
+            // QEMU flushes its disks in the midst of it.
+            let hook = self.settings.timeouts.hook;
+            return due(self.meeting.moved.1, hook, "the rest of the device state, and its description");
         }
         None
     }

@@ -198,6 +198,7 @@ impl Driver {
     /// Somebody has said who it is.
     fn greet(&mut self, stream: &Stream, hello: &Hello) {
         let source = stream.socket().clone();
+        source.set_keep_alive();
         if self.gathering.is_some() && hello.role == HelloRole::Control {
             self.begun = Some(Instant::now());
         }
@@ -230,8 +231,7 @@ impl Driver {
 
         // The main connection first, which QEMU 7.2 takes the first one for, and its first bytes at once: a connection that
         // says nothing, or half of what it should, brings a QEMU destination to a standstill.
-        let deadline = Instant::now() + self.relay.settings.timeouts.connect;
-        let Some(destination) = self.connect(Opening::Control, deadline)? else { return Ok(()) };
+        let Some(destination) = self.connect(Opening::Control)? else { return Ok(()) };
         let Some(trunk) = &mut self.trunk else { return Ok(()) };
         destination.set_nonblocking(true).map_err(set_up)?;
         trunk.destination = Some(destination);
@@ -240,7 +240,7 @@ impl Driver {
         for channel in channels {
             let id = channel.init.channel;
             let opening = Opening::Data { channel: ChannelId(id), generation: FIRST_GENERATION };
-            let Some(destination) = self.connect(opening, deadline)? else { return Ok(()) };
+            let Some(destination) = self.connect(opening)? else { return Ok(()) };
             let init = channel.init.encode();
             match destination.send(&init) {
                 Ok(n) if n == init.len() => {}
@@ -272,11 +272,13 @@ impl Driver {
     }
 
     /// A connection to the destination; `None` if it was cancelled meanwhile.
-    fn connect(&mut self, opening: Opening, deadline: Instant) -> Result<Option<Arc<Socket>>, Failure> {
+    fn connect(&mut self, opening: Opening) -> Result<Option<Arc<Socket>>, Failure> {
+        let deadline = Instant::now() + self.relay.settings.timeouts.connect;
         let mut endpoint = Endpoint::Addresses(vec![self.relay.to.clone()]);
         let gate = self.relay.gate.clone();
         let connected = open(&mut endpoint, opening, None, &mut self.relay.bell, deadline, &|| gate.is_cancelled())?;
-        Ok(connected.map(|stream| stream.socket().clone()))
+        // A destination is waited for without a limit: a machine that is gone must be noticed all the same.
+        Ok(connected.map(|stream| stream.socket().clone()).inspect(|socket| socket.set_keep_alive()))
     }
 
     /// Moves the main connection on, past every barrier for which all channels are there.
@@ -420,7 +422,16 @@ impl Driver {
             mains.iter().filter(|trunk| trunk.has_return_path()).for_each(|trunk| await_close(&trunk.source, patience));
         }
         if let Some(trunk) = &self.trunk {
-            await_close(&trunk.source, patience);
+            if outcome == Outcome::Completed || trunk.has_return_path() {
+                await_close(&trunk.source, patience);
+            } else {
+                // It takes what it has sent for received: whatever is still to come must not be taken from it.
+                trunk.source.shutdown();
+                if trunk.has_ended() || trunk.awaits_answer() {
+                    let what = "the source has no return path, and may take its guest for gone: continue it there";
+                    self.remarks.push(what.to_owned());
+                }
+            }
         }
         if let Some(crew) = &mut self.crew {
             crew.close(Close::Abort);

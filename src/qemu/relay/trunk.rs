@@ -38,6 +38,9 @@ struct Tail {
     described: bool,
 }
 
+/// Pieces that are moved at once: somebody may want to end it meanwhile.
+const TURNS_MAX: usize = 64;
+
 impl Tail {
     const fn new(from: u64) -> Tail {
         Tail { from, window: [0xFF; 7], described: false }
@@ -179,6 +182,8 @@ impl Trunk {
                 }
                 None => Outcome::Completed,
             }),
+            // It may have run the guest, and have missed only what describes it.
+            Some(_) if self.deaf.is_some() && !self.is_whole && self.may_run() => self.deaf.clone().map(Outcome::Uncertain),
             Some(error) => Some(Outcome::Failed(Failure::Peer(format!("the destination said SHUT with error {error}")))),
             None if self.back.ended && self.is_whole && self.there.is_empty() && !self.has_return_path() => {
                 Some(Outcome::Completed)
@@ -194,11 +199,15 @@ impl Trunk {
 
     /// Moves what can be moved without waiting.
     pub fn pump(&mut self, gate: &Gate, counts: &ChannelCells) -> Result<(), Failure> {
-        loop {
+        for _ in 0..TURNS_MAX {
             // A destination that goes away says why before, if it can.
             let answered = self.destination.as_ref().map_or(Ok(0), |destination| self.back.receive(destination));
             if let Ok(answered) = answered {
                 self.hear_answers(answered)?;
+            }
+            if self.shut == Some(0) && self.has_return_path() && self.source.is_spent() {
+                // What is said now it would not hear.
+                self.source_lost(broken("the source closed the main connection before the destination has answered"))?;
             }
             if self.deaf.is_none() {
                 if let Err(e) = self.back.send(&self.source) {
@@ -238,9 +247,10 @@ impl Trunk {
                 }
             }
             if answered == 0 && sent == 0 && got == 0 {
-                return Ok(());
+                break;
             }
         }
+        Ok(())
     }
 
     /// The source has closed the connection, in order or not.

@@ -350,6 +350,10 @@ impl Dialogue<TargetFrame, SourceFrame> for TargetDialogue {
         out.append(&mut self.replies);
     }
 
+    fn is_known(&self) -> bool {
+        self.configured
+    }
+
     fn has_news(&self) -> bool {
         self.commit || (self.whole && !self.final_said && self.decoder.return_path_is_open())
     }

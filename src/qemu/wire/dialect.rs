@@ -20,7 +20,8 @@ pub enum Dialect {
     /// packet does not use is zero.
     V10_0,
     /// QEMU 7.2: zero pages travel on the main connection, a SYNC packet may carry pages, and what a packet does not
-    /// use may be left over from an earlier one. There is no flush word.
+    /// use may be left over from an earlier one. There is no flush word. QEMU up to 9.1 is taken for it: from 8.1 on that
+    /// has flush words, and from 9.0 on zero pages in its packets, which are both taken.
     V7_2,
 }
 

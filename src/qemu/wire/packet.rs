@@ -194,10 +194,8 @@ impl<'a> RamPacket<'a> {
         if normal > room {
             return Err(fields.bad(20, Fault::TooLarge { field: "normal_pages", found: normal.into(), limit: room.into() }));
         }
-        let zero_max = match dialect {
-            Dialect::V10_0 => room - normal,
-            Dialect::V7_2 => 0,
-        };
+        // Before 9.0 the field was reserved, and 0.
+        let zero_max = room - normal;
         if zero > zero_max {
             return Err(fields.bad(4, Fault::TooLarge { field: "zero_pages", found: zero.into(), limit: zero_max.into() }));
         }

@@ -201,6 +201,10 @@ fn spoken(args: &Args, manifest: &Manifest) -> Result<(Dialect, Barrier), String
     };
     // Without channels a source has no barrier, and its stream shows none. The machine type says where it would be.
     let barrier = match (dialect, version(&manifest.machine)) {
+        // From 8.1 on there are flush words, whatever the packets are like.
+        (Dialect::V7_2, _) if manifest.channels > 0 && manifest.dialect == "7.2" && manifest.barrier == "per-round" => {
+            Barrier::PerRound
+        }
         (Dialect::V7_2, _) => Barrier::PerSection,
         (Dialect::V10_0, _) if manifest.channels > 0 && manifest.barrier == "per-section" => Barrier::PerSection,
         (Dialect::V10_0, _) if manifest.channels > 0 && manifest.dialect == "10.0" => Barrier::PerRound,

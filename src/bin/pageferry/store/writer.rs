@@ -243,7 +243,12 @@ impl Writer {
         };
         match undone {
             Ok(()) => Err(error),
-            Err(e) => Err(format!("{error}; and {}", sentence("take it away again,", &self.destination, &e))),
+            Err(e) => {
+                // What stood there may lie under the other name now: nothing is removed.
+                self.landed = true;
+                let what = sentence("take it away again,", &self.destination, &e);
+                Err(format!("{error}; and {what}; what stood there may be {}", self.partial.display()))
+            }
         }
     }
 
