@@ -207,9 +207,10 @@ impl TargetDialogue {
         let facts = self.seen.facts();
         let counts = self.seen.counts();
         self.seen = self.public.clone();
-        // Of the packets, the channels tell.
+        // Of their callers and of the packets, the channels tell.
         self.seen.learn(|public| {
-            *public = Facts { blocks, dialect: public.dialect, compression: public.compression, ..facts };
+            let (dialect, compression, callers) = (public.dialect, public.compression, std::mem::take(&mut public.callers));
+            *public = Facts { blocks, dialect, compression, callers, ..facts };
         });
         self.seen.count(&counts);
         Ok(Setup {
