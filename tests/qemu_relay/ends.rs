@@ -134,6 +134,8 @@ fn a_source_that_dies_with_everything_said_leaves_the_answer_to_the_destination(
         let outcome = world.end().outcome;
         match answer {
             Some(0) => uncertain(&outcome, "the destination has taken the guest, and the source does not know"),
+            // It may have run the guest, and have missed only what describes it.
+            Some(_) if tail == UNDESCRIBED => uncertain(&outcome, "main stream"),
             Some(error) => failed(&outcome, &format!("SHUT with error {error}")),
             None => {
                 uncertain(&outcome, if tail == TAIL { "before the destination has answered" } else { "main stream" });
