@@ -422,7 +422,9 @@ impl Driver {
             mains.iter().filter(|trunk| trunk.has_return_path()).for_each(|trunk| await_close(&trunk.source, patience));
         }
         if let Some(trunk) = &self.trunk {
-            if outcome == Outcome::Completed || trunk.has_return_path() {
+            // Where the destination may run the guest, the source must not take it back for want of a reader.
+            let may_run = matches!(outcome, Outcome::Completed | Outcome::Uncertain(_));
+            if may_run || trunk.has_return_path() {
                 await_close(&trunk.source, patience);
             } else {
                 // It takes what it has sent for received: whatever is still to come must not be taken from it.
