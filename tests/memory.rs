@@ -274,3 +274,39 @@ fn prefaulting_creates_pages_and_keeps_their_bytes() {
     assert_eq!(filled_with(block, 10), Some(8));
     assert_eq!(block.prefault(250, 7).unwrap_err().kind(), std::io::ErrorKind::InvalidInput);
 }
+
+/// KiB of a block that are in this process's page tables.
+fn mapped_kib(block: &RamBlock) -> u64 {
+    let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    let mapping = smaps.split_once(&format!("{:x}-", block.host_address())).unwrap().1;
+    let rss = mapping.lines().find_map(|line| line.strip_prefix("Rss:")).unwrap();
+    rss.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+#[test]
+fn unmapping_takes_shared_files_out_of_the_tables_and_keeps_every_byte() {
+    let shared = |name: &str, pages: u64| {
+        let bytes = pages * PAGE.bytes();
+        let block = RamBlock::memfd(name, 0, bytes, PAGE, Backing::Base).unwrap();
+        block.prefault(0, pages).unwrap();
+        for page in [0, 1, pages / 3, pages / 2, pages - 1] {
+            fill(&block, page, (page % 200) as u8 + 1);
+        }
+        block
+    };
+    // Worth three threads, and not a whole number of page tables.
+    let (large, small, private) = (shared("large", (200 << 8) + 3), shared("small", 5), anonymous("private", MIB));
+    fill(&private, 7, 9);
+    let ram = Ram::new([large, small, private]).unwrap();
+    for threads in [3, 1, 100] {
+        ram.blocks()[0].prefault(0, 1000).unwrap();
+        ram.unmap(std::num::NonZeroUsize::new(threads).unwrap());
+        assert_eq!((mapped_kib(&ram.blocks()[0]), mapped_kib(&ram.blocks()[1])), (0, 0), "{threads} threads");
+        for block in &ram.blocks()[..2] {
+            for page in [0, 1, block.pages() / 3, block.pages() / 2, block.pages() - 1] {
+                assert_eq!(filled_with(block, page), Some((page % 200) as u8 + 1), "{} {page}", block.name());
+            }
+        }
+        assert_eq!(filled_with(&ram.blocks()[2], 7), Some(9), "private memory is nowhere else");
+    }
+}

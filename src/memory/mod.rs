@@ -11,6 +11,7 @@ pub mod owned;
 pub mod prefault;
 pub mod presence;
 pub mod scatter;
+mod unmap;
 #[cfg(feature = "vm-memory")]
 pub mod vm_memory;
 pub mod words;

@@ -13,6 +13,7 @@ use pageferry::sys::thread::process_cpu_time;
 use pageferry::wire::control::Setup;
 use pageferry::{HookError, Incoming, Ram, Target};
 
+use super::end;
 use super::words::{self, TRUSTED};
 use crate::interrupt::Interrupt;
 use crate::output::{Output, on_bus_error_fail};
@@ -71,10 +72,7 @@ pub fn run(args: &Args) -> ExitCode {
     let out = Output::new(args.json);
     let (report, ram) =
         take_in(args, out).unwrap_or_else(|error| (Report::early(COMMAND, End::Failed, Some(error)), None));
-    let code = out.end(&report);
-    // Nobody who waits for the report waits until all of RAM is unmapped, which takes tens of ms a GiB.
-    drop(ram);
-    code
+    end(out, &report, ram)
 }
 
 /// Gives the RAM, too, if any has come.

@@ -15,7 +15,7 @@ use pageferry::qemu::wire::{Barrier, Compression, Dialect};
 use pageferry::sys::thread::process_cpu_time;
 use pageferry::{Guest, HookError, Ram, Source, StateWriter, Timeouts, Verify};
 
-use super::words;
+use super::{end, words};
 use crate::interrupt::Interrupt;
 use crate::output::{Output, on_bus_error_fail};
 use crate::progress::{Side, Watch};
@@ -106,11 +106,13 @@ const LOAD_TIME: Duration = Duration::from_secs(15 * 60);
 
 pub fn run(args: &Args) -> ExitCode {
     let out = Output::new(args.json);
-    let report = ship(args, out).unwrap_or_else(|error| Report::early(COMMAND, End::Failed, Some(error)));
-    out.end(&report)
+    let (report, ram) =
+        ship(args, out).unwrap_or_else(|error| (Report::early(COMMAND, End::Failed, Some(error)), None));
+    end(out, &report, ram)
 }
 
-fn ship(args: &Args, out: Output) -> Result<Report, String> {
+/// Gives the store's RAM, too, once it is mapped.
+fn ship(args: &Args, out: Output) -> Result<(Report, Option<Ram>), String> {
     let interrupt = Interrupt::listen();
     if args.channels == 0 && args.compress != CompressArg::None {
         return Err("only channels are compressed: --compress needs --channels 1 or more".to_owned());
@@ -189,7 +191,7 @@ fn ship(args: &Args, out: Output) -> Result<Report, String> {
     });
     // As QEMU counts: what was sent, with the first bytes of each connection, and without the answers.
     report.wire_bytes = sent.main_bytes + sent.channel_bytes;
-    Ok(report)
+    Ok((report, Some(ram)))
 }
 
 /// What the destination's program speaks, and where its machine has the barrier.
