@@ -16,6 +16,7 @@ mod names;
 mod reader;
 #[cfg(test)]
 mod tests;
+mod writeback;
 mod writer;
 
 pub use digest::contents;

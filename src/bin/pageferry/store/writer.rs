@@ -20,6 +20,7 @@ use super::leftovers::{PARTIAL, REPLACED, claim, leftovers};
 use super::manifest::{BlockEntry, Counters, FORMAT, Manifest, TailEntry, Uuid, VERSION};
 use super::names::block_path;
 use super::reader::is_store;
+use super::writeback::Writeback;
 use super::{BLOCKS, MANIFEST, PAGE_BYTES, TAIL, digest};
 use crate::image::sentence;
 use crate::output::complain;
@@ -61,6 +62,7 @@ pub struct Writer {
     _claim: File,
     force: bool,
     blocks: Vec<Block>,
+    writeback: Option<Writeback>,
     landed: bool,
 }
 
@@ -108,7 +110,8 @@ impl Writer {
             let _ = fs::remove_dir(&partial);
             sentence("open", &partial, &e)
         })?;
-        let writer = Writer { destination, partial, parent, _claim: claim, force, blocks: Vec::new(), landed: false };
+        let (blocks, writeback) = (Vec::new(), None);
+        let writer = Writer { destination, partial, parent, _claim: claim, force, blocks, writeback, landed: false };
         make_folder(&writer.partial.join(BLOCKS))?;
         Ok(writer)
     }
@@ -153,6 +156,19 @@ impl Writer {
         Ok(block.with_initial(Initial::Zeroed).used_once())
     }
 
+    /// Begins to write out what comes into the blocks that were added, so that [`finish`](Writer::finish) waits for little.
+    ///
+    /// # Errors
+    /// What the system has against opening the files once more.
+    pub fn write_out_early(&mut self) -> Result<(), String> {
+        let open = |block: &Block| {
+            let path = self.partial.join(&block.entry.file);
+            File::open(&path).map_err(|e| sentence("open", &path, &e))
+        };
+        self.writeback = Writeback::start(self.blocks.iter().map(open).collect::<Result<_, _>>()?);
+        Ok(())
+    }
+
     /// Takes the digests of the blocks, all of which are in `ram` and to which nobody may write any more, from `contents`,
     /// where all that was written to them is noted; adds the device state and the manifest, waits until all of it is on
     /// the disk, and gives the store its name. When this returns, the store is whole, and survives a power cut.
@@ -165,6 +181,7 @@ impl Writer {
     /// nothing is left behind; what stood there stands there still.
     pub fn finish(mut self, ram: &Ram, contents: &Contents, tail: &[u8], facts: &Facts) -> Result<Stored, String> {
         let mut fsync = Duration::ZERO;
+        self.writeback = None;
         let tail_path = self.partial.join(TAIL);
         let tail_file = write_file(&tail_path, tail)?;
         let begin = Instant::now();

@@ -1,0 +1,85 @@
+//! Has RAM written out to the disk while it still comes, so that the guest, which stands still at the end, waits for little.
+
+use std::fs::File;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::Duration;
+
+/// Between two passes over the files. What was written to in one of them may be written out again.
+const PAUSE: Duration = Duration::from_millis(250);
+
+/// A thread that writes out. It ends by itself when this is dropped, after the file that it is at.
+#[derive(Debug)]
+pub struct Writeback {
+    _until: mpsc::Sender<()>,
+}
+
+impl Writeback {
+    /// Starts it, if there can be a thread: without one, the end takes longer.
+    ///
+    /// Each file is opened for this alone. A failure is left to the descriptors that wrote: each descriptor hears of it
+    /// once, and what this one hears the others hear, too.
+    pub fn start(files: Vec<File>) -> Option<Writeback> {
+        let (until, over) = mpsc::channel();
+        let write_out = move || {
+            while over.recv_timeout(PAUSE) == Err(RecvTimeoutError::Timeout) {
+                for file in &files {
+                    if over.try_recv() == Err(mpsc::TryRecvError::Disconnected) {
+                        return;
+                    }
+                    let _ = file.sync_data();
+                }
+            }
+        };
+        let started = thread::Builder::new().name("writeback".to_owned()).spawn(write_out);
+        started.is_ok().then_some(Writeback { _until: until })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pageferry::RamBlock;
+    use pageferry::units::PageSize;
+    use std::time::Instant;
+
+    const BYTES: u64 = 1 << 20;
+
+    /// KiB of the block that differ from the disk.
+    fn dirty_kib(block: &RamBlock) -> u64 {
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mapping = smaps.split_once(&format!("{:x}-", block.host_address())).unwrap().1;
+        let lines = mapping.lines().take_while(|line| !line.starts_with("VmFlags:"));
+        let dirty = lines.filter_map(|line| line.split_once("_Dirty:"));
+        dirty.map(|(_, kib)| kib.trim().trim_end_matches(" kB").parse::<u64>().unwrap()).sum()
+    }
+
+    #[test]
+    fn what_comes_is_written_out_before_anybody_waits_for_it() {
+        let file = tempfile(BYTES);
+        let block = RamBlock::file("ram", 0, &file, BYTES, PageSize::SIZE_4K, true).unwrap();
+        block.prefault(0, BYTES >> 12).unwrap();
+        file.sync_all().unwrap();
+        if dirty_kib(&block) > 0 {
+            eprintln!("SKIPPED store::writeback (disk): temporary files are in memory here, and never written out");
+            return;
+        }
+        block.prefault(0, BYTES >> 12).unwrap();
+        assert!(dirty_kib(&block) > 0);
+        let _writeback = Writeback::start(vec![file.try_clone().unwrap()]).unwrap();
+        // The system itself leaves it for half a minute.
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while dirty_kib(&block) > 0 {
+            assert!(Instant::now() < deadline, "nobody wrote it out");
+        }
+    }
+
+    fn tempfile(bytes: u64) -> File {
+        let name = format!("pageferry-writeback-{}", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+        std::fs::remove_file(path).unwrap();
+        file.set_len(bytes).unwrap();
+        file
+    }
+}
