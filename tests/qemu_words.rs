@@ -113,6 +113,25 @@ fn nobody_is_told_to_use_an_option_that_is_not_there() {
 }
 
 #[test]
+fn who_gives_up_waiting_hears_of_a_source_that_was_turned_away() {
+    let folder = Folder::new();
+    let relay = ["qemu", "relay", "--listen", "127.0.0.1:0", "--to", "127.0.0.1:1", "--json"];
+    let store = folder.file("store");
+    let receive = ["qemu", "receive", "--listen", "127.0.0.1:0", "--channels", "0", "--out", &store, "--json"];
+    for command in [&relay[..], &receive] {
+        let mut program = start(command);
+        let address = program.address();
+        let mut source = TcpStream::connect(&address).unwrap();
+        source.write_all(b"\x16\x03\x01\x02\x00\x01\x00").unwrap();
+        let _ = source.read(&mut [0]);
+        program.signal("INT");
+        let ended = program.end();
+        ended.expect(130, "cancelled");
+        assert!(ended.stderr.contains("turned away: it speaks TLS"), "{}", ended.stderr);
+    }
+}
+
+#[test]
 fn of_a_destination_that_closes_the_connection_its_log_says_why() {
     let folder = Folder::new();
     let store = folder.file("store");

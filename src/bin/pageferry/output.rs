@@ -50,10 +50,12 @@ impl Output {
         }
         // Of an image that did not get across there is nothing else to say; of a guest that runs on there is.
         let tell = matches!(report.outcome, End::Completed | End::Uncertain) || report.demo.is_some();
-        if self.json {
-            self.event(report);
-        } else if tell {
-            print_line(report.to_string().trim_end());
+        self.event(report);
+        if tell {
+            self.say(report.to_string().trim_end());
+        } else {
+            // Who was turned away may be who was waited for.
+            report.remarks.iter().for_each(complain);
         }
         report.outcome.exit_code()
     }

@@ -114,6 +114,9 @@ fn end(report: RelayReport, out: Output) -> ExitCode {
     let words = Words { report: &report, completed: outcome == End::Completed };
     if report.channels > 0 || c.main_bytes > 0 {
         out.say(words.to_string().trim_end());
+    } else {
+        // Who was turned away may be who was waited for.
+        report.remarks.iter().for_each(complain);
     }
     out.event(&Line {
         event: "report",
