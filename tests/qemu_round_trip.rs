@@ -157,14 +157,21 @@ fn both_sides_count_the_same_bytes_and_all_of_them() {
 }
 
 #[test]
-fn a_store_of_qemu_7_2_goes_on_as_one() {
+fn a_store_of_an_older_qemu_goes_on_as_one() {
     let folder = Folder::new();
-    let store = first_store(&folder, "first", Qemu::new(2).dialect(Dialect::V7_2, Barrier::PerSection).section(2));
-    let again = folder.file("again");
-    let (program, address) = receive(&again, "2");
-    send(&store, &address, "2", &[]);
-    program.end().expect(0, "completed");
-    demand_same_stores(&store, &again);
+    // 7.2, and 8.1 to 9.1.
+    for (name, barrier) in [("per-section", Barrier::PerSection), ("per-round", Barrier::PerRound)] {
+        let store = first_store(&folder, name, Qemu::new(2).dialect(Dialect::V7_2, barrier).section(2));
+        let again = folder.file("again");
+        let (program, address) = receive(&again, "2");
+        send(&store, &address, "2", &[]);
+        program.end().expect(0, "completed");
+        demand_same_stores(&store, &again);
+        for store in [&store, &again] {
+            assert_eq!((&manifest(store)["dialect"], &manifest(store)["barrier"]), (&"7.2".into(), &name.into()));
+            std::fs::remove_dir_all(store).unwrap();
+        }
+    }
 }
 
 #[test]

@@ -93,11 +93,11 @@ impl SourceDialogue {
 
     fn setup(&mut self, setup: &Setup, out: &mut Vec<u8>) -> Result<(), Garbled> {
         let opening = Opening::new(setup, &self.sending, self.channels > 0)?;
-        out.extend_from_slice(&opening.before);
-        self.encoder = Some(opening.encoder.clone());
-        if self.shared.opening.set(opening).is_err() {
-            return Err(Garbled("a Qemu is one migration, and this one is under way".to_owned()));
-        }
+        let (before, encoder) = (opening.before.clone(), opening.encoder.clone());
+        let under_way = |_| Garbled("a Qemu is one migration, and this one is under way".to_owned());
+        self.shared.opening.set(opening).map_err(under_way)?;
+        out.extend_from_slice(&before);
+        self.encoder = Some(encoder);
         if self.channels > 0 && self.sending.dialect == Dialect::V7_2 {
             let pages = setup.blocks.iter().map(|block| block.pages());
             self.shared.zeros.get_or_init(|| ZeroPages::new(pages));
@@ -190,7 +190,7 @@ impl Dialogue<SourceFrame, TargetFrame> for SourceDialogue {
         match frame {
             SourceFrame::Setup(setup) => {
                 self.setup(setup, out)?;
-                let header = Opening::header(self.sending.dialect).len();
+                let header = Opening::header().len();
                 self.seen.count(&Counts { main_bytes: (out.len() - before + header) as u64, ..Counts::default() });
             }
             SourceFrame::State { offset, bytes } => {
