@@ -2,6 +2,9 @@
 #![cfg(all(not(loom), feature = "qemu"))]
 #![forbid(unsafe_code)]
 
+#[path = "support/qemu_tail.rs"]
+mod qemu_tail;
+
 use pageferry::framing::{Dialogue, Framing, Heard, PacketWriter, Place, Zeros};
 use pageferry::memory::gather::Gather;
 use pageferry::memory::{Backing, Ram, RamBlock};
@@ -17,8 +20,7 @@ const PAGES: u64 = (8 << 20) / PAGE + 67;
 
 /// The state of a device, of so many bytes, and a description of none.
 fn tail(bytes: usize) -> Vec<u8> {
-    let text = br#"{"configuration": {}, "page_size": 4096, "devices": []}"#;
-    [&[4], &vec![0x55; bytes][..], &[0, 6], &(text.len() as u32).to_be_bytes(), text].concat()
+    qemu_tail::tail(&[&[4], &vec![0x55; bytes][..]].concat(), qemu_tail::DEVICES)
 }
 
 struct Side {
