@@ -16,6 +16,7 @@ use pageferry::sys::thread::process_cpu_time;
 use pageferry::{Guest, HookError, Ram, Source, StateWriter, Timeouts, Verify};
 
 use super::words;
+use crate::image::cut_short;
 use crate::interrupt::Interrupt;
 use crate::output::{Output, on_bus_error_fail};
 use crate::progress::{Side, Watch};
@@ -119,9 +120,7 @@ fn ship(args: &Args, out: Output) -> Result<Report, String> {
     let (dialect, barrier) = spoken(args.dialect, store.manifest())?;
     let tail = store.tail()?;
     let ram = store.ram()?;
-    // A file that is cut short while it is mapped shows itself as a bus error.
-    let cut = format!("{} was cut short while it was sent, or its disk failed; let it lie still", args.store.display());
-    on_bus_error_fail(out, COMMAND, cut.clone(), Vec::new());
+    on_bus_error_fail(out, COMMAND, cut_short(&args.store), Vec::new());
     let mut qemu = Qemu::new(args.channels)
         .dialect(dialect, barrier)
         .section(store.manifest().section)
@@ -171,22 +170,9 @@ fn ship(args: &Args, out: Output) -> Result<Report, String> {
         }
         _ => {}
     }
-    if let Some(error) = &mut report.error {
-        // The kernel met the missing page before a look at it could raise a bus error.
-        if error.contains("sending pages") && error.contains(&format!("(os error {})", libc::EFAULT)) {
-            error.push_str("; ");
-            error.push_str(&cut);
-        }
-    }
+    report.explain_missing_page("sending pages", &cut_short(&args.store));
     let sent = seen.counts();
-    report.counters = Some(Counters {
-        main_bytes: sent.main_bytes,
-        channel_bytes: sent.channel_bytes,
-        normal_pages: sent.normal_pages,
-        zero_pages: sent.zero_pages,
-        sync_packets: sent.sync_packets,
-        rounds,
-    });
+    report.counters = Some(Counters { rounds, ..sent.into() });
     // As QEMU counts: what was sent, with the first bytes of each connection, and without the answers.
     report.wire_bytes = sent.main_bytes + sent.channel_bytes;
     Ok(report)
