@@ -316,6 +316,7 @@ mod qemu {
         }
         carries(2, |qemu| qemu.dialect(Dialect::V10_0, Barrier::PerSection));
         carries(2, |qemu| qemu.dialect(Dialect::V7_2, Barrier::PerSection).section(2));
+        carries(2, |qemu| qemu.dialect(Dialect::V7_2, Barrier::PerRound));
         carries(0, |qemu| qemu.dialect(Dialect::V7_2, Barrier::PerSection));
         carries(2, |qemu| qemu.return_path(false));
     }
