@@ -22,8 +22,8 @@ pub(super) struct Opening {
     pub encoder: MainEncoder,
 }
 
-/// A source of 7.2 says nothing on the main connection that one of 10.0 may not say, if it has the barrier where that is; and
-/// from QEMU 8.1 to 9.1 there are flush words beside the packets of 7.2.
+/// Every main stream is written as 10.0's: 7.2 says nothing on it that 10.0 may not say, and from QEMU 8.1 to 9.1 there are
+/// flush words beside the packets of 7.2. Where the barrier is, a source is told.
 const MAIN: Dialect = Dialect::V10_0;
 /// The number that the only ping carries.
 const PING: u32 = 1;

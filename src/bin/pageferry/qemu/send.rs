@@ -21,7 +21,7 @@ use crate::interrupt::Interrupt;
 use crate::output::{Output, on_bus_error_fail};
 use crate::progress::{Side, Watch};
 use crate::report::{End, Report};
-use crate::store::{Counters, Manifest, Reader, Uuid, contents};
+use crate::store::{Manifest, Reader, Uuid, contents};
 
 /// Give a machine that `pageferry qemu receive` has stored to a QEMU that waits for it.
 ///
@@ -149,7 +149,6 @@ fn ship(args: &Args, out: Output) -> Result<Report, String> {
     drop(watch);
     let why = report.outcome.failure().map(words::of_destination);
     let still = machine.damage.map_or_else(|| store.check_still(), Err);
-    let rounds = report.rounds.into();
     let mut report = Report::of_source(COMMAND, report, process_cpu_time().unwrap_or_default());
     if report.outcome == End::Failed {
         report.error = why.or(report.error);
@@ -172,7 +171,7 @@ fn ship(args: &Args, out: Output) -> Result<Report, String> {
     }
     report.explain_missing_page("sending pages", &cut_short(&args.store));
     let sent = seen.counts();
-    report.counters = Some(Counters { rounds, ..sent.into() });
+    report.counters = Some(sent.into());
     // As QEMU counts: what was sent, with the first bytes of each connection, and without the answers.
     report.wire_bytes = sent.main_bytes + sent.channel_bytes;
     Ok(report)
@@ -254,6 +253,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::store::Counters;
 
     #[test]
     fn a_machine_type_ends_with_its_version() {

@@ -99,7 +99,7 @@ pub struct Counters {
     pub zero_pages: u64,
     /// SYNC packets on all channels.
     pub sync_packets: u64,
-    /// Rounds.
+    /// Barriers: the one before the first round, and one at the end of each.
     pub rounds: u64,
 }
 
