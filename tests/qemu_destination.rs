@@ -2,6 +2,8 @@
 //! SYNC that does not come.
 #![cfg(all(not(loom), feature = "qemu"))]
 
+#[path = "support/qemu_tail.rs"]
+mod qemu_tail;
 #[path = "support/vmm.rs"]
 mod vmm;
 
@@ -24,6 +26,7 @@ use pageferry::wire::control::{BlockInfo, SourceFrame, TargetFrame};
 use pageferry::wire::hello::Hello;
 use pageferry::wire::packet::RunEntry;
 use pageferry::{DirtyBitmap, DirtySource, Failure, Outcome, Ram, Source, SourceReport, Timeouts, Verify};
+use qemu_tail::{DEVICES, tail};
 use vmm::{Script, TestGuest};
 
 /// Whatever happens, it is over by then.
@@ -34,8 +37,7 @@ fn guest(pages: u64) -> TestGuest {
     vmm::fill(&ram, 1);
     let mut guest = TestGuest::new(&ram, &DirtyBitmap::for_ram(&ram));
     guest.setup = b"\x07\0\0\0\x02pc".to_vec();
-    let text = br#"{"configuration": {}, "page_size": 4096, "devices": []}"#;
-    guest.state = [&[0, 6], &(text.len() as u32).to_be_bytes()[..], text].concat();
+    guest.state = tail(&[], DEVICES);
     guest
 }
 

@@ -1,6 +1,9 @@
 //! A source that speaks QEMU's wire, to a destination that is made of the decoders: what it counts, and what it keeps.
 #![cfg(all(not(loom), feature = "qemu"))]
 
+#[path = "support/qemu_tail.rs"]
+mod qemu_tail;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -31,13 +34,9 @@ fn configuration() -> Vec<u8> {
 
 const UUID: [u8; 16] = *b"0123456789abcdef";
 
-/// The state of no devices: the end mark, and a description of them.
+/// The state of no devices.
 fn tail() -> Vec<u8> {
-    let text = br#"{"configuration": {}, "page_size": 4096, "devices": []}"#;
-    let mut tail = vec![0, 6];
-    tail.extend((text.len() as u32).to_be_bytes());
-    tail.extend(text);
-    tail
+    qemu_tail::tail(&[], qemu_tail::DEVICES)
 }
 
 /// What the destination answers at the end.

@@ -2,6 +2,9 @@
 #![cfg(all(not(loom), feature = "qemu"))]
 #![forbid(unsafe_code)]
 
+#[path = "support/qemu_tail.rs"]
+mod qemu_tail;
+
 use pageferry::framing::{Dialogue, Framing, Heard, PacketWriter, Place, Zeros};
 use pageferry::memory::gather::Gather;
 use pageferry::memory::{Backing, Ram, RamBlock};
@@ -17,8 +20,7 @@ const PAGES: u64 = (8 << 20) / PAGE + 67;
 
 /// The state of a device, of so many bytes, and a description of none.
 fn tail(bytes: usize) -> Vec<u8> {
-    let text = br#"{"configuration": {}, "page_size": 4096, "devices": []}"#;
-    [&[4], &vec![0x55; bytes][..], &[0, 6], &(text.len() as u32).to_be_bytes(), text].concat()
+    qemu_tail::tail(&[&[4], &vec![0x55; bytes][..]].concat(), qemu_tail::DEVICES)
 }
 
 struct Side {
@@ -208,6 +210,37 @@ fn qemu_7_2_hears_of_zeros_in_the_part_of_their_round_and_of_each_once() {
     side.says(SourceFrame::Commit);
     let first: Vec<u64> = (60..70).chain([PAGES - 1]).collect();
     assert_eq!(side.sections(), [vec![], first, vec![61], vec![7]]);
+}
+
+/// QEMU from 8.1 to 9.1.
+#[test]
+fn the_packets_of_7_2_go_with_flush_words_where_the_machine_has_its_barrier_there() {
+    let mut side = Side::with(Qemu::new(1).dialect(Dialect::V7_2, Barrier::PerRound), Dialect::V10_0);
+    side.begins(0);
+    side.meets(0, 7, 2);
+    side.begins(1);
+    side.hands_over(1, &tail(0));
+    side.says(SourceFrame::Commit);
+    assert_eq!(side.sections(), [vec![], vec![7, 8], vec![]]);
+    let (mut decoder, mut input, mut words) = (MainDecoder::new(Dialect::V10_0), &side.out[..], Vec::new());
+    while let Some(record) = decoder.pull(&mut input).expect("a sound stream") {
+        match record {
+            Record::RamStart { .. } | Record::RamPart | Record::RamEnd => words.push(0),
+            Record::Flush => *words.last_mut().unwrap() += 1,
+            _ => {}
+        }
+    }
+    assert_eq!(words, [1; 3], "a flush word for each SYNC");
+}
+
+#[test]
+fn a_second_migration_of_one_value_is_refused_before_a_word_of_it() {
+    let qemu = Qemu::new(1);
+    let first = Side::with(qemu.clone(), Dialect::V10_0);
+    let (mut second, mut out) = (qemu.at_source(), Vec::new());
+    assert!(second.say(&SourceFrame::Setup(setup()), &mut out).is_err());
+    assert_eq!(out, []);
+    drop(first);
 }
 
 #[test]

@@ -6,6 +6,8 @@
 mod program;
 #[path = "qemu_store/source.rs"]
 mod source;
+#[path = "support/stores.rs"]
+mod stores;
 #[path = "support/mod.rs"]
 mod support;
 
@@ -19,35 +21,13 @@ use std::time::{Duration, Instant};
 
 use pageferry::qemu::wire::{Block, Name, Record, ReturnMessage, Subsection};
 use program::{Ended, Folder, Program, launch, start};
-use serde_json::Value;
-use source::{PAGE, PAGES, Source, page};
+use source::{PAGE, PAGES, Source, page, stored};
+use stores::{manifest, receive};
 
-fn receiver(store: &str, more: &[&str]) -> Program {
-    start(
-        &[&["qemu", "receive", "--listen", "127.0.0.1:0", "--channels", "0", "--out", store, "--json"], more].concat(),
-    )
-}
-
-fn connect(receiver: &mut Program) -> Source {
-    Source::new(TcpStream::connect(receiver.address()).unwrap())
-}
-
-/// A store of the one machine that there is here.
-fn stored(folder: &Folder) -> String {
-    let store = folder.file("store");
-    let mut receiver = receiver(&store, &[]);
-    let mut source = connect(&mut receiver);
-    source.migrate();
-    assert_eq!(source.answer(), Some(ReturnMessage::Shut { error: 0 }));
-    drop(source);
-    let ended = receiver.end();
-    let report = ended.expect(0, "completed");
-    assert_eq!(report["source_told"], true, "{report}");
-    store
-}
-
-fn manifest(store: &str) -> Value {
-    serde_json::from_str(&fs::read_to_string(Path::new(store).join("manifest.json")).unwrap()).unwrap()
+/// A source of the one machine that there is here, and who stores it.
+fn both(store: &str) -> (Source, Program) {
+    let (receiver, address) = receive(store, "0", &[]);
+    (Source::new(TcpStream::connect(address).unwrap()), receiver)
 }
 
 fn block_file(store: &str) -> std::path::PathBuf {
@@ -114,8 +94,7 @@ fn people_are_told_how_long_the_disk_took_and_what_was_counted() {
 fn a_source_that_is_cancelled_before_it_is_told_makes_it_uncertain_who_has_the_guest() {
     let folder = Folder::new();
     let store = folder.file("store");
-    let mut receiver = receiver(&store, &[]);
-    let mut source = connect(&mut receiver);
+    let (mut source, receiver) = both(&store);
     source.migrate();
     // As QEMU's migrate_cancel does; the socket itself stays.
     source.stream.shutdown(Shutdown::Both).unwrap();
@@ -133,8 +112,7 @@ fn a_source_that_is_cancelled_is_noticed_over_a_unix_socket_too() {
     let folder = Folder::new();
     let (store, socket) = (folder.file("store"), folder.file("socket"));
     let at = format!("unix:{socket}");
-    let words = ["qemu", "receive", "--listen", &at, "--channels", "0", "--out", &store, "--json"];
-    let mut receiver = start(&words);
+    let mut receiver = start(&stores::receiver(&store, &at, "0"));
     receiver.address();
     let mut source = Source::new(std::os::unix::net::UnixStream::connect(&socket).unwrap());
     source.migrate();
@@ -148,8 +126,7 @@ fn a_source_that_is_cancelled_is_noticed_over_a_unix_socket_too() {
 fn a_source_that_only_says_no_more_is_told() {
     let folder = Folder::new();
     let store = folder.file("store");
-    let mut receiver = receiver(&store, &[]);
-    let mut source = connect(&mut receiver);
+    let (mut source, receiver) = both(&store);
     source.migrate();
     source.stream.shutdown(Shutdown::Write).unwrap();
     assert_eq!(source.answer(), Some(ReturnMessage::Shut { error: 0 }));
@@ -160,8 +137,7 @@ fn a_source_that_only_says_no_more_is_told() {
 fn a_guest_whose_shared_memory_does_not_travel_is_refused_and_its_source_told() {
     let folder = Folder::new();
     let store = folder.file("store");
-    let mut receiver = receiver(&store, &[]);
-    let mut source = connect(&mut receiver);
+    let (mut source, receiver) = both(&store);
     source.head(&[Subsection::Capabilities(vec![Name::new("x-ignore-shared").unwrap()])]);
     source.say(&Record::RamStart { section: 1 });
     let block = Block::new(Name::new("pc.ram").unwrap(), PAGES * PAGE as u64);
@@ -177,14 +153,11 @@ fn a_guest_whose_shared_memory_does_not_travel_is_refused_and_its_source_told() 
 fn a_killed_receiver_leaves_no_store_and_the_next_one_says_what_it_left() {
     let folder = Folder::new();
     let store = folder.file("store");
-    let mut killed = receiver(&store, &[]);
-    let mut source = connect(&mut killed);
+    let (mut source, mut killed) = both(&store);
     source.begin();
     killed.wait_for_pages();
     // One that is at work is none that is left.
-    let beside = receiver(&store, &[]);
-    let mut beside = { beside };
-    beside.address();
+    let (beside, _) = receive(&store, "0", &[]);
     beside.signal("INT");
     assert!(!beside.end().stderr.contains("cut off"));
     killed.signal("KILL");
@@ -192,8 +165,7 @@ fn a_killed_receiver_leaves_no_store_and_the_next_one_says_what_it_left() {
     let left = folder.names();
     assert!(left.len() == 1 && left[0].starts_with("store.partial-"), "{left:?}");
 
-    let mut next = receiver(&store, &[]);
-    let mut source = connect(&mut next);
+    let (mut source, next) = both(&store);
     source.migrate();
     source.answer();
     drop(source);
@@ -207,11 +179,8 @@ fn a_killed_receiver_leaves_no_store_and_the_next_one_says_what_it_left() {
 
 /// Sends a store to `receive`, in the place of a QEMU that waits for it; the sender's end and the receiver's.
 fn send(store: &str, to: &str) -> (Ended, Ended) {
-    let mut receiver = receiver(to, &["--accept-missing"]);
-    let address = receiver.address();
-    let sender = start(&["qemu", "send", "--to", &address, "--channels", "0", "--in", store, "--json"]);
-    let sent = sender.end();
-    (sent, receiver.end())
+    let (receiver, address) = receive(to, "0", &["--accept-missing"]);
+    (stores::send(store, &address, "0", &[]).end(), receiver.end())
 }
 
 #[test]
@@ -240,8 +209,7 @@ fn without_channels_the_description_of_the_devices_tells_which_qemu_it_came_from
     let folder = Folder::new();
     for (devices, dialect) in [(source::DEVICES, "10.0"), (r#"{"page_size": 4096, "devices": []}"#, "7.2")] {
         let store = folder.file(dialect);
-        let mut receiver = receiver(&store, &[]);
-        let mut source = connect(&mut receiver);
+        let (mut source, receiver) = both(&store);
         source.migrate_with(devices);
         assert_eq!(source.answer(), Some(ReturnMessage::Shut { error: 0 }));
         drop(source);
@@ -281,9 +249,9 @@ fn a_full_disk_is_told_to_the_source_and_leaves_nothing() {
         fs::create_dir_all(&disk).unwrap();
         let store = format!("{disk}/store");
         let (before, left) = (format!("mount -t tmpfs -o size={size} none {disk}"), folder.file("left"));
-        let words = ["qemu", "receive", "--listen", "127.0.0.1:0", "--channels", "0", "--out", &store, "--json"];
+        let words = stores::receiver(&store, "127.0.0.1:0", "0");
         let Some(mut receiver) = among_mounts(test, &before, &format!("ls -A {disk} > {left}"), &words) else { return };
-        let mut source = connect(&mut receiver);
+        let mut source = Source::new(TcpStream::connect(receiver.address()).unwrap());
         source.migrate();
         let answer = source.answer();
         let ended = receiver.end();
@@ -300,7 +268,7 @@ fn a_folder_that_is_mounted_is_refused_before_anything_comes() {
     let (inner, outer) = (folder.file("inner"), folder.file("outer"));
     fs::create_dir(&inner).unwrap();
     fs::create_dir(&outer).unwrap();
-    let words = ["qemu", "receive", "--listen", "127.0.0.1:0", "--out", &outer, "--json"];
+    let words = stores::receiver(&outer, "127.0.0.1:0", "0");
     let test = "a_folder_that_is_mounted_is_refused_before_anything_comes";
     // Of the same device: only the mount tells.
     let Some(receiver) = among_mounts(test, &format!("mount --bind {inner} {outer}"), ":", &words) else { return };

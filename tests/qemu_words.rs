@@ -6,19 +6,16 @@
 mod program;
 #[path = "qemu_store/source.rs"]
 mod source;
+#[path = "support/stores.rs"]
+mod stores;
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 
 use pageferry::qemu::wire::{InitPacket, ReturnMessage};
 use program::{Folder, Program, start};
-use source::Source;
-
-fn receiver(store: &str, channels: &str, at: &str) -> (Program, String) {
-    let mut program = start(&["qemu", "receive", "--listen", at, "--channels", channels, "--out", store, "--json"]);
-    let address = program.address().replace("0.0.0.0", "127.0.0.1");
-    (program, address)
-}
+use source::{Source, stored};
+use stores::receive;
 
 /// A connection that says that it is this channel, of a machine with this uuid.
 fn channel(address: &str, channel: u8, uuid: u8) -> TcpStream {
@@ -48,7 +45,7 @@ fn left(program: Program) -> String {
 #[test]
 fn a_source_that_leaves_has_given_up_and_where_is_said_too() {
     let folder = Folder::new();
-    let (program, address) = receiver(&folder.file("store"), "0", "127.0.0.1:0");
+    let (program, address) = receive(&folder.file("store"), "0", &[]);
     drop(begun(&address));
     let error = left(program);
     // A reset, where it has not read all that it was told.
@@ -60,7 +57,7 @@ fn a_source_that_leaves_has_given_up_and_where_is_said_too() {
 #[test]
 fn of_channels_that_are_missing_it_is_said_how_many_came() {
     let folder = Folder::new();
-    let (program, address) = receiver(&folder.file("store"), "3", "127.0.0.1:0");
+    let (program, address) = receive(&folder.file("store"), "3", &[]);
     let first = channel(&address, 1, 0);
     drop(begun(&address));
     let error = left(program);
@@ -72,7 +69,7 @@ fn of_channels_that_are_missing_it_is_said_how_many_came() {
 #[test]
 fn of_channels_that_are_too_many_it_is_said_how_many_came() {
     let folder = Folder::new();
-    let (program, address) = receiver(&folder.file("store"), "1", "127.0.0.1:0");
+    let (program, address) = receive(&folder.file("store"), "1", &[]);
     let channels = [channel(&address, 0, 0), channel(&address, 2, 0)];
     // It is turned away.
     let _ = (&channels[1]).read(&mut [0]);
@@ -85,7 +82,7 @@ fn of_channels_that_are_too_many_it_is_said_how_many_came() {
 #[test]
 fn channels_of_different_uuids_are_of_no_one_source() {
     let folder = Folder::new();
-    let (program, address) = receiver(&folder.file("store"), "2", "127.0.0.1:0");
+    let (program, address) = receive(&folder.file("store"), "2", &[]);
     let channels = [channel(&address, 0, 1), channel(&address, 1, 2)];
     drop(begun(&address));
     let error = left(program);
@@ -97,7 +94,8 @@ fn channels_of_different_uuids_are_of_no_one_source() {
 fn nobody_is_told_to_use_an_option_that_is_not_there() {
     let folder = Folder::new();
     let store = folder.file("store");
-    let (program, address) = receiver(&store, "0", "0.0.0.0:0");
+    let mut program = start(&stores::receiver(&store, "0.0.0.0:0", "0"));
+    let address = program.address().replace("0.0.0.0", "127.0.0.1");
     let mut stranger = TcpStream::connect(&address).unwrap();
     stranger.write_all(b"\x16\x03\x01\x02\x00\x01\x00").unwrap();
     let _ = stranger.read(&mut [0]);
@@ -134,17 +132,11 @@ fn who_gives_up_waiting_hears_of_a_source_that_was_turned_away() {
 #[test]
 fn of_a_destination_that_closes_the_connection_its_log_says_why() {
     let folder = Folder::new();
-    let store = folder.file("store");
-    let (program, address) = receiver(&store, "0", "127.0.0.1:0");
-    let mut source = Source::new(TcpStream::connect(&address).unwrap());
-    source.migrate();
-    source.answer();
-    drop(source);
-    program.end().expect(0, "completed");
+    let store = stored(&folder);
     for channels in ["0", "2"] {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let to = listener.local_addr().unwrap().to_string();
-        let sender = start(&["qemu", "send", "--to", &to, "--channels", channels, "--in", &store, "--json"]);
+        let sender = stores::send(&store, &to, channels, &[]);
         // As a QEMU does that has another machine: it reads the beginning, and exits.
         let (mut main, _) = listener.accept().unwrap();
         let channels = (0..channels.parse().unwrap()).map(|_| listener.accept().unwrap().0).collect::<Vec<_>>();
@@ -159,14 +151,8 @@ fn of_a_destination_that_closes_the_connection_its_log_says_why() {
 #[test]
 fn people_are_told_what_was_checked_of_a_store_that_was_sent() {
     let folder = Folder::new();
-    let store = folder.file("store");
-    let (program, address) = receiver(&store, "0", "127.0.0.1:0");
-    let mut source = Source::new(TcpStream::connect(&address).unwrap());
-    source.migrate();
-    source.answer();
-    drop(source);
-    program.end().expect(0, "completed");
-    let (program, address) = receiver(&folder.file("again"), "2", "127.0.0.1:0");
+    let store = stored(&folder);
+    let (program, address) = receive(&folder.file("again"), "2", &[]);
     let mut sender = std::process::Command::new(program::PAGEFERRY);
     let output = sender.args(["qemu", "send", "--to", &address, "--in", &store]).output().unwrap();
     program.end().expect(0, "completed");

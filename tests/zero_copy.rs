@@ -14,7 +14,6 @@ use std::time::{Duration, Instant};
 use pageferry::config::WhyCopied;
 use pageferry::precopy::AtLimit;
 use pageferry::units::{BlockId, PageSize};
-use pageferry::wire::control::{SourceFrame, TargetFrame};
 use pageferry::{DirtyBitmap, Failure, Outcome, Source, Target, Timeouts, Verify, ZeroCopy};
 use peer::FakeTarget;
 use vmm::{TestGuest, TestIncoming, Transport, Trip, assert_arrived};
@@ -120,17 +119,7 @@ fn to_a_deaf_target<T: Send + 'static>(
     let (progress, cancel) = (source.progress(), source.cancel_handle());
     let peer = std::thread::spawn(move || {
         let mut target = FakeTarget::live(listener);
-        // A heartbeat in which nothing was sent although the rings are full.
-        let mut sent = None;
-        while let Some(SourceFrame::Ping { nonce }) = target.control.next() {
-            target.control.send(&TargetFrame::Pong { nonce, lanes: Vec::new() });
-            let now = progress.now();
-            let now = (now.pushed_bytes, now.channels.wire_bytes);
-            if now.0 > 0 && sent == Some(now) {
-                break;
-            }
-            sent = Some(now);
-        }
+        target.until_stuck(&progress);
         let value = then(&mut target, cancel);
         target.until_closed();
         value

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import signal
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,20 @@ class Task:
 
 class Failed(Exception):
     """A contender did not do what it is here for."""
+
+
+def run_harness(main):
+    """Runs a harness. A signal ends it as a failure does, so that the processes and the memory go, too."""
+
+    def stop(number, _):
+        raise Failed(signal.Signals(number).name)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGALRM, stop)
+    try:
+        main()
+    except Failed as failed:
+        sys.exit(f"{Path(sys.argv[0]).name}: {failed}")
 
 
 def cpu_seconds(pid):

@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from contenders import OUT, Failed, Task, contenders
+from contenders import OUT, Failed, Task, contenders, run_harness
 
 RUNS = OUT / "runs.jsonl"
 RUN_SECONDS_MAX = 300  # Nothing that is measured takes that long: whoever does has hung.
@@ -213,15 +213,5 @@ def main():
                     table(memory, everybody, kind, channels, options, done, write)
 
 
-def stop(number, _):
-    """Ends it as a failure does, so that the processes and the memory go, too."""
-    raise Failed(signal.Signals(number).name)
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGALRM, stop)
-    try:
-        main()
-    except Failed as failed:
-        sys.exit(f"measure.py: {failed}")
+    run_harness(main)

@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from contenders import OUT, Failed, Qmp, Task
+from contenders import OUT, Failed, Qmp, Task, run_harness
 
 RUN_SECONDS_MAX = 120
 MACHINE = ["-machine", "q35,memory-backend=ram"]
@@ -166,15 +166,5 @@ def main():
                 pace(rig, way, channels, options.turns)
 
 
-def stop(number, _):
-    """Ends it as a failure does, so that the processes and the memory go, too."""
-    raise Failed(signal.Signals(number).name)
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGALRM, stop)
-    try:
-        main()
-    except Failed as failed:
-        sys.exit(f"qemu_pace.py: {failed}")
+    run_harness(main)

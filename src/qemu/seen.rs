@@ -89,7 +89,7 @@ pub struct Counts {
     pub zero_pages: u64,
     /// SYNC packets, of all channels together.
     pub sync_packets: u64,
-    /// Barriers: in as many rounds.
+    /// Barriers, that of the START section among them; without channels, the ends of sections that stand in their place.
     pub barriers: u64,
 }
 

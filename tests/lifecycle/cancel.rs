@@ -2,12 +2,13 @@
 
 use std::net::{TcpListener, TcpStream};
 use std::sync::mpsc::{Sender, channel};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use pageferry::gate::CancelAnswer;
 use pageferry::units::{BlockId, PageSize};
-use pageferry::wire::control::{SourceFrame, TargetFrame};
-use pageferry::{CancelHandle, DirtyBitmap, Failure, Outcome, Source, SourceReport, Target, Verify};
+use pageferry::wire::control::SourceFrame;
+use pageferry::{CancelHandle, DirtyBitmap, Failure, Outcome, Progress, Source, SourceReport, Target, Verify};
 
 use super::leaks::alone;
 use super::peer::FakeTarget;
@@ -161,6 +162,17 @@ fn a_cancel_ends_the_wait_for_ready() {
     });
 }
 
+/// Cancels as soon as pages travel; the answer, and when it asked.
+fn cancels_as_pages_travel(progress: Progress, handle: CancelHandle) -> JoinHandle<(CancelAnswer, Instant)> {
+    std::thread::spawn(move || {
+        while progress.now().channels.payload_bytes == 0 {
+            std::thread::yield_now();
+        }
+        let at = Instant::now();
+        (handle.cancel(), at)
+    })
+}
+
 #[test]
 fn a_cancel_ends_round_0() {
     at_once("cancel::a_cancel_ends_round_0", || {
@@ -169,14 +181,7 @@ fn a_cancel_ends_round_0() {
         // The link is narrow and the limit short, so that rounds go on.
         let source = Source::builder(guest.ram.clone()).downtime_limit(Duration::from_micros(1)).rounds_max(60_000);
         let (source, target) = Transport::Tcp4.connect(source, Target::builder(), 2);
-        let (progress, handle) = (source.progress(), source.cancel_handle());
-        let watching = std::thread::spawn(move || {
-            while progress.now().channels.payload_bytes == 0 {
-                std::thread::yield_now();
-            }
-            let at = Instant::now();
-            (handle.cancel(), at)
-        });
+        let watching = cancels_as_pages_travel(source.progress(), source.cancel_handle());
         let mut incoming = TestIncoming::new();
         let receiving = std::thread::spawn(move || (target.receive(&mut incoming), incoming));
         let (sent, end) = migrate(source, &mut guest);
@@ -204,18 +209,8 @@ fn a_cancel_ends_a_migration_whose_target_reads_no_more() {
         let (tell, cancelling) = canceller(source.cancel_handle());
         let peer = std::thread::spawn(move || {
             let mut target = FakeTarget::live(listener);
-            // A heartbeat in which nothing was sent although the rings are full: all workers are blocked in sendmsg.
-            let mut sent = None;
-            while let Some(SourceFrame::Ping { nonce }) = target.control.next() {
-                target.control.send(&TargetFrame::Pong { nonce, lanes: Vec::new() });
-                let now = progress.now();
-                let now = (now.pushed_bytes, now.channels.wire_bytes);
-                if now.0 > 0 && sent == Some(now) {
-                    tell.send(()).unwrap();
-                    break;
-                }
-                sent = Some(now);
-            }
+            target.until_stuck(&progress);
+            tell.send(()).unwrap();
             target.until_closed()
         });
         let (report, end) = migrate(source, &mut guest);
@@ -300,14 +295,7 @@ fn a_target_that_is_cancelled_while_pages_travel_discards_and_the_source_hears_o
         guest.start(3000);
         let source = Source::builder(guest.ram.clone()).downtime_limit(Duration::from_micros(1)).rounds_max(60_000);
         let (source, target) = Transport::Tcp4.connect(source, Target::builder(), 2);
-        let (progress, handle) = (target.progress(), target.cancel_handle());
-        let watching = std::thread::spawn(move || {
-            while progress.now().channels.payload_bytes == 0 {
-                std::thread::yield_now();
-            }
-            let at = Instant::now();
-            (handle.cancel(), at)
-        });
+        let watching = cancels_as_pages_travel(target.progress(), target.cancel_handle());
         let mut incoming = TestIncoming::new();
         let receiving = std::thread::spawn(move || {
             let report = target.receive(&mut incoming);

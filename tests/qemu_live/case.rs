@@ -40,6 +40,7 @@ pub struct Case {
     /// What the sender of a store does, where that differs from the source.
     pub send_channels: Option<u8>,
     pub send_compression: Option<&'static str>,
+    pub send_dialect: Option<&'static str>,
     /// Whether the guest stands still from before the first page on, so that nothing can be lost at the source.
     pub paused: bool,
 }
@@ -72,7 +73,7 @@ const EXTENT_MAP_SLACK: u64 = 1 << 20;
 
 impl Case {
     pub fn new(setup: Setup, wire: Wire, way: Way) -> Case {
-        Case { setup, wire, way, send_channels: None, send_compression: None, paused: false }
+        Case { setup, wire, way, send_channels: None, send_compression: None, send_dialect: None, paused: false }
     }
 
     /// Runs it to its end, again if pages were lost where a guest wrote. Panics with what is wrong; `Err` is what this
@@ -181,7 +182,8 @@ impl Case {
         let compression = self.send_compression.unwrap_or(self.wire.compression);
         let return_path = if self.wire.return_path { "on" } else { "off" };
         let words = ["qemu", "send", "--to", &address, "--channels", &channels, "--in", &store];
-        let more = ["--compress", compression, "--return-path", return_path];
+        let dialect = self.send_dialect.unwrap_or("auto");
+        let more = ["--compress", compression, "--return-path", return_path, "--dialect", dialect];
         let sent = program::run(&[&words[..], &more].concat());
         sent.expect(0, "completed");
         assert_eq!(

@@ -1,10 +1,19 @@
 //! A source without multifd, made of the encoder: one machine with one RAM block, and as much of its migration as is wanted.
 
+#[path = "../support/qemu_tail.rs"]
+mod qemu_tail;
+
 use std::io::{Read, Write};
+use std::net::TcpStream;
 
 use pageferry::qemu::wire::{
     Block, Command, Dialect, MainEncoder, Name, Record, ReturnDecoder, ReturnMessage, Subsection,
 };
+
+use crate::program::Folder;
+use crate::stores;
+pub use qemu_tail::DEVICES;
+use qemu_tail::tail;
 
 pub const PAGE: usize = 4096;
 pub const PAGES: u64 = 1024;
@@ -15,18 +24,21 @@ pub fn page(number: u64) -> Vec<u8> {
     vec![byte; PAGE]
 }
 
-/// How QEMU 10.0 describes no devices.
-pub const DEVICES: &str = r#"{"configuration": {}, "page_size": 4096, "devices": []}"#;
-
-/// The state of no devices: the end mark, and a description of them.
-fn tail(text: &str) -> Vec<u8> {
-    let mut tail = vec![0, 6];
-    tail.extend((text.len() as u32).to_be_bytes());
-    tail.extend(text.as_bytes());
-    tail
+/// A store of this machine.
+pub fn stored(folder: &Folder) -> String {
+    let store = folder.file("store");
+    let (receiver, address) = stores::receive(&store, "0", &[]);
+    let mut source = Source::new(TcpStream::connect(address).unwrap());
+    source.migrate();
+    assert_eq!(source.answer(), Some(ReturnMessage::Shut { error: 0 }));
+    drop(source);
+    let ended = receiver.end();
+    let report = ended.expect(0, "completed");
+    assert_eq!(report["source_told"], true, "{report}");
+    store
 }
 
-pub struct Source<S = std::net::TcpStream> {
+pub struct Source<S = TcpStream> {
     pub stream: S,
     encoder: MainEncoder,
     answers: ReturnDecoder,
@@ -83,7 +95,7 @@ impl<S: Read + Write> Source<S> {
         self.say(&Record::RamEnd);
         self.pages(PAGES / 2..PAGES);
         self.end_section();
-        self.say(&Record::Tail(&tail(devices)));
+        self.say(&Record::Tail(&tail(&[], devices)));
     }
 
     fn pages(&mut self, numbers: std::ops::Range<u64>) {

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use pageferry::Progress;
 use pageferry::units::{BlockId, ChannelId, Epoch, Generation, InstanceId, PageSize, Round, SessionId, Verify};
 use pageferry::wire::control::{
     BlockInfo, Final, Frame, FrameDecoder, FrameEncoder, LanePong, Setup, SourceFrame, TargetFrame,
@@ -303,6 +304,21 @@ impl FakeTarget {
     /// Reads all data channels to their end, on threads, and forgets what it reads.
     pub fn swallow(&mut self) {
         self.swallow_while(&Arc::new(AtomicBool::new(true)));
+    }
+
+    /// Answers Pings until nothing was sent between two of them although the rings are full: all workers are blocked in
+    /// sendmsg, as nobody reads.
+    pub fn until_stuck(&mut self, progress: &Progress) {
+        let mut sent = None;
+        while let Some(SourceFrame::Ping { nonce }) = self.control.next() {
+            self.control.send(&TargetFrame::Pong { nonce, lanes: Vec::new() });
+            let now = progress.now();
+            let now = (now.pushed_bytes, now.channels.wire_bytes);
+            if now.0 > 0 && sent == Some(now) {
+                return;
+            }
+            sent = Some(now);
+        }
     }
 
     /// As [`FakeTarget::swallow`], while this says so.

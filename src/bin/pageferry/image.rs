@@ -40,6 +40,18 @@ pub fn sentence(what: &str, path: &Path, e: &io::Error) -> String {
     format!("cannot {what} {}: {e}{advice}", path.display())
 }
 
+/// What is said of a page of this file, or of one in this folder, that is not there when it is sent: a file that is cut short
+/// while it is mapped shows itself as a bus error.
+pub fn cut_short(path: &Path) -> String {
+    format!("{} was cut short while it was sent, or its disk failed; let it lie still", path.display())
+}
+
+/// What is said of one that there is no room for when it comes: a full disk shows itself as a bus error where a hole is read
+/// that needs memory.
+pub fn no_room(path: &Path) -> String {
+    format!("cannot have a page of {}: bus error; its disk may be full, make room", path.display())
+}
+
 /// A file mapped as the one block of RAM, in the smallest pages this host knows.
 pub fn block(file: &File, bytes: u64, page_size: Option<PageSize>, writable: bool) -> Result<RamBlock, MemoryError> {
     let map = |page_size| RamBlock::file("image", 0, file, bytes, page_size, writable);

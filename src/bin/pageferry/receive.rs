@@ -13,7 +13,7 @@ use pageferry::wire::control::Setup;
 use pageferry::{Failure, HookError, Incoming, Ram, Target};
 use serde::Serialize;
 
-use crate::image::{Arriving, decode_length};
+use crate::image::{Arriving, decode_length, no_room};
 use crate::interrupt::Interrupt;
 use crate::output::{Output, on_bus_error_fail};
 use crate::progress::{Side, Watch};
@@ -103,9 +103,8 @@ fn take_in(args: &Args, out: Output, interrupt: &Interrupt) -> Result<(Report, W
     let target = builder.cpus(cpus).resume_window(args.resume_window);
     let target = target.listen(&args.listen.to_string()).map_err(|e| listen_advice(&e))?;
     interrupt.attach(target.cancel_handle());
-    // A full disk shows itself as a bus error where a hole is read that needs memory: full verification on tmpfs.
-    let full = format!("cannot have a page of {}: bus error; its disk may be full, make room", args.ram.display());
-    on_bus_error_fail(out, COMMAND, full, arriving.partial_path().into_iter().collect());
+    // Full verification reads holes, which on tmpfs need memory.
+    on_bus_error_fail(out, COMMAND, no_room(&args.ram), arriving.partial_path().into_iter().collect());
     let at = target.address().ok_or("the address that is listened on is not known")?;
     out.event(&Listening::at(&at));
     out.say(format_args!("listening; send with: pageferry send --to {at} --ram FILE"));
@@ -120,12 +119,8 @@ fn take_in(args: &Args, out: Output, interrupt: &Interrupt) -> Result<(Report, W
         report.remarks.push(format!("the sender may not know how it ended: it may ask for {seconds} s"));
     }
     report.note_cpus(args.cpus.as_ref());
-    if let Some(error) = &mut report.error {
-        // What recvmsg(2) says of a page that the file's disk has no room for.
-        if error.contains(&format!("(os error {})", libc::EFAULT)) {
-            error.push_str(&format!("; the disk of {} may be full, make room", args.ram.display()));
-        }
-    }
+    let full = format!("the disk of {} may be full, make room", args.ram.display());
+    report.explain_missing_page("receiving pages", &full);
     if report.outcome == End::Completed {
         report.file = Some(format!("{}, {}", args.ram.display(), human(image.bytes)));
     }

@@ -304,6 +304,16 @@ impl Report {
         }
     }
 
+    /// Adds what is known of a page that the kernel could not have when it was `doing` this, where that is the error: it met
+    /// the page before a look at it could raise a bus error.
+    pub fn explain_missing_page(&mut self, doing: &str, what: &str) {
+        let is_missing = |error: &str| error.contains(doing) && error.contains(&format!("(os error {})", libc::EFAULT));
+        if let Some(error) = self.error.as_mut().filter(|error| is_missing(error)) {
+            error.push_str("; ");
+            error.push_str(what);
+        }
+    }
+
     /// Says which threads did not get their CPU, where CPUs were asked for.
     pub fn note_cpus(&mut self, asked: Option<&Cpus>) {
         let missing: Vec<_> = self.cpus.iter().enumerate().filter(|(_, cpu)| cpu.is_none()).collect();

@@ -11,7 +11,7 @@ use pageferry::net::Address;
 use pageferry::sys::thread::process_cpu_time;
 use pageferry::{Guest, HookError, Ram, Source, StateWriter, Timeouts, Verify};
 
-use crate::image::{Stamp, block, check_kind, encode_length, sentence};
+use crate::image::{Stamp, block, check_kind, cut_short, encode_length, sentence};
 use crate::interrupt::Interrupt;
 use crate::output::{Output, on_bus_error_fail};
 use crate::progress::{Side, Watch};
@@ -109,9 +109,7 @@ fn ship(args: &Args, out: Output) -> Result<Report, String> {
     let tls = args.tls.load()?;
     args.to.iter().for_each(|to| warn_if_open(to, tls.as_ref()));
     let to: Vec<_> = args.to.iter().map(Address::to_string).collect();
-    // A file that is cut short while it is mapped shows itself as a bus error.
-    let cut = format!("{} was cut short while it was sent, or its disk failed; let it lie still", args.ram.display());
-    on_bus_error_fail(out, COMMAND, cut.clone(), Vec::new());
+    on_bus_error_fail(out, COMMAND, cut_short(&args.ram), Vec::new());
     let builder = Source::builder(ram)
         .channels(args.channels)
         .cpus(args.cpus.clone().unwrap_or_default().0)
@@ -140,17 +138,8 @@ fn ship(args: &Args, out: Output) -> Result<Report, String> {
         report.error =
             Some(format!("{error}: the copy at the receiver may hold some of what was written, and some not"));
     }
-    if let Some(error) = &mut report.error {
-        let fault = error.contains(&format!("(os error {})", libc::EFAULT));
-        if fault && error.contains("receiving pages") {
-            // The receiver's lane met a page that it could not have.
-            error.push_str("; the receiver's disk may be full");
-        } else if fault && error.contains("sending pages") {
-            // The kernel met the missing page before a look at it could raise a bus error.
-            error.push_str("; ");
-            error.push_str(&cut);
-        }
-    }
+    report.explain_missing_page("receiving pages", "the receiver's disk may be full");
+    report.explain_missing_page("sending pages", &cut_short(&args.ram));
     Ok(report)
 }
 

@@ -93,11 +93,11 @@ impl SourceDialogue {
 
     fn setup(&mut self, setup: &Setup, out: &mut Vec<u8>) -> Result<(), Garbled> {
         let opening = Opening::new(setup, &self.sending, self.channels > 0)?;
-        out.extend_from_slice(&opening.before);
-        self.encoder = Some(opening.encoder.clone());
-        if self.shared.opening.set(opening).is_err() {
-            return Err(Garbled("a Qemu is one migration, and this one is under way".to_owned()));
-        }
+        let (before, encoder) = (opening.before.clone(), opening.encoder.clone());
+        let under_way = |_| Garbled("a Qemu is one migration, and this one is under way".to_owned());
+        self.shared.opening.set(opening).map_err(under_way)?;
+        out.extend_from_slice(&before);
+        self.encoder = Some(encoder);
         if self.channels > 0 && self.sending.dialect == Dialect::V7_2 {
             let pages = setup.blocks.iter().map(|block| block.pages());
             self.shared.zeros.get_or_init(|| ZeroPages::new(pages));
@@ -120,7 +120,7 @@ impl SourceDialogue {
     /// Writes what is owed of parts, as far as `out` has room; the rest when that is out.
     fn write_parts(&mut self, out: &mut Vec<u8>) -> Result<(), Garbled> {
         let before = out.len();
-        let mut named = 0;
+        let (mut named, mut barriers) = (0, 0);
         while let Some(mut part) = self.parts.pop_front() {
             if !std::mem::replace(&mut part.begun, true) {
                 part.encoder.encode(&Record::RamPart, out).map_err(words)?;
@@ -132,9 +132,10 @@ impl SourceDialogue {
                 break;
             }
             self.close(&mut part.encoder, out)?;
+            barriers += 1;
         }
         let main_bytes = (out.len() - before) as u64;
-        self.seen.count(&Counts { main_bytes, zero_pages: named, ..Counts::default() });
+        self.seen.count(&Counts { main_bytes, zero_pages: named, barriers, ..Counts::default() });
         Ok(())
     }
 
@@ -190,7 +191,7 @@ impl Dialogue<SourceFrame, TargetFrame> for SourceDialogue {
         match frame {
             SourceFrame::Setup(setup) => {
                 self.setup(setup, out)?;
-                let header = Opening::header(self.sending.dialect).len();
+                let header = Opening::header().len();
                 self.seen.count(&Counts { main_bytes: (out.len() - before + header) as u64, ..Counts::default() });
             }
             SourceFrame::State { offset, bytes } => {
@@ -207,7 +208,7 @@ impl Dialogue<SourceFrame, TargetFrame> for SourceDialogue {
             }
             SourceFrame::Commit => {
                 self.committed = true;
-                self.seen.count(&Counts { zero_pages: self.ending_zeros, ..Counts::default() });
+                self.seen.count(&Counts { zero_pages: self.ending_zeros, barriers: 1, ..Counts::default() });
             }
             SourceFrame::Ping { nonce: HEARD_THE_END } => {}
             SourceFrame::Ping { nonce } => self.answers.push_back(self.pong(*nonce)),
@@ -224,11 +225,10 @@ impl Dialogue<SourceFrame, TargetFrame> for SourceDialogue {
     fn round_begins(&mut self, round: Round, out: &mut Vec<u8>) -> Result<(), Garbled> {
         let encoder = self.encoder.clone().ok_or_else(|| Garbled("a round came before Setup".to_owned()))?;
         self.rounds = round.0 + 1;
-        self.seen.count(&Counts { barriers: 1, ..Counts::default() });
         let Some(before) = round.0.checked_sub(1).map(Round) else {
             let start = self.shared.opening.get().map_or(&[][..], |opening| &opening.start);
             out.extend_from_slice(start);
-            self.seen.count(&Counts { main_bytes: start.len() as u64, ..Counts::default() });
+            self.seen.count(&Counts { main_bytes: start.len() as u64, barriers: 1, ..Counts::default() });
             return Ok(());
         };
         // Without channels, what carries the pages has written it.

@@ -110,7 +110,7 @@ impl Qemu {
     /// What a source says first: a destination that finds a connection silent waits for it, and for nothing else.
     pub(super) fn first_bytes(&self, hello: &Hello) -> Vec<u8> {
         match hello.role {
-            HelloRole::Control => Opening::header(self.sending.dialect),
+            HelloRole::Control => Opening::header(),
             HelloRole::Data(channel) => {
                 let of_configuration = self.sending.shared.opening.get().and_then(|opening| opening.uuid);
                 let uuid = self.sending.uuid.or(of_configuration).unwrap_or_default();

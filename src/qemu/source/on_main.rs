@@ -120,6 +120,7 @@ impl PacketWriter for MainWriter {
         }
         self.open = false;
         self.count(at, 0, 0);
+        self.seen.count(&Counts { barriers: 1, ..Counts::default() });
         Ok(at)
     }
 

@@ -22,14 +22,17 @@ pub(super) struct Opening {
     pub encoder: MainEncoder,
 }
 
+/// Every main stream is written as 10.0's: 7.2 says nothing on it that 10.0 may not say, and from QEMU 8.1 to 9.1 there are
+/// flush words beside the packets of 7.2. Where the barrier is, a source is told.
+const MAIN: Dialect = Dialect::V10_0;
 /// The number that the only ping carries.
 const PING: u32 = 1;
 
 impl Opening {
     /// What comes before everything: the header.
-    pub fn header(dialect: Dialect) -> Vec<u8> {
+    pub fn header() -> Vec<u8> {
         let mut out = Vec::new();
-        let put = MainEncoder::new(dialect).encode(&Record::Header, &mut out);
+        let put = MainEncoder::new(MAIN).encode(&Record::Header, &mut out);
         debug_assert!(put.is_ok(), "the first record of any stream");
         out
     }
@@ -37,10 +40,10 @@ impl Opening {
     /// Of a machine that Setup describes; its opaque bytes are the configuration. `has_channels` says whether the
     /// pages travel on channels.
     pub fn new(setup: &Setup, sending: &Sending, has_channels: bool) -> Result<Opening, Garbled> {
-        let mut encoder = MainEncoder::new(sending.dialect);
+        let mut encoder = MainEncoder::new(MAIN);
         let (mut before, mut start) = (Vec::new(), Vec::new());
         encoder.encode(&Record::Header, &mut Vec::new()).map_err(words)?;
-        let configuration = configuration(&setup.opaque, sending.dialect)?;
+        let configuration = configuration(&setup.opaque)?;
         for record in &configuration {
             encoder.encode(record, &mut before).map_err(words)?;
         }
@@ -72,10 +75,10 @@ impl Opening {
 }
 
 /// What the configuration is made of.
-fn configuration(bytes: &[u8], dialect: Dialect) -> Result<Vec<Record<'static>>, Garbled> {
-    let mut decoder = MainDecoder::new(dialect);
+fn configuration(bytes: &[u8]) -> Result<Vec<Record<'static>>, Garbled> {
+    let mut decoder = MainDecoder::new(MAIN);
     let mut records = Vec::new();
-    let mut header = &Opening::header(dialect)[..];
+    let mut header = &Opening::header()[..];
     decoder.pull(&mut header).map_err(words)?;
     let mut left = bytes;
     loop {

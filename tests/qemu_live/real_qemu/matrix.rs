@@ -52,7 +52,7 @@ fn case(number: u64) -> Option<Case> {
     // Nothing tells it from a 7.2, which does not know the answer that it waits for.
     let mistaken = way == Way::Stored && switchover_ack && channels == 0 && machine == "pc-q35-8.0";
     let impossible = old || alone || excluded || sent || other || mistaken;
-    (!impossible).then_some(Case { setup, wire, way, send_channels, send_compression, paused })
+    (!impossible).then_some(Case { setup, wire, way, send_channels, send_compression, send_dialect: None, paused })
 }
 
 /// How many numbers there are, those of no case included.

@@ -57,6 +57,14 @@ fn a_barrier_after_each_section_is_kept() {
     run_case("a_barrier_after_each_section_is_kept", &stored(setup, Wire { channels: 3, ..PLAIN }));
 }
 
+/// As QEMU 8.1 to 9.1 has them.
+#[test]
+fn packets_of_7_2_with_the_barrier_of_10_0_go_on() {
+    let setup = Setup { machine: "pc-q35-8.2", ..Q35_10 };
+    let case = Case { send_dialect: Some("7.2"), ..stored(setup, Wire { channels: 3, ..PLAIN }) };
+    run_case("packets_of_7_2_with_the_barrier_of_10_0_go_on", &case);
+}
+
 #[test]
 fn zero_pages_on_the_main_stream_are_taken() {
     let setup = Setup { machine: "pc-q35-9.2", ..Q35_10 };

@@ -15,6 +15,7 @@ use pageferry::{HookError, Incoming, Ram, Target};
 
 use super::end;
 use super::words::{self, TRUSTED};
+use crate::image::no_room;
 use crate::interrupt::Interrupt;
 use crate::output::{Output, on_bus_error_fail};
 use crate::progress::{Side, Watch};
@@ -80,7 +81,6 @@ fn take_in(args: &Args, out: Output) -> Result<(Report, Option<Ram>), String> {
     let interrupt = Interrupt::listen();
     let writer = Writer::create(&args.out, args.force)?;
     warn_if_far(&args.listen, TRUSTED);
-    let full = format!("cannot have a page of {}: bus error; its disk may be full, make room", args.out.display());
     let qemu = Qemu::new(args.channels).accept_missing(args.accept_missing);
     let mut machine = Machine {
         writer: Some(writer),
@@ -91,7 +91,7 @@ fn take_in(args: &Args, out: Output) -> Result<(Report, Option<Ram>), String> {
         tail: Vec::new(),
         stored: None,
         out,
-        full,
+        full: no_room(&args.out),
     };
     let cpus = args.cpus.clone().unwrap_or_default().0;
     let target = Target::builder().framing(qemu).cpus(cpus);
@@ -107,7 +107,7 @@ fn take_in(args: &Args, out: Output) -> Result<(Report, Option<Ram>), String> {
     let why = report.outcome.failure().map(|why| words::of_source(why, &machine.seen.facts(), args.channels));
     let mut report = Report::of_target(COMMAND, report, process_cpu_time().unwrap_or_default());
     report.note_cpus(args.cpus.as_ref());
-    let counters = counters(&machine.seen);
+    let counters = Counters::from(machine.seen.counts());
     // As QEMU counts: what came, with the first bytes of each connection, which say whose it is, and without the answers.
     report.wire_bytes = counters.main_bytes + counters.channel_bytes;
     report.counters = Some(counters);
@@ -118,12 +118,8 @@ fn take_in(args: &Args, out: Output) -> Result<(Report, Option<Ram>), String> {
     if report.outcome == End::Failed {
         report.error = why.or(report.error);
     }
-    if let Some(error) = &mut report.error {
-        // What recvmsg(2) says of a page that the file's disk has no room for.
-        if error.contains(&format!("(os error {})", libc::EFAULT)) {
-            error.push_str(&format!("; the disk of {} may be full, make room", args.out.display()));
-        }
-    }
+    let full = format!("the disk of {} may be full, make room", args.out.display());
+    report.explain_missing_page("receiving pages", &full);
     if let Some(stored) = machine.stored {
         report.digest_ms = Some(ms(stored.digest));
         report.fsync_ms = Some(ms(stored.fsync));
@@ -232,18 +228,6 @@ fn facts(seen: &Seen, channels: u8) -> Facts {
             Some(Compression::Zstd) => "zstd",
             Some(Compression::None) | None => "none",
         },
-        counters: counters(seen),
-    }
-}
-
-fn counters(seen: &Seen) -> Counters {
-    let counts = seen.counts();
-    Counters {
-        main_bytes: counts.main_bytes,
-        channel_bytes: counts.channel_bytes,
-        normal_pages: counts.normal_pages,
-        zero_pages: counts.zero_pages,
-        sync_packets: counts.sync_packets,
-        rounds: counts.barriers,
+        counters: seen.counts().into(),
     }
 }

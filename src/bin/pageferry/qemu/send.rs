@@ -16,11 +16,12 @@ use pageferry::sys::thread::process_cpu_time;
 use pageferry::{Guest, HookError, Ram, Source, StateWriter, Timeouts, Verify};
 
 use super::{end, words};
+use crate::image::cut_short;
 use crate::interrupt::Interrupt;
 use crate::output::{Output, on_bus_error_fail};
 use crate::progress::{Side, Watch};
 use crate::report::{End, Report};
-use crate::store::{Counters, Manifest, Reader, Uuid, contents};
+use crate::store::{Manifest, Reader, Uuid, contents};
 
 /// Give a machine that `pageferry qemu receive` has stored to a QEMU that waits for it.
 ///
@@ -94,7 +95,7 @@ enum DialectArg {
     /// 10.0, and later ones that speak as it does
     #[value(name = "10.0")]
     V10_0,
-    /// 7.2
+    /// 7.2, and later ones up to 9.1, whose packets are alike
     #[value(name = "7.2")]
     V7_2,
 }
@@ -118,12 +119,10 @@ fn ship(args: &Args, out: Output) -> Result<(Report, Option<Ram>), String> {
         return Err("only channels are compressed: --compress needs --channels 1 or more".to_owned());
     }
     let store = Reader::open(&args.store)?;
-    let (dialect, barrier) = spoken(args, store.manifest())?;
+    let (dialect, barrier) = spoken(args.dialect, store.manifest())?;
     let tail = store.tail()?;
     let ram = store.ram()?;
-    // A file that is cut short while it is mapped shows itself as a bus error.
-    let cut = format!("{} was cut short while it was sent, or its disk failed; let it lie still", args.store.display());
-    on_bus_error_fail(out, COMMAND, cut.clone(), Vec::new());
+    on_bus_error_fail(out, COMMAND, cut_short(&args.store), Vec::new());
     let mut qemu = Qemu::new(args.channels)
         .dialect(dialect, barrier)
         .section(store.manifest().section)
@@ -152,7 +151,6 @@ fn ship(args: &Args, out: Output) -> Result<(Report, Option<Ram>), String> {
     drop(watch);
     let why = report.outcome.failure().map(words::of_destination);
     let still = machine.damage.map_or_else(|| store.check_still(), Err);
-    let rounds = report.rounds.into();
     let mut report = Report::of_source(COMMAND, report, process_cpu_time().unwrap_or_default());
     if report.outcome == End::Failed {
         report.error = why.or(report.error);
@@ -173,47 +171,35 @@ fn ship(args: &Args, out: Output) -> Result<(Report, Option<Ram>), String> {
         }
         _ => {}
     }
-    if let Some(error) = &mut report.error {
-        // The kernel met the missing page before a look at it could raise a bus error.
-        if error.contains("sending pages") && error.contains(&format!("(os error {})", libc::EFAULT)) {
-            error.push_str("; ");
-            error.push_str(&cut);
-        }
-    }
+    report.explain_missing_page("sending pages", &cut_short(&args.store));
     let sent = seen.counts();
-    report.counters = Some(Counters {
-        main_bytes: sent.main_bytes,
-        channel_bytes: sent.channel_bytes,
-        normal_pages: sent.normal_pages,
-        zero_pages: sent.zero_pages,
-        sync_packets: sent.sync_packets,
-        rounds,
-    });
+    report.counters = Some(sent.into());
     // As QEMU counts: what was sent, with the first bytes of each connection, and without the answers.
     report.wire_bytes = sent.main_bytes + sent.channel_bytes;
     Ok((report, Some(ram)))
 }
 
 /// What the destination's program speaks, and where its machine has the barrier.
-fn spoken(args: &Args, manifest: &Manifest) -> Result<(Dialect, Barrier), String> {
-    let dialect = match (args.dialect, manifest.dialect.as_str()) {
-        (DialectArg::V10_0, _) | (DialectArg::Auto, "10.0") => Dialect::V10_0,
-        (DialectArg::V7_2, _) | (DialectArg::Auto, "7.2") => Dialect::V7_2,
-        (DialectArg::Auto, other) => return Err(format!("{other:?} is no dialect that is spoken here; use --dialect")),
+fn spoken(asked: DialectArg, manifest: &Manifest) -> Result<(Dialect, Barrier), String> {
+    let stored = match manifest.dialect.as_str() {
+        "10.0" => Dialect::V10_0,
+        "7.2" => Dialect::V7_2,
+        other => return Err(format!("{other:?} is no dialect that is spoken here")),
     };
-    // Without channels a source has no barrier, and its stream shows none. The machine type says where it would be.
-    let barrier = match (dialect, version(&manifest.machine)) {
-        // From 8.1 on there are flush words, whatever the packets are like.
-        (Dialect::V7_2, _) if manifest.channels > 0 && manifest.dialect == "7.2" && manifest.barrier == "per-round" => {
-            Barrier::PerRound
-        }
-        (Dialect::V7_2, _) => Barrier::PerSection,
-        (Dialect::V10_0, _) if manifest.channels > 0 && manifest.barrier == "per-section" => Barrier::PerSection,
-        (Dialect::V10_0, _) if manifest.channels > 0 && manifest.dialect == "10.0" => Barrier::PerRound,
-        (Dialect::V10_0, Some(version)) if version <= (8, 0) => Barrier::PerSection,
-        (Dialect::V10_0, _) => Barrier::PerRound,
+    let dialect = match asked {
+        DialectArg::Auto => stored,
+        DialectArg::V10_0 => Dialect::V10_0,
+        DialectArg::V7_2 => Dialect::V7_2,
     };
-    Ok((dialect, barrier))
+    // A source without channels has shown no barrier, and that of another program may be elsewhere. Then the machine type
+    // says where it is; one without a version has it where its program has it.
+    let has_shown = manifest.channels > 0 && dialect == stored;
+    let is_per_round = match version(&manifest.machine) {
+        _ if has_shown => manifest.barrier == "per-round",
+        Some(version) => version > (8, 0),
+        None => dialect == Dialect::V10_0,
+    };
+    Ok((dialect, if is_per_round { Barrier::PerRound } else { Barrier::PerSection }))
 }
 
 /// The version of a machine type: `pc-q35-8.0` has 8.0.
@@ -266,13 +252,56 @@ impl Guest for Stored<'_> {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
+    use crate::store::Counters;
 
     #[test]
     fn a_machine_type_ends_with_its_version() {
         assert_eq!(version("pc-q35-8.0"), Some((8, 0)));
         assert_eq!(version("pc-i440fx-10.0"), Some((10, 0)));
         assert_eq!(version("microvm"), None);
+    }
+
+    #[test]
+    fn the_barrier_is_where_the_stream_has_shown_it_and_else_where_the_machine_type_has_it() {
+        let manifest = |machine: &str, channels: u8, dialect: &str, barrier: &str| -> Manifest {
+            let file = json!({"file": "f", "bytes": 4096, "digest": "0123456789abcdef"});
+            serde_json::from_value(json!({
+                "format": "", "version": 1, "pageferry": "", "written_unix_s": 0, "machine": machine, "configuration": "",
+                "dialect": dialect, "barrier": barrier, "section": 1, "channels": channels, "compression": "none",
+                "digests": "", "blocks": [], "tail": file, "counters": Counters::default(),
+            }))
+            .unwrap()
+        };
+        let (auto, old, new) = (DialectArg::Auto, DialectArg::V7_2, DialectArg::V10_0);
+        for (asked, machine, channels, dialect, barrier, expected) in [
+            (auto, "pc-q35-10.0", 2, "10.0", "per-round", (Dialect::V10_0, Barrier::PerRound)),
+            (auto, "pc-q35-8.0", 2, "10.0", "per-section", (Dialect::V10_0, Barrier::PerSection)),
+            (auto, "pc-q35-7.2", 2, "7.2", "per-section", (Dialect::V7_2, Barrier::PerSection)),
+            // QEMU 8.1 to 9.1.
+            (auto, "pc-q35-8.2", 2, "7.2", "per-round", (Dialect::V7_2, Barrier::PerRound)),
+            (auto, "pc-q35-8.2", 0, "7.2", "per-section", (Dialect::V7_2, Barrier::PerRound)),
+            (old, "pc-q35-8.2", 2, "10.0", "per-round", (Dialect::V7_2, Barrier::PerRound)),
+            // What has no version has the barrier where its program has it.
+            (auto, "microvm", 0, "10.0", "per-section", (Dialect::V10_0, Barrier::PerRound)),
+            (auto, "microvm", 0, "7.2", "per-section", (Dialect::V7_2, Barrier::PerSection)),
+            (new, "microvm", 2, "7.2", "per-section", (Dialect::V10_0, Barrier::PerRound)),
+            (old, "microvm", 2, "10.0", "per-round", (Dialect::V7_2, Barrier::PerSection)),
+            // Moved between programs, a machine keeps its type.
+            (new, "pc-q35-7.2", 2, "7.2", "per-section", (Dialect::V10_0, Barrier::PerSection)),
+            (new, "pc-q35-8.1", 0, "7.2", "per-section", (Dialect::V10_0, Barrier::PerRound)),
+            // As somebody has set it there.
+            (auto, "pc-q35-10.0", 2, "10.0", "per-section", (Dialect::V10_0, Barrier::PerSection)),
+        ] {
+            let store = manifest(machine, channels, dialect, barrier);
+            assert_eq!(
+                spoken(asked, &store),
+                Ok(expected),
+                "{asked:?}, {machine}, {channels} channels, {dialect}, {barrier}"
+            );
+        }
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use pageferry::memory::{BLOCKS_MAX, NAME_BYTES_MAX};
+use pageferry::qemu::Counts;
 use serde::{Deserialize, Serialize};
 
 use super::digest;
@@ -98,8 +99,21 @@ pub struct Counters {
     pub zero_pages: u64,
     /// SYNC packets on all channels.
     pub sync_packets: u64,
-    /// Rounds.
+    /// Barriers: the one before the first round, and one at the end of each.
     pub rounds: u64,
+}
+
+impl From<Counts> for Counters {
+    fn from(counts: Counts) -> Counters {
+        Counters {
+            main_bytes: counts.main_bytes,
+            channel_bytes: counts.channel_bytes,
+            normal_pages: counts.normal_pages,
+            zero_pages: counts.zero_pages,
+            sync_packets: counts.sync_packets,
+            rounds: counts.barriers,
+        }
+    }
 }
 
 impl Uuid {
