@@ -263,6 +263,13 @@ impl Socket {
         got.map_or_else(|e| e.kind() != io::ErrorKind::WouldBlock, |n| n == 0)
     }
 
+    /// Whether the peer says nothing more, though there may be bytes of it to read. Waits for nothing.
+    pub fn is_ending(&self) -> bool {
+        let mut fd = libc::pollfd { fd: self.0.as_raw_fd(), events: libc::POLLRDHUP, revents: 0 };
+        // SAFETY: the pointer is to one local, and the count is one.
+        cvt_retry(|| unsafe { libc::poll(&raw mut fd, 1, 0) }.into()).is_ok_and(|ready| ready > 0)
+    }
+
     /// Has the system ask after a TCP peer that says nothing for half a minute, six times, ten seconds apart: then a receive
     /// fails instead of waiting for a machine that is gone. On others this does nothing.
     pub fn set_keep_alive(&self) {

@@ -1,12 +1,18 @@
 //! How it ended is never told better than it was, nor to the source.
 
-use std::io::Write;
-use std::time::Instant;
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::mpsc::channel;
+use std::time::{Duration, Instant};
 
-use pageferry::Outcome;
+use pageferry::qemu::relay::Relay;
 use pageferry::qemu::wire::Dialect::V10_0;
+use pageferry::qemu::wire::Record;
+use pageferry::{Outcome, Timeouts};
 
-use crate::world::{Main, SHUT_ERROR, SHUT_OK, SILENCE, TAIL, TEN, Tongue, World, hang_up, packet, read, rest, shut};
+use crate::world::{
+    Main, SHUT_ERROR, SHUT_OK, SILENCE, TAIL, TEN, Tongue, World, hang_up, packet, read, rest, shut, timeouts,
+};
 
 /// A tail that is cut off within a device, at a byte that is no end mark, and one that may be whole without a description.
 pub const HALF: &[u8] = b"\x04some dev";
@@ -182,4 +188,35 @@ fn what_comes_in_single_bytes_passes_all_the_same() {
     let report = world.end();
     assert_eq!(report.outcome, Outcome::Completed);
     assert_eq!(report.counters.main_bytes, Main::usual(TEN).whole().len() as u64);
+}
+
+#[test]
+fn what_a_source_has_said_before_it_died_reaches_a_destination_that_is_slow() {
+    let folder = std::env::temp_dir().join(format!("pageferry-relay-slow-{}", std::process::id()));
+    std::fs::create_dir(&folder).unwrap();
+    let path = |name: &str| format!("unix:{}", folder.join(name).display());
+    let destination = UnixListener::bind(folder.join("there")).unwrap();
+    // Longer than a moment of the destination's, and shorter than all of them.
+    let (moment, silence) = (Duration::from_millis(200), Duration::from_millis(1500));
+    let builder = Relay::builder().channels(0).timeouts(Timeouts { silence, ..timeouts() });
+    let relay = builder.listen(&path("here")).unwrap().to(&path("there")).unwrap();
+    let (tell, ended) = channel();
+    std::thread::spawn(move || tell.send(relay.run()).unwrap());
+    let zeros: Vec<_> = (0..100_000).map(|page| Record::ZeroPage { block: 0, offset: page % 256 * 4096 }).collect();
+    let said = Main::new(Tongue { flushes: false, ..TEN }, 1, &zeros).whole();
+    let (mut source, from) = (UnixStream::connect(folder.join("here")).unwrap(), said.clone());
+    std::thread::spawn(move || source.write_all(&from).unwrap());
+    let (mut there, mut got) = (destination.accept().unwrap().0, Vec::new());
+    loop {
+        if let Ok(report) = ended.recv_timeout(moment) {
+            panic!("{} after {} of {} bytes", report.outcome, got.len(), said.len());
+        }
+        if (&there).take(64 << 10).read_to_end(&mut got).unwrap() == 0 {
+            break;
+        }
+    }
+    assert_eq!(got.len(), said.len());
+    there.write_all(&SHUT_OK).unwrap();
+    uncertain(&ended.recv().unwrap().outcome, "the destination has taken the guest, and the source does not know");
+    std::fs::remove_dir_all(&folder).unwrap();
 }

@@ -5,11 +5,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use pageferry::qemu::wire::Dialect::V10_0;
+use pageferry::qemu::wire::Record;
 use pageferry::{CancelAnswer, Outcome};
 
 use crate::ends::{HALF, UNDESCRIBED};
 use crate::world::{
-    Main, SHUT_ERROR, SHUT_OK, SILENCE, STALL, TAIL, TEN, Through, World, packet, read, rest, shut, sync,
+    Main, PONG, SHUT_ERROR, SHUT_OK, SILENCE, STALL, TAIL, TEN, Through, World, packet, read, rest, shut, sync,
 };
 
 /// How long a cancel may take: less than a source has to hear the last word.
@@ -186,4 +187,43 @@ fn a_source_that_gives_up_gets_its_channels_back_though_the_destination_reads_no
     assert!(asked.elapsed() < SOON, "{:?}", asked.elapsed());
     let outcome = world.end().outcome;
     assert!(matches!(outcome, Outcome::Failed(_)), "{outcome}");
+}
+
+/// Has the main connection name pages of zeros, and the destination read none of it, until the relay holds all that it may
+/// and some more waits at its door.
+fn fill_main(world: &World, through: &mut Through) {
+    const HELD: u64 = 520 << 10;
+    let zeros: Vec<_> = (0..8000).map(|page| Record::ZeroPage { block: 0, offset: page % 256 * 4096 }).collect();
+    let part = &Main::new(TEN, 1, &zeros).parts[0];
+    let passed_on = || world.progress.now().channels.wire_bytes;
+    world.settle();
+    let (before, mut written) = (passed_on(), 0);
+    while written - (passed_on() - before) < HELD {
+        through.main.write_all(part).unwrap();
+        written += part.len() as u64;
+        world.settle();
+    }
+}
+
+#[test]
+fn a_source_that_gives_up_is_noticed_where_the_relay_holds_all_it_may() {
+    for resets in [false, true] {
+        let world = World::new(1);
+        let mut through = world.through(TEN, 1);
+        fill_main(&world, &mut through);
+        match resets {
+            false => through.main.shutdown(std::net::Shutdown::Both).unwrap(),
+            true => {
+                // To close it with unread bytes resets it.
+                through.main_there.write_all(&PONG).unwrap();
+                through.main.peek(&mut [0; 8]).unwrap();
+                drop(through.main);
+            }
+        }
+        let asked = Instant::now();
+        rest(&mut through.channels[0]);
+        assert!(asked.elapsed() < SOON, "{:?}", asked.elapsed());
+        let outcome = world.end().outcome;
+        assert!(matches!(outcome, Outcome::Failed(_)), "{outcome}");
+    }
 }

@@ -24,6 +24,7 @@ pub const BLOCK_BYTES: u64 = 1 << 20;
 /// Devices, the end mark, and their description.
 pub const TAIL: &[u8] = b"\x04some device\x01\x00\x06\x00\x00\x00\x1f{\"page_size\":4096,\"devices\":[]}";
 pub const SHUT_OK: [u8; 8] = [0, 1, 0, 4, 0, 0, 0, 0];
+pub const PONG: [u8; 8] = [0, 2, 0, 4, 0, 0, 0, 1];
 pub const SHUT_ERROR: [u8; 8] = [0, 1, 0, 4, 0, 0, 0, 1];
 
 /// Which stream a source speaks.

@@ -393,8 +393,14 @@ impl Driver {
             return None;
         }
         let patience = self.relay.settings.timeouts.silence;
-        let until = *self.answer_until.get_or_insert_with(|| Instant::now() + patience);
-        if Instant::now() < until {
+        let now = Instant::now();
+        let mut until = self.answer_until.unwrap_or(now + patience);
+        if asked == 0 {
+            // It is still being given what the source has said.
+            until = until.max(self.moved.1 + patience);
+        }
+        self.answer_until = Some(until);
+        if now < until {
             return None;
         }
         let (waiting_for, ms) = ("the destination's answer", patience.as_millis() as u64);

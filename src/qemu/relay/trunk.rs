@@ -133,15 +133,18 @@ impl Trunk {
 
     /// Adds both ends to a poll set.
     pub fn watch(&self, set: &mut PollSet) {
-        let mut watch = |socket: &Socket, read: bool, write: bool| {
-            if read || write {
-                set.watch(socket.as_fd(), read, write);
+        let mut watch = |socket: &Socket, from: &Passage, write: bool| {
+            if from.wants_more() || write {
+                set.watch(socket.as_fd(), from.wants_more(), write);
+            }
+            // Whoever gives up must not wait until there is room.
+            if !from.wants_more() && !from.ended {
+                set.watch_end(socket.as_fd());
             }
         };
-        let answers = self.back.has_pending() && self.deaf.is_none();
-        watch(&self.source, self.there.wants_more(), answers);
+        watch(&self.source, &self.there, self.back.has_pending() && self.deaf.is_none());
         if let Some(destination) = &self.destination {
-            watch(destination, self.back.wants_more(), self.there.has_pending());
+            watch(destination, &self.back, self.there.has_pending());
         }
     }
 
