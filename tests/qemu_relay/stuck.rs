@@ -10,7 +10,8 @@ use pageferry::{CancelAnswer, Outcome};
 
 use crate::ends::{HALF, UNDESCRIBED};
 use crate::world::{
-    Main, PONG, SHUT_ERROR, SHUT_OK, SILENCE, STALL, TAIL, TEN, Through, World, packet, read, rest, shut, sync,
+    HELLO, Main, PATIENCE, PONG, SHUT_ERROR, SHUT_OK, SILENCE, STALL, TAIL, TEN, Through, Tongue, World, packet, read,
+    rest, shut, sync,
 };
 
 /// How long a cancel may take: less than a source has to hear the last word.
@@ -226,4 +227,44 @@ fn a_source_that_gives_up_is_noticed_where_the_relay_holds_all_it_may() {
         let outcome = world.end().outcome;
         assert!(matches!(outcome, Outcome::Failed(_)), "{outcome}");
     }
+}
+
+#[test]
+fn a_destination_that_does_not_begin_is_not_given_the_guest_and_is_not_waited_for_for_ever() {
+    // As one of QEMU's that wants a channel more than the source has.
+    let tongue = Tongue { pings: true, ..TEN };
+    let world = World::new(1);
+    let mut through = world.through(tongue, 1);
+    let main = Main::usual(tongue);
+    through.channels[0].write_all(&sync(V10_0).repeat(2)).unwrap();
+    through.main.write_all(&[&main.parts[0][..], &main.end, TAIL].concat()).unwrap();
+    assert_eq!(read(&mut through.main, 8), SHUT_ERROR);
+    drop((through.main, through.channels));
+    assert!(rest(&mut through.main_there).len() < main.parts[0].len() + main.end.len(), "RAM is not complete there");
+    let report = world.end();
+    let Outcome::Failed(why) = &report.outcome else { panic!("{}", report.outcome) };
+    assert!(why.to_string().contains("are multifd and multifd-channels the same at both ends?"), "{why}");
+    assert!(report.total >= HELLO, "{:?}", report.total);
+}
+
+#[test]
+fn a_source_may_pause_for_as_long_as_it_likes_once_the_destination_has_begun() {
+    let tongue = Tongue { pings: true, ..TEN };
+    let world = World::new(1);
+    let mut through = world.through(tongue, 1);
+    through.main_there.write_all(&PONG).unwrap();
+    assert_eq!(read(&mut through.main, 8), PONG);
+    for _ in 0..2 {
+        through.main.set_read_timeout(Some(HELLO + STALL)).unwrap();
+        assert!(through.main.read(&mut [0]).is_err(), "nobody says anything");
+        through.say(&sync(V10_0));
+        through.say_main(&Main::usual(tongue).parts[0]);
+    }
+    through.say_ram(tongue);
+    through.say_main(TAIL);
+    through.main_there.write_all(&SHUT_OK).unwrap();
+    through.main.set_read_timeout(Some(PATIENCE)).unwrap();
+    assert_eq!(read(&mut through.main, 8), SHUT_OK);
+    drop((through.main, through.channels));
+    assert_eq!(world.end().outcome, Outcome::Completed);
 }

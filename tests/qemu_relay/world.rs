@@ -32,12 +32,14 @@ pub const SHUT_ERROR: [u8; 8] = [0, 1, 0, 4, 0, 0, 0, 1];
 pub struct Tongue {
     pub dialect: Dialect,
     pub return_path: bool,
+    /// It asks the destination for a sign of life.
+    pub pings: bool,
     /// Barriers are flush words; at the end of every section otherwise.
     pub flushes: bool,
 }
 
-pub const TEN: Tongue = Tongue { dialect: Dialect::V10_0, return_path: true, flushes: true };
-pub const SEVEN: Tongue = Tongue { dialect: Dialect::V7_2, return_path: true, flushes: false };
+pub const TEN: Tongue = Tongue { dialect: Dialect::V10_0, return_path: true, pings: false, flushes: true };
+pub const SEVEN: Tongue = Tongue { dialect: Dialect::V7_2, return_path: true, pings: false, flushes: false };
 
 pub fn ram() -> Name {
     Name::new("ram").unwrap()
@@ -61,6 +63,7 @@ impl Main {
             let spoken = records.iter().filter(|record| match record {
                 Record::Flush => tongue.flushes,
                 Record::Command(Command::OpenReturnPath) => tongue.return_path,
+                Record::Command(Command::Ping { .. }) => tongue.pings,
                 _ => true,
             });
             spoken.for_each(|record| encoder.encode(record, &mut out).unwrap());
@@ -70,6 +73,7 @@ impl Main {
             Record::Header,
             Record::Machine(Name::new("pc").unwrap()),
             Record::Command(Command::OpenReturnPath),
+            Record::Command(Command::Ping { value: 1 }),
             Record::RamStart { section: 1 },
             Record::Blocks(vec![Block::new(ram(), BLOCK_BYTES)]),
             Record::Flush,

@@ -71,6 +71,8 @@ pub struct Trunk {
     back: Passage,
     decoder: MainDecoder,
     answers: ReturnDecoder,
+    /// The source has asked for a sign of life.
+    pinged: bool,
     /// The machine has been named: it is more than four bytes that make a source.
     pub is_source: bool,
     /// The first barrier has come, in the section START, and where all of them are. What is behind it in START may come
@@ -112,6 +114,7 @@ impl Trunk {
             back: Passage::new(BACK_BYTES),
             decoder,
             answers: ReturnDecoder::new(),
+            pinged: false,
             is_source: false,
             barrier: None,
             barriers: 0,
@@ -193,6 +196,16 @@ impl Trunk {
             }
             None => None,
         }
+    }
+
+    /// Whether the source has asked for a sign of life, and the destination has given none.
+    pub fn awaits_pong(&self) -> bool {
+        self.pinged && self.answers.at() == 0
+    }
+
+    /// Bytes that the source has said.
+    pub fn received(&self) -> u64 {
+        self.decoder.at()
     }
 
     /// Whether the source wants to be told how it ended.
@@ -303,6 +316,7 @@ impl Trunk {
             let word = self.decoder.at().saturating_sub(WORD_BYTES);
             match record {
                 Record::Machine(_) => self.is_source = true,
+                Record::Command(Command::Ping { .. }) => self.pinged = true,
                 Record::Flush => {
                     self.barrier.get_or_insert(Barrier::PerRound);
                     self.barriers += 1;
