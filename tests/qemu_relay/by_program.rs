@@ -72,6 +72,13 @@ fn its_exit_codes_tell_a_cancel_from_a_guest_that_may_be_there() {
     let ended = program.end();
     ended.expect(3, "uncertain");
     assert!(ended.stderr.contains("too late to cancel"), "{}", ended.stderr);
+
+    let (program, world) = relay(&["--channels", "2"]);
+    let mut through = given_away(&world);
+    through.main_there.write_all(&shut(0)).unwrap();
+    through.main.peek(&mut [0]).unwrap();
+    drop((through.main, through.channels));
+    program.end().expect(3, "uncertain");
 }
 
 #[test]

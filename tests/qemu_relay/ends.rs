@@ -220,3 +220,16 @@ fn what_a_source_has_said_before_it_died_reaches_a_destination_that_is_slow() {
     uncertain(&ended.recv().unwrap().outcome, "the destination has taken the guest, and the source does not know");
     std::fs::remove_dir_all(&folder).unwrap();
 }
+
+#[test]
+fn a_source_that_leaves_with_the_answer_unread_does_not_know_it() {
+    let world = World::new(1);
+    let mut through = world.through(TEN, 1);
+    through.say_ram(TEN);
+    through.say_main(TAIL);
+    through.main_there.write_all(&shut(0)).unwrap();
+    // It is at its system, and no further.
+    through.main.peek(&mut [0]).unwrap();
+    drop((through.main, through.channels));
+    uncertain(&world.end().outcome, "the destination has taken the guest, and the source does not know");
+}

@@ -8,13 +8,13 @@ use std::time::{Duration, Instant};
 
 use super::channel::{Ends, Lane, Look, Standing, Stopped};
 use super::gather::{Gathered, Gathering};
-use super::trunk::Trunk;
+use super::trunk::{Trunk, untold};
 use super::{MAIN, Relay, RelayCounters, RelayReport};
 use crate::bell::Close;
 use crate::config::CrewOptions;
 use crate::crew::{Crew, Exit, Launch, StdSpawn};
 use crate::error::{Failure, Outcome};
-use crate::net::{CROWD_PAUSE, ENTRANTS_MAX, Endpoint, Greeting, Lobby, Opening, Stream, open, passes};
+use crate::net::{CROWD_PAUSE, ENTRANTS_MAX, Endpoint, Greeting, Lobby, Opening, Stream, is_taken_in, open, passes};
 use crate::progress::Stage;
 use crate::qemu::Qemu;
 use crate::qemu::wire::{InitPacket, PAGE_BYTES};
@@ -29,6 +29,9 @@ const REMARKS_MAX: usize = 16;
 /// How long a source has to close its end after the last word, and after a cancel.
 const LAST_WORD: Duration = Duration::from_secs(1);
 const LAST_WORD_OF_CANCEL: Duration = Duration::from_millis(30);
+/// How long its system has, then, to acknowledge that the destination has taken the guest: a few round trips, and one that was
+/// lost.
+const ACKNOWLEDGED: Duration = Duration::from_secs(3);
 
 struct Channel {
     ends: Arc<Ends>,
@@ -442,7 +445,7 @@ impl Driver {
         Some(give_up(trunk.deaf().cloned().unwrap_or(Failure::Silent { waiting_for, ms })))
     }
 
-    fn finish(mut self, outcome: Outcome) -> RelayReport {
+    fn finish(mut self, mut outcome: Outcome) -> RelayReport {
         let patience = if outcome == Outcome::Cancelled { LAST_WORD_OF_CANCEL } else { LAST_WORD };
         if outcome != Outcome::Completed {
             // Whoever does not know says nothing: the source learns as much as if the destination had closed.
@@ -460,13 +463,20 @@ impl Driver {
             if let Some(crew) = &self.crew {
                 crew.close(Close::Abort);
             }
-            mains.iter().filter(|trunk| trunk.has_return_path()).for_each(|trunk| await_close(&trunk.source, patience));
+            for trunk in mains.iter().filter(|trunk| trunk.has_return_path()) {
+                await_close(&trunk.source, patience);
+            }
         }
         if let Some(trunk) = &self.trunk {
             // Where the destination may run the guest, the source must not take it back for want of a reader.
             let may_run = matches!(outcome, Outcome::Completed | Outcome::Uncertain(_));
             if may_run || trunk.has_return_path() {
-                await_close(&trunk.source, patience);
+                let in_order = await_close(&trunk.source, patience);
+                let set = self.relay.bell.sleeper().set();
+                let asks = outcome == Outcome::Completed && trunk.has_return_path();
+                if asks && !(in_order && is_taken_in(&trunk.source, set, ACKNOWLEDGED)) {
+                    outcome = untold("it left, or was cut off, before it took in the answer");
+                }
             } else {
                 // It takes what it has sent for received: whatever is still to come must not be taken from it.
                 trunk.source.shutdown();
@@ -514,13 +524,14 @@ fn differ(what: &str, channel: usize, syncs: u64, barriers: u64) -> Failure {
     Failure::Protocol(text)
 }
 
-/// Lets a source hear the last word: to close a socket with bytes in it that nobody has read would take the word back.
-fn await_close(source: &Socket, patience: Duration) {
-    let Ok(event) = EventFd::new() else { return };
+/// Lets a source hear the last word: to close a socket with bytes in it that nobody has read would take the word back. False
+/// where the connection broke instead of ending.
+fn await_close(source: &Socket, patience: Duration) -> bool {
+    let Ok(event) = EventFd::new() else { return true };
     let (mut set, until, mut bytes) = (PollSet::new(Arc::new(event)), Instant::now() + patience, [0; 4096]);
     loop {
         match source.recv(&mut bytes) {
-            Ok(0) => return,
+            Ok(0) => return true,
             Ok(_) => {}
             Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {
                 set.clear();
@@ -528,10 +539,10 @@ fn await_close(source: &Socket, patience: Duration) {
                 set.until(until);
                 set.wait();
             }
-            Err(_) => return,
+            Err(_) => return false,
         }
         if Instant::now() >= until {
-            return;
+            return true;
         }
     }
 }

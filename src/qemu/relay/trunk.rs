@@ -2,7 +2,7 @@
 //! The main connection, in both directions: what has come, what of it may be passed on, and what it said.
 
 use std::collections::VecDeque;
-use std::io;
+use std::{fmt, io};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
@@ -182,10 +182,7 @@ impl Trunk {
         match self.shut {
             Some(_) if self.deaf.is_none() && self.back.has_pending() => None,
             Some(0) => Some(match &self.deaf {
-                Some(why) => {
-                    let text = format!("the destination has taken the guest, and the source does not know: {why}");
-                    Outcome::Uncertain(Failure::Control { doing: "telling the source", reason: OsReason { errno: None, text } })
-                }
+                Some(why) => untold(why),
                 None => Outcome::Completed,
             }),
             // It may have run the guest, and have missed only what describes it.
@@ -408,6 +405,12 @@ impl Trunk {
         // A source that does not read does not learn it.
         self.back.end_with(&bytes, &self.source).is_ok()
     }
+}
+
+/// The destination has the guest, and the source may think that it has it, too.
+pub fn untold(why: impl fmt::Display) -> Outcome {
+    let text = format!("the destination has taken the guest, and the source does not know: {why}");
+    Outcome::Uncertain(Failure::Control { doing: "telling the source", reason: OsReason { errno: None, text } })
 }
 
 fn lost(doing: &'static str, e: io::Error) -> Failure {
