@@ -49,7 +49,7 @@ impl Passage {
     /// Receives what is there; how many bytes are new, none if none are.
     pub fn receive(&mut self, from: &Socket) -> io::Result<usize> {
         if !self.wants_more() {
-            if self.ended || !from.is_ending() {
+            if self.ended || !from.has_left() {
                 return Ok(0);
             }
             // It must be known how it ends, and what is left of it is no more than the system holds.
