@@ -1,6 +1,6 @@
 //! How it ended is never told better than it was, nor to the source.
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
@@ -11,7 +11,8 @@ use pageferry::qemu::wire::Record;
 use pageferry::{Outcome, Timeouts};
 
 use crate::world::{
-    Main, SHUT_ERROR, SHUT_OK, SILENCE, TAIL, TEN, Tongue, World, hang_up, packet, read, rest, shut, timeouts,
+    BLOCK_BYTES, Main, SHUT_ERROR, SHUT_OK, SILENCE, SOON, STALL, TAIL, TEN, Tongue, World, hang_up, packet, read,
+    rest, shut, sync, timeouts,
 };
 
 /// A tail that is cut off within a device, at a byte that is no end mark, and one that may be whole without a description.
@@ -232,4 +233,53 @@ fn a_source_that_leaves_with_the_answer_unread_does_not_know_it() {
     through.main.peek(&mut [0]).unwrap();
     drop((through.main, through.channels));
     uncertain(&world.end().outcome, "the destination has taken the guest, and the source does not know");
+}
+
+#[test]
+fn a_source_without_a_return_path_is_read_on_where_its_guest_may_run_at_the_destination() {
+    let tongue = Tongue { return_path: false, ..TEN };
+    let world = World::new(1);
+    let mut through = world.through(tongue, 1);
+    through.say_ram(tongue);
+    through.say_main(UNDESCRIBED);
+    drop(through.main_there);
+    assert_eq!(rest(&mut through.main), [0; 0], "nobody says what nobody knows");
+    // Nobody is let in any more, and nobody is sent away before the relay has ended.
+    let mut late = world.connect(b"");
+    late.set_read_timeout(Some(STALL)).unwrap();
+    assert_eq!(late.read(&mut [0]).unwrap_err().kind(), ErrorKind::WouldBlock, "it waits for the source to end");
+    // What that says now nobody needs, but without a reader it would take its guest back.
+    through.main.write_all(&TAIL[UNDESCRIBED.len()..]).unwrap();
+    hang_up(&through.main);
+    uncertain(&world.end().outcome, "without an answer");
+    assert!(through.main.take_error().unwrap().is_none(), "it was cut off");
+}
+
+#[test]
+fn a_source_without_a_return_path_that_is_refused_is_cut_off_at_once() {
+    let tongue = Tongue { return_path: false, ..TEN };
+    let world = World::new(1);
+    let mut through = world.through(tongue, 1);
+    through.channels[0].write_all(&packet(V10_0, BLOCK_BYTES)).unwrap();
+    let refused = Instant::now();
+    assert_eq!(rest(&mut through.main), [0; 0]);
+    // It would take all that it is rid of for received.
+    let part = &Main::new(tongue, 1, &[]).parts[0];
+    while through.main.write_all(part).is_ok() {}
+    assert!(refused.elapsed() < SOON, "{:?}", refused.elapsed());
+    failed(&world.end().outcome, "0x100000");
+}
+
+#[test]
+fn a_source_without_a_return_path_that_has_said_everything_may_have_to_be_continued_by_hand() {
+    let tongue = Tongue { return_path: false, ..TEN };
+    let world = World::new(1);
+    let mut through = world.through(tongue, 1);
+    // The last SYNC does not come.
+    through.say(&sync(V10_0));
+    through.main.write_all(&[&Main::usual(tongue).parts[0], &Main::usual(tongue).end, TAIL].concat()).unwrap();
+    hang_up(&through.main);
+    let report = world.end();
+    failed(&report.outcome, "nothing moves: 2 SYNCs on channel 0, 3 barriers");
+    assert!(report.remarks.iter().any(|remark| remark.contains("continue it there")), "{:?}", report.remarks);
 }

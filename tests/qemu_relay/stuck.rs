@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use pageferry::qemu::wire::Dialect::V10_0;
 use pageferry::qemu::wire::Record;
@@ -10,12 +10,9 @@ use pageferry::{CancelAnswer, Outcome};
 
 use crate::ends::{HALF, UNDESCRIBED};
 use crate::world::{
-    HELLO, Main, PATIENCE, PONG, SHUT_ERROR, SHUT_OK, SILENCE, STALL, TAIL, TEN, Through, Tongue, World, packet, read,
-    rest, shut, sync,
+    HELLO, Main, PATIENCE, PONG, SHUT_ERROR, SHUT_OK, SILENCE, SOON, STALL, TAIL, TEN, Through, Tongue, World, packet,
+    read, rest, shut, sync,
 };
-
-/// How long a cancel may take: less than a source has to hear the last word.
-const SOON: Duration = Duration::from_millis(800);
 
 /// Cancels, and looks at what the source is told.
 fn cancel(world: World, through: Through) {
