@@ -265,3 +265,26 @@ fn a_source_may_pause_for_as_long_as_it_likes_once_the_destination_has_begun() {
     drop((through.main, through.channels));
     assert_eq!(world.end().outcome, Outcome::Completed);
 }
+
+#[test]
+fn a_cancel_ends_it_while_more_comes_than_the_relay_can_pass_on() {
+    let tongue = Tongue { flushes: false, ..TEN };
+    let main = Main::new(tongue, 1, &vec![Record::ZeroPage { block: 0, offset: 0 }; 500]);
+    let section = main.parts[0].as_slice();
+    let (begin, pages) = (&section[..5], &section[5..section.len() - 13]);
+    // Many sections, and one that does not end.
+    for (first, then) in [(&[][..], section.repeat(50)), (begin, pages.repeat(50))] {
+        let world = World::new(0);
+        let source = world.connect(&main.start);
+        let mut through = world.arrive(source, Vec::new(), &main.start, tongue);
+        through.say_main(first);
+        let (mut says, mut reads) = (through.main.try_clone().unwrap(), through.main_there.try_clone().unwrap());
+        let said = thread::spawn(move || while says.write_all(&then).is_ok() {});
+        let heard = thread::spawn(move || while matches!(reads.read(&mut [0; 1 << 16]), Ok(1..)) {});
+        world.settle();
+        assert_eq!(world.cancel.cancel(), CancelAnswer::Accepted);
+        assert_eq!(read(&mut through.main, 8), SHUT_ERROR);
+        assert_eq!(world.end().outcome, Outcome::Cancelled);
+        (said.join().unwrap(), heard.join().unwrap());
+    }
+}

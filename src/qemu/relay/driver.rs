@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::channel::{Ends, Lane, Look, Standing, Stopped};
 use super::gather::{Gathered, Gathering};
-use super::trunk::{Trunk, untold};
+use super::trunk::{TURNS_MAX, Trunk, untold};
 use super::{MAIN, Relay, RelayCounters, RelayReport};
 use crate::bell::Close;
 use crate::config::CrewOptions;
@@ -296,7 +296,8 @@ impl Driver {
     fn pump(&mut self) -> Result<Option<Outcome>, Failure> {
         let Some(trunk) = &mut self.trunk else { return Ok(None) };
         let progress = &self.relay.progress;
-        loop {
+        // What is left over can be sent, and so is not waited for.
+        for _ in 0..TURNS_MAX {
             trunk.pump(&self.relay.gate, progress.cells(MAIN))?;
             let Some(hold) = trunk.hold() else { break };
             if !self.channels.iter().all(|channel| channel.standing.passed() >= hold.syncs) {

@@ -38,8 +38,8 @@ struct Tail {
     described: bool,
 }
 
-/// Pieces that are moved at once: somebody may want to end it meanwhile.
-const TURNS_MAX: usize = 64;
+/// Pieces that are moved at once, and sections: somebody may want to end it meanwhile.
+pub const TURNS_MAX: usize = 8;
 
 impl Tail {
     const fn new(from: u64) -> Tail {
