@@ -1,6 +1,7 @@
 //! How it ended is never told better than it was, nor to the source.
 
 use std::io::{ErrorKind, Read, Write};
+use std::net::TcpStream;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
@@ -11,8 +12,8 @@ use pageferry::qemu::wire::Record;
 use pageferry::{Outcome, Timeouts};
 
 use crate::world::{
-    BLOCK_BYTES, Main, SHUT_ERROR, SHUT_OK, SILENCE, SOON, STALL, TAIL, TEN, Tongue, World, hang_up, packet, read,
-    rest, shut, sync, timeouts,
+    BLOCK_BYTES, Main, PATIENCE, SHUT_ERROR, SHUT_OK, SILENCE, SOON, STALL, TAIL, TEN, Tongue, World, hang_up, packet,
+    read, rest, shut, sync, timeouts,
 };
 
 /// A tail that is cut off within a device, at a byte that is no end mark, and one that may be whole without a description.
@@ -282,4 +283,30 @@ fn a_source_without_a_return_path_that_has_said_everything_may_have_to_be_contin
     let report = world.end();
     failed(&report.outcome, "nothing moves: 2 SYNCs on channel 0, 3 barriers");
     assert!(report.remarks.iter().any(|remark| remark.contains("continue it there")), "{:?}", report.remarks);
+}
+
+/// Whether the system asks after the peer of this TCP connection of ours: its keep-alive timer runs.
+fn is_asked_after(local: u16, peer: u16) -> bool {
+    let connections = std::fs::read_to_string("/proc/self/net/tcp").unwrap();
+    let mut fields = connections.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let ours = |fields: &Vec<&str>| {
+        fields[1].ends_with(&format!(":{local:04X}")) && fields[2].ends_with(&format!(":{peer:04X}"))
+    };
+    fields.find(ours).expect("it is there")[5].starts_with("02:")
+}
+
+#[test]
+fn a_machine_that_is_gone_is_noticed_at_either_end() {
+    let world = World::new(1);
+    let through = world.through(TEN, 1);
+    let listens = world.at.rsplit(':').next().unwrap().parse().unwrap();
+    let sources = [&through.main, &through.channels[0]].map(|s| (listens, s.local_addr().unwrap().port()));
+    let ports = |s: &TcpStream| (s.peer_addr().unwrap().port(), s.local_addr().unwrap().port());
+    let destinations = [&through.main_there, &through.channels_there[0]].map(ports);
+    let until = Instant::now() + PATIENCE;
+    // For a moment, what it was sent last is asked after instead.
+    while !sources.iter().chain(&destinations).all(|(local, peer)| is_asked_after(*local, *peer)) {
+        assert!(Instant::now() < until);
+        world.settle();
+    }
 }
