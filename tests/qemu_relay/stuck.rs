@@ -285,6 +285,7 @@ fn a_cancel_ends_it_while_more_comes_than_the_relay_can_pass_on() {
         assert_eq!(world.cancel.cancel(), CancelAnswer::Accepted);
         assert_eq!(read(&mut through.main, 8), SHUT_ERROR);
         assert_eq!(world.end().outcome, Outcome::Cancelled);
-        (said.join().unwrap(), heard.join().unwrap());
+        said.join().unwrap();
+        heard.join().unwrap();
     }
 }
