@@ -10,6 +10,7 @@ use crate::error::{Failure, OsReason};
 use crate::framing::{Dialogue, Garbled, Heard, NativeDialogue};
 use crate::net::stream::{Stream, is_tls};
 use crate::sys::event::PollSet;
+use crate::sys::socket::Socket;
 use crate::units::Round;
 use crate::wire::control::Frame;
 use crate::wire::hello::{HELLO_BYTES, Hello, Side};
@@ -333,26 +334,31 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
         }
     }
 
-    /// After the last words: waits until the peer's system has acknowledged them, or `limit` is over. False if it has
-    /// not, or has said that nobody is there to read them.
-    ///
-    /// What a system has taken in, a program that has just died does not read: there is no more to be known.
+    /// After the last words: whether the peer takes them in, as [`is_taken_in`] has it.
     pub fn is_taken_in(&mut self, set: &mut PollSet, limit: Duration) -> bool {
-        let until = Instant::now() + limit;
-        loop {
-            let left = self.stream.socket().unacknowledged_bytes().unwrap_or(usize::MAX);
-            if self.unsent_bytes() > 0 || self.stream.socket().take_error().is_err() {
-                return false;
-            }
-            let now = Instant::now();
-            if left == 0 || now >= until {
-                return left == 0;
-            }
-            // Nothing can be waited for: no event says that bytes were acknowledged.
-            set.clear();
-            set.until(until.min(now + ACKNOWLEDGED_EVERY));
-            set.wait();
+        self.unsent_bytes() == 0 && is_taken_in(self.stream.socket(), set, limit)
+    }
+}
+
+/// Waits until the peer's system has acknowledged all that it was sent, or `limit` is over. False if it has not, or has said
+/// that nobody is there to read it.
+///
+/// What a system has taken in, a program that has just died does not read: there is no more to be known.
+pub fn is_taken_in(socket: &Socket, set: &mut PollSet, limit: Duration) -> bool {
+    let until = Instant::now() + limit;
+    loop {
+        let left = socket.unacknowledged_bytes().unwrap_or(usize::MAX);
+        if socket.take_error().is_err() {
+            return false;
         }
+        let now = Instant::now();
+        if left == 0 || now >= until {
+            return left == 0;
+        }
+        // Nothing can be waited for: no event says that bytes were acknowledged.
+        set.clear();
+        set.until(until.min(now + ACKNOWLEDGED_EVERY));
+        set.wait();
     }
 }
 
@@ -414,7 +420,6 @@ impl ControlError {
 mod tests {
     use super::*;
     use crate::sys::event::EventFd;
-    use crate::sys::socket::Socket;
     use crate::wire::control::{FrameEncoder, SourceFrame, TargetFrame};
     use std::io::Write;
     use std::os::unix::net::UnixStream;

@@ -16,7 +16,7 @@ mod tls;
 pub use address::Address;
 pub(crate) use connect::open;
 pub use connect::{Connector, Endpoint, Fds, Opening, one_of};
-pub use control::Control;
+pub use control::{Control, is_taken_in};
 pub use listen::{Listener, passes};
 pub use lobby::{CROWD_PAUSE, ENTRANTS_MAX, Greeting, Lobby};
 pub use stream::{Encryption, Stream};

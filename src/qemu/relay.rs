@@ -48,9 +48,9 @@ pub struct RelayCounters {
 #[derive(Clone, PartialEq, Debug)]
 #[must_use = "the outcome says whether the destination has taken the guest"]
 pub struct RelayReport {
-    /// Completed: the destination has said so, and the source was told. Without a return path nobody says so; then it is
-    /// enough that the destination has taken everything and closed in order. Uncertain: the destination has had everything,
-    /// and what became of it is not known.
+    /// Completed: the destination has said so, and the source's system has taken that in. Without a return path nobody says
+    /// so; then it is enough that the destination has taken everything and closed in order. Uncertain: the destination may
+    /// have had everything, and what became of it is not known; or it has taken the guest, and the source does not know.
     pub outcome: Outcome,
     /// What was passed on.
     pub counters: RelayCounters,
@@ -80,7 +80,8 @@ impl RelayBuilder {
         self
     }
 
-    /// How long to wait for what. There is no limit to how long a source may be silent.
+    /// How long to wait for what: [`Timeouts::hello`] also for a destination to answer the source's ping. There is no limit
+    /// to how long a source may be silent after that.
     #[must_use]
     pub fn timeouts(mut self, timeouts: Timeouts) -> Self {
         self.timeouts = timeouts.bounded();

@@ -89,6 +89,11 @@ impl PollSet {
         self.fds.len() - 1
     }
 
+    /// Also wait for the peer to end its direction, and for the connection to break, whatever there is to read.
+    pub fn watch_end(&mut self, fd: BorrowedFd<'_>) {
+        self.fds.push(libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLRDHUP, revents: 0 });
+    }
+
     /// Wait no longer than until then.
     pub fn until(&mut self, when: Instant) {
         self.until = Some(self.until.map_or(when, |t| t.min(when)));
@@ -160,5 +165,19 @@ mod tests {
         drop(b);
         assert!(set.wait());
         assert!(set.ready(place).readable);
+    }
+
+    #[test]
+    fn the_end_is_waited_for_behind_bytes_that_nobody_reads() {
+        let (a, mut b) = UnixStream::pair().unwrap();
+        std::io::Write::write_all(&mut b, b"unread").unwrap();
+        let mut set = PollSet::new(Arc::new(EventFd::new().unwrap()));
+        set.watch_end(a.as_fd());
+        set.until(Instant::now());
+        assert!(set.wait() && !set.ready(1).readable, "only the time has ended this wait");
+        b.shutdown(std::net::Shutdown::Write).unwrap();
+        set.clear();
+        set.watch_end(a.as_fd());
+        assert!(set.wait());
     }
 }

@@ -263,6 +263,15 @@ impl Socket {
         got.map_or_else(|e| e.kind() != io::ErrorKind::WouldBlock, |n| n == 0)
     }
 
+    /// Whether the peer has ended the connection, or its direction of it, whatever it said before that can still be read.
+    /// Waits for nothing.
+    pub fn has_left(&self) -> bool {
+        let mut fd = libc::pollfd { fd: self.0.as_raw_fd(), events: libc::POLLRDHUP, revents: 0 };
+        // SAFETY: the pointer is to one local pollfd, and one is what the count says; the descriptor is open.
+        let got = cvt_retry(|| unsafe { libc::poll(&raw mut fd, 1, 0) }.into());
+        got.is_ok_and(|n| n > 0)
+    }
+
     /// Has the system ask after a TCP peer that says nothing for half a minute, six times, ten seconds apart: then a receive
     /// fails instead of waiting for a machine that is gone. On others this does nothing.
     pub fn set_keep_alive(&self) {

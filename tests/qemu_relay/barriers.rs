@@ -1,12 +1,16 @@
 //! SYNCs and barriers that do not match: an error in bounded time, and a destination that was not made to wait.
 
-use std::io::Write;
+use std::io::{Read, Write};
+use std::thread;
 use std::time::Instant;
 
 use pageferry::Outcome;
-use pageferry::qemu::wire::Dialect::V10_0;
+use pageferry::qemu::wire::Dialect::{V7_2, V10_0};
+use pageferry::qemu::wire::NewRamPacket;
 
-use crate::world::{Main, SHUT_ERROR, STALL, TAIL, TEN, Through, World, packet, read, rest, sync};
+use crate::world::{
+    Main, PATIENCE, SEVEN, SHUT_ERROR, STALL, TAIL, TEN, Through, World, packet, ram, read, rest, sync,
+};
 
 fn fails(world: World, through: Through, why: &str) {
     let Through { mut main, mut main_there, channels, .. } = through;
@@ -98,4 +102,39 @@ fn a_channel_that_ends_before_its_sync_is_an_error_at_once() {
     drop(through.channels.remove(0));
     through.main.write_all(&Main::usual(TEN).parts[0]).unwrap();
     fails(world, through, "ended a channel too early: 1 SYNCs on channel 0, 2 barriers");
+}
+
+#[test]
+fn a_sync_that_never_comes_behind_what_a_slow_destination_takes_ends_it_in_bounded_time() {
+    let world = World::new(1);
+    let mut through = world.through(TEN, 1);
+    const PAGES: usize = 8000;
+    let pages = packet(V10_0, 0).repeat(PAGES);
+    let mut channel = through.channels.remove(0);
+    let source = thread::spawn(move || {
+        channel.write_all(&pages).unwrap();
+        channel
+    });
+    let part = &Main::usual(TEN).parts[0];
+    through.say_main(&part[..5]);
+    through.main.write_all(&part[5..]).unwrap();
+    // Nothing moves for longer than anything may stall, and nobody has done wrong yet.
+    through.main.set_read_timeout(Some(3 * STALL)).unwrap();
+    assert!(through.main.read(&mut [0]).is_err(), "nobody says anything");
+    through.main.set_read_timeout(Some(PATIENCE)).unwrap();
+    read(&mut through.channels_there[0], PAGES * (1344 + 4096));
+    through.channels.push(source.join().unwrap());
+    fails(world, through, "nothing moves: 1 SYNCs on channel 0, 2 barriers");
+}
+
+#[test]
+fn a_sync_whose_pages_never_come_ends_it_in_bounded_time() {
+    let world = World::new(1);
+    let mut through = world.through(SEVEN, 1);
+    let name = ram();
+    let with_page = NewRamPacket { sync: true, normal: &[0x5000], ..NewRamPacket::pages(7, &name) };
+    through.say(&[&with_page.encode(V7_2).unwrap()[..], &[9; 100]].concat());
+    let part = &Main::new(SEVEN, 1, &[]).parts[0];
+    through.main.write_all(part).unwrap();
+    fails(world, through, "nothing moves: 1 SYNCs on channel 0, 2 barriers");
 }

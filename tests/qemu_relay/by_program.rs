@@ -5,7 +5,7 @@ use std::net::TcpListener;
 use std::process::{Command, Stdio};
 
 use crate::program::{Ended, PAGEFERRY, Program, start};
-use crate::world::{Main, Place, SHUT_ERROR, SHUT_OK, TAIL, TEN, Through, read, rest, shut};
+use crate::world::{Main, Place, SHUT_ERROR, SHUT_OK, TAIL, TEN, Through, hang_up, read, rest, shut};
 
 /// The program, on its way to a made-up destination.
 fn relay(more: &[&str]) -> (Program, Place) {
@@ -72,6 +72,13 @@ fn its_exit_codes_tell_a_cancel_from_a_guest_that_may_be_there() {
     let ended = program.end();
     ended.expect(3, "uncertain");
     assert!(ended.stderr.contains("too late to cancel"), "{}", ended.stderr);
+
+    let (program, world) = relay(&["--channels", "2"]);
+    let mut through = given_away(&world);
+    through.main_there.write_all(&shut(0)).unwrap();
+    through.main.peek(&mut [0]).unwrap();
+    drop((through.main, through.channels));
+    program.end().expect(3, "uncertain");
 }
 
 #[test]
@@ -94,4 +101,21 @@ fn people_are_told_in_words() {
     for words in ["completed", "on 2 channels", "4 with data, 0 of zeros", "barriers    3, with 6 SYNCs"] {
         assert!(rest.contains(words), "{words}: {rest}");
     }
+}
+
+#[test]
+fn a_source_that_leaves_as_the_answer_comes_is_not_told_that_its_guest_is_gone() {
+    let (mut program, world) = relay(&["--channels", "2"]);
+    let mut through = given_away(&world);
+    program.wait_for("all is there", |line| line["stage"] == "handover");
+    // The relay sees both at once, and the answer first.
+    program.signal("STOP");
+    hang_up(&through.main);
+    through.main_there.write_all(&shut(0)).unwrap();
+    program.signal("CONT");
+    assert_eq!(rest(&mut through.main), [0; 0], "it has given up");
+    drop((through.main, through.channels));
+    let ended = program.end();
+    let report = ended.expect(3, "uncertain");
+    assert!(report["error"].as_str().unwrap().contains("before the destination has answered"), "{report}");
 }

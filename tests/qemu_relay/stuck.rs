@@ -2,18 +2,17 @@
 
 use std::io::{Read, Write};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use pageferry::qemu::wire::Dialect::V10_0;
+use pageferry::qemu::wire::Record;
 use pageferry::{CancelAnswer, Outcome};
 
 use crate::ends::{HALF, UNDESCRIBED};
 use crate::world::{
-    Main, SHUT_ERROR, SHUT_OK, SILENCE, STALL, TAIL, TEN, Through, World, packet, read, rest, shut, sync,
+    HELLO, Main, PATIENCE, PONG, SHUT_ERROR, SHUT_OK, SILENCE, SOON, STALL, TAIL, TEN, Through, Tongue, World, packet,
+    read, rest, shut, sync,
 };
-
-/// How long a cancel may take: less than a source has to hear the last word.
-const SOON: Duration = Duration::from_millis(800);
 
 /// Cancels, and looks at what the source is told.
 fn cancel(world: World, through: Through) {
@@ -186,4 +185,107 @@ fn a_source_that_gives_up_gets_its_channels_back_though_the_destination_reads_no
     assert!(asked.elapsed() < SOON, "{:?}", asked.elapsed());
     let outcome = world.end().outcome;
     assert!(matches!(outcome, Outcome::Failed(_)), "{outcome}");
+}
+
+/// Has the main connection name pages of zeros, and the destination read none of it, until the relay holds all that it may
+/// and some more waits at its door.
+fn fill_main(world: &World, through: &mut Through) {
+    const HELD: u64 = 520 << 10;
+    let zeros: Vec<_> = (0..8000).map(|page| Record::ZeroPage { block: 0, offset: page % 256 * 4096 }).collect();
+    let part = &Main::new(TEN, 1, &zeros).parts[0];
+    let passed_on = || world.progress.now().channels.wire_bytes;
+    world.settle();
+    let (before, mut written) = (passed_on(), 0);
+    while written - (passed_on() - before) < HELD {
+        through.main.write_all(part).unwrap();
+        written += part.len() as u64;
+        world.settle();
+    }
+}
+
+#[test]
+fn a_source_that_gives_up_is_noticed_where_the_relay_holds_all_it_may() {
+    for resets in [false, true] {
+        let world = World::new(1);
+        let mut through = world.through(TEN, 1);
+        fill_main(&world, &mut through);
+        match resets {
+            false => through.main.shutdown(std::net::Shutdown::Both).unwrap(),
+            true => {
+                // To close it with unread bytes resets it.
+                through.main_there.write_all(&PONG).unwrap();
+                through.main.peek(&mut [0; 8]).unwrap();
+                drop(through.main);
+            }
+        }
+        let asked = Instant::now();
+        rest(&mut through.channels[0]);
+        assert!(asked.elapsed() < SOON, "{:?}", asked.elapsed());
+        let outcome = world.end().outcome;
+        assert!(matches!(outcome, Outcome::Failed(_)), "{outcome}");
+    }
+}
+
+#[test]
+fn a_destination_that_does_not_begin_is_not_given_the_guest_and_is_not_waited_for_for_ever() {
+    // As one of QEMU's that wants a channel more than the source has.
+    let tongue = Tongue { pings: true, ..TEN };
+    let world = World::new(1);
+    let mut through = world.through(tongue, 1);
+    let main = Main::usual(tongue);
+    through.channels[0].write_all(&sync(V10_0).repeat(2)).unwrap();
+    through.main.write_all(&[&main.parts[0][..], &main.end, TAIL].concat()).unwrap();
+    assert_eq!(read(&mut through.main, 8), SHUT_ERROR);
+    drop((through.main, through.channels));
+    assert!(rest(&mut through.main_there).len() < main.parts[0].len() + main.end.len(), "RAM is not complete there");
+    let report = world.end();
+    let Outcome::Failed(why) = &report.outcome else { panic!("{}", report.outcome) };
+    assert!(why.to_string().contains("are multifd and multifd-channels the same at both ends?"), "{why}");
+    assert!(report.total >= HELLO, "{:?}", report.total);
+}
+
+#[test]
+fn a_source_may_pause_for_as_long_as_it_likes_once_the_destination_has_begun() {
+    let tongue = Tongue { pings: true, ..TEN };
+    let world = World::new(1);
+    let mut through = world.through(tongue, 1);
+    through.main_there.write_all(&PONG).unwrap();
+    assert_eq!(read(&mut through.main, 8), PONG);
+    for _ in 0..2 {
+        through.main.set_read_timeout(Some(HELLO + STALL)).unwrap();
+        assert!(through.main.read(&mut [0]).is_err(), "nobody says anything");
+        through.say(&sync(V10_0));
+        through.say_main(&Main::usual(tongue).parts[0]);
+    }
+    through.say_ram(tongue);
+    through.say_main(TAIL);
+    through.main_there.write_all(&SHUT_OK).unwrap();
+    through.main.set_read_timeout(Some(PATIENCE)).unwrap();
+    assert_eq!(read(&mut through.main, 8), SHUT_OK);
+    drop((through.main, through.channels));
+    assert_eq!(world.end().outcome, Outcome::Completed);
+}
+
+#[test]
+fn a_cancel_ends_it_while_more_comes_than_the_relay_can_pass_on() {
+    let tongue = Tongue { flushes: false, ..TEN };
+    let main = Main::new(tongue, 1, &vec![Record::ZeroPage { block: 0, offset: 0 }; 500]);
+    let section = main.parts[0].as_slice();
+    let (begin, pages) = (&section[..5], &section[5..section.len() - 13]);
+    // Many sections, and one that does not end.
+    for (first, then) in [(&[][..], section.repeat(50)), (begin, pages.repeat(50))] {
+        let world = World::new(0);
+        let source = world.connect(&main.start);
+        let mut through = world.arrive(source, Vec::new(), &main.start, tongue);
+        through.say_main(first);
+        let (mut says, mut reads) = (through.main.try_clone().unwrap(), through.main_there.try_clone().unwrap());
+        let said = thread::spawn(move || while says.write_all(&then).is_ok() {});
+        let heard = thread::spawn(move || while matches!(reads.read(&mut [0; 1 << 16]), Ok(1..)) {});
+        world.settle();
+        assert_eq!(world.cancel.cancel(), CancelAnswer::Accepted);
+        assert_eq!(read(&mut through.main, 8), SHUT_ERROR);
+        assert_eq!(world.end().outcome, Outcome::Cancelled);
+        said.join().unwrap();
+        heard.join().unwrap();
+    }
 }

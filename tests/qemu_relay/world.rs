@@ -15,6 +15,8 @@ use pageferry::{CancelHandle, Progress, Timeouts};
 
 /// How long anything may take: far more than it does, so that only what hangs is caught.
 pub const PATIENCE: Duration = Duration::from_secs(20);
+/// How long it may take to be let go: less than a source has to hear the last word.
+pub const SOON: Duration = Duration::from_millis(800);
 /// The relay's limits, so short that tests can wait for them.
 pub const STALL: Duration = Duration::from_millis(300);
 pub const SILENCE: Duration = Duration::from_millis(300);
@@ -24,6 +26,7 @@ pub const BLOCK_BYTES: u64 = 1 << 20;
 /// Devices, the end mark, and their description.
 pub const TAIL: &[u8] = b"\x04some device\x01\x00\x06\x00\x00\x00\x1f{\"page_size\":4096,\"devices\":[]}";
 pub const SHUT_OK: [u8; 8] = [0, 1, 0, 4, 0, 0, 0, 0];
+pub const PONG: [u8; 8] = [0, 2, 0, 4, 0, 0, 0, 1];
 pub const SHUT_ERROR: [u8; 8] = [0, 1, 0, 4, 0, 0, 0, 1];
 
 /// Which stream a source speaks.
@@ -31,12 +34,14 @@ pub const SHUT_ERROR: [u8; 8] = [0, 1, 0, 4, 0, 0, 0, 1];
 pub struct Tongue {
     pub dialect: Dialect,
     pub return_path: bool,
+    /// It asks the destination for a sign of life.
+    pub pings: bool,
     /// Barriers are flush words; at the end of every section otherwise.
     pub flushes: bool,
 }
 
-pub const TEN: Tongue = Tongue { dialect: Dialect::V10_0, return_path: true, flushes: true };
-pub const SEVEN: Tongue = Tongue { dialect: Dialect::V7_2, return_path: true, flushes: false };
+pub const TEN: Tongue = Tongue { dialect: Dialect::V10_0, return_path: true, pings: false, flushes: true };
+pub const SEVEN: Tongue = Tongue { dialect: Dialect::V7_2, return_path: true, pings: false, flushes: false };
 
 pub fn ram() -> Name {
     Name::new("ram").unwrap()
@@ -60,6 +65,7 @@ impl Main {
             let spoken = records.iter().filter(|record| match record {
                 Record::Flush => tongue.flushes,
                 Record::Command(Command::OpenReturnPath) => tongue.return_path,
+                Record::Command(Command::Ping { .. }) => tongue.pings,
                 _ => true,
             });
             spoken.for_each(|record| encoder.encode(record, &mut out).unwrap());
@@ -69,6 +75,7 @@ impl Main {
             Record::Header,
             Record::Machine(Name::new("pc").unwrap()),
             Record::Command(Command::OpenReturnPath),
+            Record::Command(Command::Ping { value: 1 }),
             Record::RamStart { section: 1 },
             Record::Blocks(vec![Block::new(ram(), BLOCK_BYTES)]),
             Record::Flush,

@@ -13,7 +13,7 @@ use crate::qemu::wire::{
     Stream, StreamError,
 };
 use crate::sync::Ordering::Relaxed;
-use crate::sync::{AtomicBool, AtomicU64};
+use crate::sync::AtomicU64;
 use crate::sys::socket::Socket;
 
 /// Where a channel stands between two barriers. Its thread writes, and the controller reads.
@@ -24,8 +24,26 @@ pub struct Standing {
     word: AtomicU64,
     /// SYNCs that have been passed on.
     passed: AtomicU64,
-    /// It waits for the destination, and not for the source.
-    is_sending: AtomicBool,
+    /// How often it has begun to pass something on, and was done with it: odd while it waits for the destination, and not
+    /// for the source.
+    turns: AtomicU64,
+}
+
+/// Where a channel stood. No number falls: what is alike in two looks was so all the time between them.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Look {
+    /// SYNCs that had come.
+    pub syncs: u64,
+    /// SYNCs that had been passed on.
+    pub passed: u64,
+    turns: u64,
+}
+
+impl Look {
+    /// Whether it waited for the destination.
+    pub fn is_sending(&self) -> bool {
+        self.turns % 2 == 1
+    }
 }
 
 /// RAM is complete.
@@ -43,9 +61,9 @@ impl Standing {
         self.passed.load(Relaxed)
     }
 
-    /// Whether it waits for the destination.
-    pub fn is_sending(&self) -> bool {
-        self.is_sending.load(Relaxed)
+    /// Where it stands.
+    pub fn look(&self) -> Look {
+        Look { syncs: self.syncs(), passed: self.passed(), turns: self.turns.load(Relaxed) }
     }
 
     /// RAM is complete, and no packet of it passes any more; the SYNCs that have come, and the packets behind the last.
@@ -193,12 +211,12 @@ impl Lane {
 
     /// Sends everything on a blocking socket.
     fn pass_on(&self, mut bytes: &[u8]) -> io::Result<()> {
-        self.standing.is_sending.store(true, Relaxed);
+        self.standing.turns.fetch_add(1, Relaxed);
         while !bytes.is_empty() {
             let sent = self.ends.destination.send(bytes)?;
             bytes = &bytes[sent..];
         }
-        self.standing.is_sending.store(false, Relaxed);
+        self.standing.turns.fetch_add(1, Relaxed);
         Ok(())
     }
 }

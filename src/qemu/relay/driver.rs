@@ -6,15 +6,15 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::channel::{Ends, Lane, Standing, Stopped};
+use super::channel::{Ends, Lane, Look, Standing, Stopped};
 use super::gather::{Gathered, Gathering};
-use super::trunk::Trunk;
+use super::trunk::{TURNS_MAX, Trunk, untold};
 use super::{MAIN, Relay, RelayCounters, RelayReport};
 use crate::bell::Close;
 use crate::config::CrewOptions;
 use crate::crew::{Crew, Exit, Launch, StdSpawn};
 use crate::error::{Failure, Outcome};
-use crate::net::{CROWD_PAUSE, ENTRANTS_MAX, Endpoint, Greeting, Lobby, Opening, Stream, open, passes};
+use crate::net::{CROWD_PAUSE, ENTRANTS_MAX, Endpoint, Greeting, Lobby, Opening, Stream, is_taken_in, open, passes};
 use crate::progress::Stage;
 use crate::qemu::Qemu;
 use crate::qemu::wire::{InitPacket, PAGE_BYTES};
@@ -29,10 +29,15 @@ const REMARKS_MAX: usize = 16;
 /// How long a source has to close its end after the last word, and after a cancel.
 const LAST_WORD: Duration = Duration::from_secs(1);
 const LAST_WORD_OF_CANCEL: Duration = Duration::from_millis(30);
+/// How long its system has, then, to acknowledge that the destination has taken the guest: a few round trips, and one that was
+/// lost.
+const ACKNOWLEDGED: Duration = Duration::from_secs(3);
 
 struct Channel {
     ends: Arc<Ends>,
     standing: Arc<Standing>,
+    /// At the last look at all of them.
+    last: Look,
     ended: bool,
 }
 
@@ -50,8 +55,11 @@ struct Driver {
     accept_again: Option<Instant>,
     turned_away: u64,
     remarks: Vec<String>,
-    /// Bytes of all connections, and since when it has been so many.
-    moved: (u64, Instant),
+    /// Bytes of the main connection that have come and were passed on, and since when these, and all channels, stand as
+    /// they do.
+    moved: ([u64; 2], Instant),
+    /// Until when the destination must have answered the source's ping.
+    pong_until: Option<Instant>,
     /// Until when the destination's answer is waited for, where that has a limit.
     answer_until: Option<Instant>,
 }
@@ -73,7 +81,8 @@ pub fn run(relay: Relay) -> RelayReport {
         accept_again: None,
         turned_away: 0,
         remarks: Vec::new(),
-        moved: (0, Instant::now()),
+        moved: ([0; 2], Instant::now()),
+        pong_until: None,
         answer_until: None,
     };
     let outcome = loop {
@@ -114,6 +123,7 @@ impl Driver {
             // A destination that gives up may have said so on the main connection.
             return self.pump()?.map_or(Err(why), |outcome| Ok(Some(outcome)));
         }
+        self.check_pong()?;
         let stall = self.check_barriers()?;
         if let Some(outcome) = self.check_patience() {
             return Ok(Some(outcome));
@@ -127,7 +137,7 @@ impl Driver {
         } else if let Some(fd) = self.relay.listener.fd() {
             set.watch(fd, true, false);
         }
-        for when in [stall, self.answer_until].into_iter().flatten() {
+        for when in [stall, self.pong_until, self.answer_until].into_iter().flatten() {
             set.until(when);
         }
         if let Some(gathering) = &mut self.gathering {
@@ -250,7 +260,8 @@ impl Driver {
             self.relay.progress.cells(id.into()).wire_bytes.fetch_add(init.len() as u64, Relaxed);
             let ends = Arc::new(Ends { source: channel.source, destination });
             let standing = Arc::new(Standing::default());
-            self.channels.push(Channel { ends: ends.clone(), standing: standing.clone(), ended: false });
+            let last = Look::default();
+            self.channels.push(Channel { ends: ends.clone(), standing: standing.clone(), last, ended: false });
             let (progress, controller) = (self.relay.progress.clone(), self.relay.bell.ringer());
             let blocks = blocks.clone();
             lanes.push(Lane { init, first: channel.first, dialect, ends, blocks, standing, progress, controller });
@@ -267,7 +278,7 @@ impl Driver {
         }
         self.relay.progress.set(|c| &c.ram_bytes, blocks.iter().map(|block| block.bytes).sum());
         self.relay.progress.stage(Stage::Precopy);
-        self.moved = (0, Instant::now());
+        self.pong_until = Some(Instant::now() + self.relay.settings.timeouts.hello);
         Ok(())
     }
 
@@ -285,13 +296,18 @@ impl Driver {
     fn pump(&mut self) -> Result<Option<Outcome>, Failure> {
         let Some(trunk) = &mut self.trunk else { return Ok(None) };
         let progress = &self.relay.progress;
-        loop {
+        // What is left over can be sent, and so is not waited for.
+        for _ in 0..TURNS_MAX {
             trunk.pump(&self.relay.gate, progress.cells(MAIN))?;
             let Some(hold) = trunk.hold() else { break };
             if !self.channels.iter().all(|channel| channel.standing.passed() >= hold.syncs) {
                 break;
             }
             if hold.closes {
+                // One that has not begun is not given what it may run.
+                if trunk.awaits_pong() {
+                    break;
+                }
                 for (id, channel) in self.channels.iter().enumerate() {
                     let (syncs, behind) = channel.standing.close();
                     if syncs > hold.syncs {
@@ -339,9 +355,16 @@ impl Driver {
     /// where they differ. Gives the time at which to look again.
     fn check_barriers(&mut self) -> Result<Option<Instant>, Failure> {
         let Some(trunk) = &self.trunk else { return Ok(None) };
-        let bytes = self.relay.progress.channels().wire_bytes;
-        if bytes != self.moved.0 {
-            self.moved = (bytes, Instant::now());
+        let now = Instant::now();
+        let main = [trunk.received(), self.relay.progress.cells(MAIN).wire_bytes.load(Relaxed)];
+        let mut moved = main != self.moved.0;
+        for channel in &mut self.channels {
+            let look = channel.standing.look();
+            moved |= look != channel.last;
+            channel.last = look;
+        }
+        if moved {
+            self.moved = (main, now);
         }
         if self.closed {
             if trunk.awaits_answer() {
@@ -352,26 +375,42 @@ impl Driver {
             return Ok(None);
         }
         let barriers = trunk.barriers;
+        let stall = self.relay.settings.timeouts.stall;
+        let until = self.moved.1 + stall;
+        let mut again = None;
         // A destination that is slow holds up channels, and those hold up the source's main connection.
-        let held_up = |channel: &Channel| channel.standing.is_sending() && channel.standing.syncs() <= barriers;
+        let held_up = |channel: &Channel| channel.last.is_sending() && channel.last.syncs <= barriers;
         let nobody_held_up = trunk.is_idle() && !self.channels.iter().any(held_up);
-        let mut stall = None;
         for (id, channel) in self.channels.iter().enumerate() {
-            let syncs = channel.standing.syncs();
+            let Look { syncs, passed, .. } = channel.last;
             if channel.ended && syncs < barriers {
                 return Err(differ("the source has ended a channel too early", id, syncs, barriers));
             }
             // What the source says on its main connection comes behind what it has put into the channels.
-            let lacks_syncs = syncs < barriers && !channel.standing.is_sending();
-            if lacks_syncs || nobody_held_up && (syncs > barriers || channel.ended) {
-                let when = self.moved.1 + self.relay.settings.timeouts.stall;
-                if Instant::now() >= when {
-                    return Err(differ("nothing moves", id, syncs, barriers));
-                }
-                stall = Some(when);
+            let lacks_syncs = passed < barriers && !channel.last.is_sending();
+            if (lacks_syncs || nobody_held_up && (syncs > barriers || channel.ended)) && now >= until {
+                return Err(differ("nothing moves", id, if lacks_syncs { passed } else { syncs }, barriers));
+            }
+            // Nobody says when a channel is held up no longer.
+            if passed != barriers || channel.ended {
+                again = Some(if now < until { until } else { now + stall });
             }
         }
-        Ok(stall)
+        Ok(again)
+    }
+
+    /// A destination answers the source's ping as soon as it reads the main connection, which it does when all channels are
+    /// there that it wants.
+    fn check_pong(&mut self) -> Result<(), Failure> {
+        if !self.trunk.as_ref().is_some_and(Trunk::awaits_pong) {
+            self.pong_until = None;
+        }
+        if self.pong_until.is_none_or(|until| Instant::now() < until) {
+            return Ok(());
+        }
+        let ms = self.relay.settings.timeouts.hello.as_millis() as u64;
+        let waiting_for = "the destination to begin: are multifd and multifd-channels the same at both ends?";
+        Err(Failure::Silent { waiting_for, ms })
     }
 
     /// Whether nobody waits for the destination's answer any longer.
@@ -393,15 +432,21 @@ impl Driver {
             return None;
         }
         let patience = self.relay.settings.timeouts.silence;
-        let until = *self.answer_until.get_or_insert_with(|| Instant::now() + patience);
-        if Instant::now() < until {
+        let now = Instant::now();
+        let mut until = self.answer_until.unwrap_or(now + patience);
+        if asked == 0 {
+            // It is still being given what the source has said.
+            until = until.max(self.moved.1 + patience);
+        }
+        self.answer_until = Some(until);
+        if now < until {
             return None;
         }
         let (waiting_for, ms) = ("the destination's answer", patience.as_millis() as u64);
         Some(give_up(trunk.deaf().cloned().unwrap_or(Failure::Silent { waiting_for, ms })))
     }
 
-    fn finish(mut self, outcome: Outcome) -> RelayReport {
+    fn finish(mut self, mut outcome: Outcome) -> RelayReport {
         let patience = if outcome == Outcome::Cancelled { LAST_WORD_OF_CANCEL } else { LAST_WORD };
         if outcome != Outcome::Completed {
             // Whoever does not know says nothing: the source learns as much as if the destination had closed.
@@ -419,13 +464,20 @@ impl Driver {
             if let Some(crew) = &self.crew {
                 crew.close(Close::Abort);
             }
-            mains.iter().filter(|trunk| trunk.has_return_path()).for_each(|trunk| await_close(&trunk.source, patience));
+            for trunk in mains.iter().filter(|trunk| trunk.has_return_path()) {
+                await_close(&trunk.source, patience);
+            }
         }
         if let Some(trunk) = &self.trunk {
             // Where the destination may run the guest, the source must not take it back for want of a reader.
             let may_run = matches!(outcome, Outcome::Completed | Outcome::Uncertain(_));
             if may_run || trunk.has_return_path() {
-                await_close(&trunk.source, patience);
+                let in_order = await_close(&trunk.source, patience);
+                let set = self.relay.bell.sleeper().set();
+                let asks = outcome == Outcome::Completed && trunk.has_return_path();
+                if asks && !(in_order && is_taken_in(&trunk.source, set, ACKNOWLEDGED)) {
+                    outcome = untold("it left, or was cut off, before it took in the answer");
+                }
             } else {
                 // It takes what it has sent for received: whatever is still to come must not be taken from it.
                 trunk.source.shutdown();
@@ -473,13 +525,14 @@ fn differ(what: &str, channel: usize, syncs: u64, barriers: u64) -> Failure {
     Failure::Protocol(text)
 }
 
-/// Lets a source hear the last word: to close a socket with bytes in it that nobody has read would take the word back.
-fn await_close(source: &Socket, patience: Duration) {
-    let Ok(event) = EventFd::new() else { return };
+/// Lets a source hear the last word: to close a socket with bytes in it that nobody has read would take the word back. False
+/// where the connection broke instead of ending.
+fn await_close(source: &Socket, patience: Duration) -> bool {
+    let Ok(event) = EventFd::new() else { return true };
     let (mut set, until, mut bytes) = (PollSet::new(Arc::new(event)), Instant::now() + patience, [0; 4096]);
     loop {
         match source.recv(&mut bytes) {
-            Ok(0) => return,
+            Ok(0) => return true,
             Ok(_) => {}
             Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {
                 set.clear();
@@ -487,10 +540,10 @@ fn await_close(source: &Socket, patience: Duration) {
                 set.until(until);
                 set.wait();
             }
-            Err(_) => return,
+            Err(_) => return false,
         }
         if Instant::now() >= until {
-            return;
+            return true;
         }
     }
 }

@@ -1,5 +1,5 @@
 #![forbid(unsafe_code)]
-//! Bytes on their way from one socket to the other, in a buffer that does not grow.
+//! Bytes on their way from one socket to the other, in a buffer that does not grow while there is somebody to hold up.
 
 use std::io;
 
@@ -7,6 +7,9 @@ use crate::sys::socket::Socket;
 
 /// Less room than this is not worth a call.
 const ROOM_MIN: usize = 4096;
+
+/// Room that is added at once for what a sender has said who says nothing more.
+const REST_BYTES: usize = 64 << 10;
 
 /// Bytes that have come; none is sent before it was approved. What is not sent yet stays, so that whoever sends is held up
 /// once the buffer is full.
@@ -46,7 +49,11 @@ impl Passage {
     /// Receives what is there; how many bytes are new, none if none are.
     pub fn receive(&mut self, from: &Socket) -> io::Result<usize> {
         if !self.wants_more() {
-            return Ok(0);
+            if self.ended || !from.has_left() {
+                return Ok(0);
+            }
+            // It must be known how it ends, and what is left of it is no more than the system holds.
+            self.bytes.resize(self.bytes.len() + REST_BYTES, 0);
         }
         if self.sent == self.filled || self.bytes.len() - self.filled < ROOM_MIN {
             self.bytes.copy_within(self.sent..self.filled, 0);

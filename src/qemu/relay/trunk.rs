@@ -2,7 +2,7 @@
 //! The main connection, in both directions: what has come, what of it may be passed on, and what it said.
 
 use std::collections::VecDeque;
-use std::io;
+use std::{fmt, io};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
@@ -38,8 +38,8 @@ struct Tail {
     described: bool,
 }
 
-/// Pieces that are moved at once: somebody may want to end it meanwhile.
-const TURNS_MAX: usize = 64;
+/// Pieces that are moved at once, and sections: somebody may want to end it meanwhile.
+pub const TURNS_MAX: usize = 8;
 
 impl Tail {
     const fn new(from: u64) -> Tail {
@@ -71,6 +71,8 @@ pub struct Trunk {
     back: Passage,
     decoder: MainDecoder,
     answers: ReturnDecoder,
+    /// The source has asked for a sign of life.
+    pinged: bool,
     /// The machine has been named: it is more than four bytes that make a source.
     pub is_source: bool,
     /// The first barrier has come, in the section START, and where all of them are. What is behind it in START may come
@@ -112,6 +114,7 @@ impl Trunk {
             back: Passage::new(BACK_BYTES),
             decoder,
             answers: ReturnDecoder::new(),
+            pinged: false,
             is_source: false,
             barrier: None,
             barriers: 0,
@@ -133,15 +136,18 @@ impl Trunk {
 
     /// Adds both ends to a poll set.
     pub fn watch(&self, set: &mut PollSet) {
-        let mut watch = |socket: &Socket, read: bool, write: bool| {
-            if read || write {
-                set.watch(socket.as_fd(), read, write);
+        let mut watch = |socket: &Socket, from: &Passage, write: bool| {
+            if from.wants_more() || write {
+                set.watch(socket.as_fd(), from.wants_more(), write);
+            }
+            // Whoever gives up must not wait until there is room.
+            if !from.wants_more() && !from.ended {
+                set.watch_end(socket.as_fd());
             }
         };
-        let answers = self.back.has_pending() && self.deaf.is_none();
-        watch(&self.source, self.there.wants_more(), answers);
+        watch(&self.source, &self.there, self.back.has_pending() && self.deaf.is_none());
         if let Some(destination) = &self.destination {
-            watch(destination, self.back.wants_more(), self.there.has_pending());
+            watch(destination, &self.back, self.there.has_pending());
         }
     }
 
@@ -176,10 +182,7 @@ impl Trunk {
         match self.shut {
             Some(_) if self.deaf.is_none() && self.back.has_pending() => None,
             Some(0) => Some(match &self.deaf {
-                Some(why) => {
-                    let text = format!("the destination has taken the guest, and the source does not know: {why}");
-                    Outcome::Uncertain(Failure::Control { doing: "telling the source", reason: OsReason { errno: None, text } })
-                }
+                Some(why) => untold(why),
                 None => Outcome::Completed,
             }),
             // It may have run the guest, and have missed only what describes it.
@@ -190,6 +193,16 @@ impl Trunk {
             }
             None => None,
         }
+    }
+
+    /// Whether the source has asked for a sign of life, and the destination has given none.
+    pub fn awaits_pong(&self) -> bool {
+        self.pinged && self.answers.at() == 0
+    }
+
+    /// Bytes that the source has said.
+    pub fn received(&self) -> u64 {
+        self.decoder.at()
     }
 
     /// Whether the source wants to be told how it ended.
@@ -300,6 +313,7 @@ impl Trunk {
             let word = self.decoder.at().saturating_sub(WORD_BYTES);
             match record {
                 Record::Machine(_) => self.is_source = true,
+                Record::Command(Command::Ping { .. }) => self.pinged = true,
                 Record::Flush => {
                     self.barrier.get_or_insert(Barrier::PerRound);
                     self.barriers += 1;
@@ -391,6 +405,12 @@ impl Trunk {
         // A source that does not read does not learn it.
         self.back.end_with(&bytes, &self.source).is_ok()
     }
+}
+
+/// The destination has the guest, and the source may think that it has it, too.
+pub fn untold(why: impl fmt::Display) -> Outcome {
+    let text = format!("the destination has taken the guest, and the source does not know: {why}");
+    Outcome::Uncertain(Failure::Control { doing: "telling the source", reason: OsReason { errno: None, text } })
 }
 
 fn lost(doing: &'static str, e: io::Error) -> Failure {

@@ -259,3 +259,22 @@ fn a_source_runs_on_when_the_destination_behind_a_relay_dies() {
         Ok(())
     });
 }
+
+#[test]
+fn a_source_runs_on_when_the_destination_behind_a_relay_wants_one_channel_more() {
+    run("a_source_runs_on_when_the_destination_behind_a_relay_wants_one_channel_more", || {
+        let mut source = source(Q35_10, PLAIN)?;
+        let mut destination = Machine::start(Q35_10, true)?;
+        let more = Wire { channels: PLAIN.channels + 1, ..PLAIN };
+        let address = destination.listen(&more, "tcp:127.0.0.1:0")?;
+        let words = ["qemu", "relay", "--listen", "127.0.0.1:0", "--to", &address, "--json"];
+        let mut relay = program::start(&words);
+        source.migrate_to(&relay.address());
+        source.qmp.wait_for_migration(&["failed"]);
+        let ended = relay.end();
+        let report = ended.expect(1, "failed");
+        assert!(report["error"].as_str().unwrap().contains("are multifd and multifd-channels the same"), "{report}");
+        runs_on(source);
+        Ok(())
+    });
+}

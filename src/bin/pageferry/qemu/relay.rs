@@ -25,7 +25,8 @@ use crate::tls::warn_if_far;
 ///
 /// Ctrl-C cancels, and the source keeps its guest, until the state of the devices is on its way. From then on the
 /// destination may have the guest: Ctrl-C gives it 10 s more to say so, and a second one none. Without an answer the exit
-/// code is 3, for uncertain: the source takes its guest back, so make sure that the destination does not run it.
+/// code is 3, for uncertain: the source takes its guest back, so make sure that the destination does not run it. So it is
+/// where the source has left before it took the answer in.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:

@@ -253,18 +253,23 @@ impl Writer {
             return Ok(());
         };
         // It may not stay: the next power cut might take it.
+        Err(self.undo(old, error))
+    }
+
+    /// Gives up its name, for this reason, to the store that stood there; the reason, and what else went wrong.
+    fn undo(&mut self, old: Option<PathBuf>, error: String) -> String {
         let undone = match old {
             Some(old) if old == self.partial => exchange(&self.partial, &self.destination),
             Some(old) => fs::rename(&self.destination, &self.partial).and_then(|()| fs::rename(old, &self.destination)),
             None => fs::rename(&self.destination, &self.partial),
         };
         match undone {
-            Ok(()) => Err(error),
+            Ok(()) => error,
             Err(e) => {
                 // What stood there may lie under the other name now: nothing is removed.
                 self.landed = true;
                 let what = sentence("take it away again,", &self.destination, &e);
-                Err(format!("{error}; and {what}; what stood there may be {}", self.partial.display()))
+                format!("{error}; and {what}; what stood there may be {}", self.partial.display())
             }
         }
     }
@@ -371,4 +376,35 @@ fn sync(file: &File, path: &Path, total: &mut Duration) -> Result<(), String> {
     file.sync_all().map_err(|e| sentence("write", path, &e))?;
     *total += begin.elapsed();
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_store_that_cannot_be_put_back_is_not_removed_either() {
+        let random = u128::from_le_bytes(random_16().unwrap());
+        let folder = std::env::temp_dir().join(format!("pageferry-undo-{random:032x}"));
+        let store = folder.join("store");
+        for is_gone in [false, true] {
+            fs::create_dir(&folder).unwrap();
+            let mut writer = Writer::create(&store, false).unwrap();
+            let partial = writer.partial.clone();
+            fs::create_dir(&store).unwrap();
+            fs::write(store.join(MANIFEST), "of what stood there").unwrap();
+            let old = writer.take_place(Occupant::Store).unwrap();
+            if is_gone {
+                fs::remove_dir_all(&store).unwrap();
+            }
+            let why = writer.undo(old, "the disk is full".to_owned());
+            drop(writer);
+            let (left, gone) = if is_gone { (&partial, &store) } else { (&store, &partial) };
+            assert_eq!(fs::read_to_string(left.join(MANIFEST)).unwrap(), "of what stood there");
+            assert!(!gone.exists());
+            let says_where = why.ends_with(&format!("; what stood there may be {}", partial.display()));
+            assert!(why.starts_with("the disk is full") && says_where == is_gone, "{why}");
+            fs::remove_dir_all(&folder).unwrap();
+        }
+    }
 }
