@@ -263,6 +263,15 @@ impl Socket {
         got.map_or_else(|e| e.kind() != io::ErrorKind::WouldBlock, |n| n == 0)
     }
 
+    /// Whether the peer has ended the connection, or its direction of it, whatever it said before that can still be read.
+    /// Waits for nothing.
+    pub fn has_left(&self) -> bool {
+        let mut fd = libc::pollfd { fd: self.0.as_raw_fd(), events: libc::POLLRDHUP, revents: 0 };
+        // SAFETY: the pointer is to one local pollfd, and one is what the count says; the descriptor is open.
+        let got = cvt_retry(|| unsafe { libc::poll(&raw mut fd, 1, 0) }.into());
+        got.is_ok_and(|n| n > 0)
+    }
+
     /// Has the system ask after a TCP peer that says nothing for half a minute, six times, ten seconds apart: then a receive
     /// fails instead of waiting for a machine that is gone. On others this does nothing.
     pub fn set_keep_alive(&self) {
@@ -423,12 +432,14 @@ mod tests {
         let unix = (Socket::from_fd(unix.0.into()).unwrap(), Socket::from_fd(unix.1.into()).unwrap());
         for (from, to) in [unix, tcp_pair("127.0.0.1", "127.0.0.1").unwrap()] {
             assert!(!to.is_spent());
+            assert!(!to.has_left());
             from.send(b"x").unwrap();
+            assert!(!to.has_left());
             drop(from);
-            assert!(!to.is_spent());
+            assert!(!to.is_spent() && to.has_left());
             assert_eq!(to.recv(&mut [0; 2]).unwrap(), 1);
             assert_eq!(to.recv(&mut [0; 2]).unwrap(), 0);
-            assert!(to.is_spent());
+            assert!(to.is_spent() && to.has_left());
         }
     }
 
