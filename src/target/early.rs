@@ -353,12 +353,12 @@ mod tests {
 
     #[test]
     fn a_crowd_from_another_address_takes_no_seat_of_the_sources() {
-        for before in [0, 1, 1000] {
+        for (before, ids) in [(0, 128), (500, 128), (1000, 128), (0, 1), (500, 1), (1000, 1)] {
             let (mut early, mut peers) = (Early::default(), Vec::new());
-            (0..before).for_each(|n| claim(&mut early, 9, (n % 128) as u8, &mut peers));
+            (0..before).for_each(|n| claim(&mut early, 9, (n % ids) as u8, &mut peers));
             (0..CHANNELS).for_each(|channel| claim(&mut early, 1, channel, &mut peers));
-            (0..1000 - before).for_each(|n| claim(&mut early, 9, (n % 128) as u8, &mut peers));
-            assert_eq!(claims_of(&early, 1), usize::from(CHANNELS), "{before} before");
+            (before..1000).for_each(|n| claim(&mut early, 9, (n % ids) as u8, &mut peers));
+            assert_eq!(claims_of(&early, 1), usize::from(CHANNELS), "{before} before, to {ids} channels");
             assert_eq!(claims_of(&early, 9), usize::from(CHANNELS) + SPARE_CLAIMS);
         }
     }
