@@ -131,6 +131,39 @@ fn a_main_connection_that_left_before_its_block_list() {
 }
 
 #[test]
+fn a_source_that_has_begun_and_left_ends_it() {
+    let door = Door::open();
+    // What no stranger says: a whole configuration, and something behind it.
+    door.leaves(b"QEVM\0\0\0\x03\x07\0\0\0\x05other\x08\0\x01\0\0");
+    let report = door.ended.recv_timeout(HELLO).expect("its user is left without a word");
+    assert!(report.outcome.to_string().contains("the source gave up or died"), "{}", report.outcome);
+}
+
+/// What the kernel waits for on the target's end of a connection: its column `tr` of `/proc/net/tcp`.
+fn timer(door: &Door, far_end: &TcpStream) -> String {
+    let port = |at: std::net::SocketAddr| format!(":{:04X}", at.port());
+    let own = port(door.address.parse().unwrap());
+    let peer = port(far_end.local_addr().unwrap());
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    let rows = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let row = rows.into_iter().find(|row| row[1].ends_with(&own) && row[2].ends_with(&peer));
+    row.expect("it is connected")[5].split(':').next().unwrap().to_owned()
+}
+
+#[test]
+fn the_system_asks_after_those_who_say_no_more() {
+    let mut door = Door::open();
+    let silent = door.connect(b"");
+    (0..CHANNELS).for_each(|id| door.stays(&init(id, 0)));
+    door.stays(HALF_HEADER);
+    door.settle();
+    // 02 is a timer for keep-alive, and nothing else goes on.
+    assert_eq!(timer(&door, &silent), "00", "one that has said nothing has a limit of its own");
+    door.strangers.iter().for_each(|stranger| assert_eq!(timer(&door, stranger), "02"));
+    door.takes_the_source();
+}
+
+#[test]
 fn main_connections_that_stay_and_say_no_more() {
     let mut door = Door::open();
     (0..40).for_each(|_| door.stays(HALF_HEADER));

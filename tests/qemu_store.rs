@@ -250,6 +250,35 @@ fn without_channels_the_description_of_the_devices_tells_which_qemu_it_came_from
     }
 }
 
+#[test]
+fn a_store_that_cannot_be_put_back_is_not_removed() {
+    let folder = Folder::new();
+    let test = "a_store_that_cannot_be_put_back_is_not_removed";
+    if !Command::new("strace").arg("-V").output().is_ok_and(|output| output.status.success()) {
+        return support::skip(test, "no strace, which makes system calls fail");
+    }
+    let store = stored(&folder);
+    let parent = Path::new(&store).parent().unwrap().canonicalize().unwrap();
+    // It changes places with the new one; that does not get to the disk (what comes first does); and they do not change
+    // places again.
+    let mut command = Command::new("strace");
+    command.args(["-f", "-qq", "-o", "/dev/null", "-P"]).arg(&parent).arg("-P").arg(parent.join("store"));
+    command.args(["-e", "inject=fsync,fdatasync:error=EIO:when=2+", "-e", "inject=renameat2:error=EIO:when=2+"]);
+    command.args([program::PAGEFERRY, "qemu", "receive", "--listen", "127.0.0.1:0", "--channels", "0", "--force"]);
+    command.args(["--out", &store, "--json"]);
+    let mut receiver = launch(command);
+    let mut source = connect(&mut receiver);
+    source.migrate();
+    assert_eq!(source.answer(), Some(ReturnMessage::Shut { error: 1 }));
+    drop(source);
+    let ended = receiver.end();
+    let error = ended.expect(1, "failed")["error"].as_str().unwrap();
+    assert!(error.contains("take it away again") && error.contains("what stood there may be"), "{error}");
+    let names = folder.names();
+    assert_eq!(names.len(), 2, "{names:?}: {error}");
+    names.iter().for_each(|name| is_whole(&folder.file(name)));
+}
+
 /// The program in a mount namespace of its own, where one script has mounted something, and another looks afterwards;
 /// `None` where that is not allowed.
 fn among_mounts(test: &str, before: &str, after: &str, arguments: &[&str]) -> Option<Program> {
