@@ -145,6 +145,25 @@ fn a_source_that_is_cancelled_is_noticed_over_a_unix_socket_too() {
 }
 
 #[test]
+fn a_source_that_takes_a_while_to_hear_it_is_told() {
+    let folder = Folder::new();
+    let (store, socket) = (folder.file("store"), folder.file("socket"));
+    let at = format!("unix:{socket}");
+    let words = ["qemu", "receive", "--listen", &at, "--channels", "0", "--out", &store, "--json"];
+    let mut receiver = start(&words);
+    receiver.address();
+    let mut source = Source::new(std::os::unix::net::UnixStream::connect(&socket).unwrap());
+    source.migrate();
+    // As over a long link: what has not been read counts as not acknowledged here.
+    let (begun, far) = (Instant::now(), Duration::from_millis(500));
+    while begun.elapsed() < far {
+        thread::park_timeout(far);
+    }
+    assert_eq!(source.answer(), Some(ReturnMessage::Shut { error: 0 }));
+    assert_eq!(receiver.end().expect(0, "completed")["source_told"], true);
+}
+
+#[test]
 fn a_source_that_only_says_no_more_is_told() {
     let folder = Folder::new();
     let store = folder.file("store");
