@@ -117,8 +117,8 @@ pub enum Failure {
     },
     /// Data was outstanding and nothing moved for too long.
     Stalled {
-        /// The channel that others wait for.
-        channel: ChannelId,
+        /// The channel that others wait for; `None` where the control connection is what has no room.
+        channel: Option<ChannelId>,
         /// For how long nothing moved.
         ms: u64,
     },
@@ -199,7 +199,11 @@ impl fmt::Display for Failure {
                 write!(f, "the connection did not come back within the resume window of {ms} ms: {lost}")
             }
             Failure::Stalled { channel, ms } => {
-                write!(f, "nothing moved for {ms} ms although data was waiting; channel {channel} is the one that lags")
+                write!(f, "nothing moved for {ms} ms although data was waiting; ")?;
+                match channel {
+                    Some(channel) => write!(f, "channel {channel} is the one that lags"),
+                    None => f.write_str("the peer does not read the control connection"),
+                }
             }
             Failure::Refused(reason) => write!(f, "the target refused this machine: {reason}"),
             Failure::Peer(text) => write!(f, "the peer ended the migration: {text}"),

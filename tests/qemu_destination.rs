@@ -256,7 +256,7 @@ fn a_main_connection_that_takes_no_more_pages_does_not_hold_up_a_paused_guest_fo
         let (report, guest) = migrates(guest, &mut Still::new(), builder, &to);
         drop(over);
         stuck.join().unwrap();
-        let failed = matches!(report.outcome, Outcome::Failed(Failure::Stalled { .. }));
+        let failed = matches!(report.outcome, Outcome::Failed(Failure::Stalled { channel: None, .. }));
         let unsure = matches!(report.outcome, Outcome::Uncertain(Failure::Silent { .. }));
         assert!(failed || unsure, "{pages} pages: {}", report.outcome);
         assert_eq!(guest.resumed == guest.paused, failed, "{pages} pages: the guest stands still");
@@ -283,7 +283,8 @@ fn a_main_connection_that_nobody_reads_ends_it_before_the_guest_is_paused() {
     let qemu = Qemu::new(2).dialect(Dialect::V7_2, Barrier::PerSection);
     let builder = Source::builder(guest.ram.clone()).framing(qemu).timeouts(times);
     let (report, guest) = migrates(guest, &mut Still::new(), builder, &to);
-    assert!(matches!(report.outcome, Outcome::Failed(Failure::Stalled { .. })), "{}", report.outcome);
+    let blamed = matches!(report.outcome, Outcome::Failed(Failure::Stalled { channel: None, .. }));
+    assert!(blamed && report.outcome.to_string().contains("control connection"), "{}", report.outcome);
     assert_eq!(guest.paused, 0);
     drop(over);
     received.join().unwrap();

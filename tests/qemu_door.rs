@@ -65,16 +65,38 @@ impl Door {
         drop(self.connect(words));
     }
 
+    /// Waits until everybody who is here has been heard.
+    fn settle(&self) {
+        // It is heard behind them, and sent away at once: by a reset, as not all of it was read.
+        let _ = self.connect(b"GET / HTTP/1.1\r\n\r\n").read_to_end(&mut Vec::new());
+    }
+
     /// A source comes, in the order in which QEMU does all this.
     fn source_comes(&self, capture: &Capture) -> Vec<TcpStream> {
-        let mut main = self.connect(b"");
-        let mut wires: Vec<_> = capture.streams[1..].iter().map(|records| self.connect(&records[0])).collect();
-        main.write_all(&capture.streams[0].concat()).unwrap();
-        for (wire, records) in wires.iter_mut().zip(&capture.streams[1..]) {
+        let mut wires = self.channels_come(capture, b"");
+        self.source_goes_on(&mut wires, capture, 0);
+        wires
+    }
+
+    /// Its main connection, which says this much, and its channels, last.
+    fn channels_come(&self, capture: &Capture, main: &[u8]) -> Vec<TcpStream> {
+        let main = self.connect(main);
+        let channels = capture.streams[1..].iter().map(|records| self.connect(&records[0]));
+        [main].into_iter().chain(channels).collect()
+    }
+
+    /// All that there is to say, where main has said so much already.
+    fn source_goes_on(&self, wires: &mut [TcpStream], capture: &Capture, main_bytes: usize) {
+        wires[0].write_all(&capture.streams[0].concat()[main_bytes..]).unwrap();
+        for (wire, records) in wires.iter_mut().zip(&capture.streams).skip(1) {
             wire.write_all(&records[1..].concat()).unwrap();
         }
-        wires.push(main);
-        wires
+    }
+
+    fn completes(&self) -> TargetReport {
+        let report = self.ended.recv_timeout(PATIENCE).expect("it hangs");
+        assert_eq!(report.outcome, Outcome::Completed, "{report:#?}");
+        report
     }
 
     /// A source comes, and its guest is taken in without a wait.
@@ -82,9 +104,8 @@ impl Door {
     fn takes_the_source(self) -> (u64, Vec<String>) {
         let (capture, begun) = (capture(Dialect::V10_0, true), Instant::now());
         let wires = self.source_comes(&capture);
-        let report = self.ended.recv_timeout(PATIENCE).expect("it hangs");
+        let report = self.completes();
         drop((wires, self.strangers));
-        assert_eq!(report.outcome, Outcome::Completed, "{report:#?}");
         assert!(begun.elapsed() < HELLO, "it waited for strangers: {:?}", begun.elapsed());
         (report.turned_away, report.remarks)
     }
@@ -107,6 +128,39 @@ fn a_main_connection_that_left_before_its_block_list() {
         let told = remarks.iter().filter(|remark| remark.contains("before its list of RAM blocks")).count();
         assert!(turned_away >= 2 && told >= 2, "{turned_away}: {remarks:?}");
     }
+}
+
+#[test]
+fn a_source_that_has_begun_and_left_ends_it() {
+    let door = Door::open();
+    // What no stranger says: a whole configuration, and something behind it.
+    door.leaves(b"QEVM\0\0\0\x03\x07\0\0\0\x05other\x08\0\x01\0\0");
+    let report = door.ended.recv_timeout(HELLO).expect("its user is left without a word");
+    assert!(report.outcome.to_string().contains("the source gave up or died"), "{}", report.outcome);
+}
+
+/// What the kernel waits for on the target's end of a connection: its column `tr` of `/proc/net/tcp`.
+fn timer(door: &Door, far_end: &TcpStream) -> String {
+    let port = |at: std::net::SocketAddr| format!(":{:04X}", at.port());
+    let own = port(door.address.parse().unwrap());
+    let peer = port(far_end.local_addr().unwrap());
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    let rows = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let row = rows.into_iter().find(|row| row[1].ends_with(&own) && row[2].ends_with(&peer));
+    row.expect("it is connected")[5].split(':').next().unwrap().to_owned()
+}
+
+#[test]
+fn the_system_asks_after_those_who_say_no_more() {
+    let mut door = Door::open();
+    let silent = door.connect(b"");
+    (0..CHANNELS).for_each(|id| door.stays(&init(id, 0)));
+    door.stays(HALF_HEADER);
+    door.settle();
+    // 02 is a timer for keep-alive, and nothing else goes on.
+    assert_eq!(timer(&door, &silent), "00", "one that has said nothing has a limit of its own");
+    door.strangers.iter().for_each(|stranger| assert_eq!(timer(&door, stranger), "02"));
+    door.takes_the_source();
 }
 
 #[test]
@@ -185,17 +239,78 @@ fn more_channels_than_are_kept() {
 
 #[test]
 fn doubles_that_come_between_the_source_and_its_first_packet() {
+    let (mut door, capture) = (Door::open(), capture(Dialect::V10_0, true));
+    let mut wires = door.channels_come(&capture, b"");
+    (0..CHANNELS).for_each(|id| door.stays(&init(id, 0)));
+    door.settle();
+    door.source_goes_on(&mut wires, &capture, 0);
+    drop(door.completes());
+}
+
+#[test]
+fn a_crowd_that_comes_between_the_source_and_its_first_packet() {
+    vmm::allow_many_descriptors();
+    for words in [init(0, 0), HALF_HEADER.to_vec()] {
+        let (mut door, capture) = (Door::open(), capture(Dialect::V10_0, true));
+        let mut wires = door.channels_come(&capture, HALF_HEADER);
+        (0..300).for_each(|_| door.stays(&words));
+        door.settle();
+        door.source_goes_on(&mut wires, &capture, HALF_HEADER.len());
+        let report = door.completes();
+        assert!(report.turned_away >= 300, "{report:#?}");
+    }
+}
+
+#[test]
+fn a_source_that_has_just_given_up_and_comes_again() {
     let (door, capture) = (Door::open(), capture(Dialect::V10_0, true));
-    let mut main = door.connect(b"");
-    let mut wires: Vec<_> = capture.streams[1..].iter().map(|records| door.connect(&records[0])).collect();
-    let doubles: Vec<_> = (0..CHANNELS).map(|id| door.connect(&init(id, 0))).collect();
-    main.write_all(&capture.streams[0].concat()).unwrap();
+    let mut before = door.channels_come(&capture, HALF_HEADER);
+    for (wire, records) in before.iter_mut().zip(&capture.streams).skip(1) {
+        wire.write_all(&records[1]).unwrap();
+    }
+    drop(before);
+    door.settle();
+    let mut wires = door.channels_come(&capture, b"");
+    let mut late = wires.pop().unwrap();
+    let (last, first) = capture.streams.split_last().unwrap();
+    door.source_goes_on(&mut wires, &Capture { streams: first.to_vec(), ..capture.clone() }, 0);
+    // All but one of its channels have spoken, and all of the attempt before.
+    let early = door.ended.recv_timeout(HELLO / 8);
+    assert!(early.is_err(), "{:#?}", early.unwrap());
+    late.write_all(&last[1..].concat()).unwrap();
+    drop(door.completes());
+}
+
+#[test]
+fn a_source_that_has_said_all_and_left_is_heard_all_the_same() {
+    let (mut door, capture) = (Door::open(), capture(Dialect::V10_0, false));
+    (0..CHANNELS).for_each(|id| door.stays(&init(id, 0)));
+    let (mut wires, begun) = (door.channels_come(&capture, b""), Instant::now());
+    let mut main = wires.remove(0);
     for (wire, records) in wires.iter_mut().zip(&capture.streams[1..]) {
         wire.write_all(&records[1..].concat()).unwrap();
     }
-    let report = door.ended.recv_timeout(PATIENCE).expect("it hangs");
-    assert_eq!(report.outcome, Outcome::Completed, "{report:#?}");
-    drop((doubles, main));
+    drop(wires);
+    // Others are at the door of its channels; and it leaves the main connection later.
+    main.write_all(&capture.streams[0].concat()).unwrap();
+    let early = door.ended.recv_timeout(HELLO / 8);
+    assert!(early.is_err(), "{:#?}", early.unwrap());
+    drop(main);
+    drop(door.completes());
+    assert!(begun.elapsed() < HELLO, "it waited for strangers: {:?}", begun.elapsed());
+}
+
+#[test]
+fn the_uuid_is_the_sources_whatever_others_have_said() {
+    let (mut door, mut capture) = (Door::open(), capture(Dialect::V10_0, true));
+    (0..CHANNELS).for_each(|id| door.stays(&init(id, b'u')));
+    for (id, records) in capture.streams[1..].iter_mut().enumerate() {
+        records[0] = init(id as u8, b's');
+    }
+    let _wires = door.source_comes(&capture);
+    drop(door.completes());
+    assert_eq!(door.seen.facts().uuid, Some([b's'; 16]));
+    assert!(door.seen.facts().callers.len() >= 2 * usize::from(CHANNELS));
 }
 
 #[test]

@@ -123,6 +123,25 @@ fn a_source_that_is_cancelled_is_noticed_over_a_unix_socket_too() {
 }
 
 #[test]
+fn a_source_that_takes_a_while_to_hear_it_is_told() {
+    let folder = Folder::new();
+    let (store, socket) = (folder.file("store"), folder.file("socket"));
+    let at = format!("unix:{socket}");
+    let words = ["qemu", "receive", "--listen", &at, "--channels", "0", "--out", &store, "--json"];
+    let mut receiver = start(&words);
+    receiver.address();
+    let mut source = Source::new(std::os::unix::net::UnixStream::connect(&socket).unwrap());
+    source.migrate();
+    // As over a long link: what has not been read counts as not acknowledged here.
+    let (begun, far) = (Instant::now(), Duration::from_millis(500));
+    while begun.elapsed() < far {
+        thread::park_timeout(far);
+    }
+    assert_eq!(source.answer(), Some(ReturnMessage::Shut { error: 0 }));
+    assert_eq!(receiver.end().expect(0, "completed")["source_told"], true);
+}
+
+#[test]
 fn a_source_that_only_says_no_more_is_told() {
     let folder = Folder::new();
     let store = folder.file("store");
@@ -216,6 +235,35 @@ fn without_channels_the_description_of_the_devices_tells_which_qemu_it_came_from
         receiver.end().expect(0, "completed");
         assert_eq!(manifest(&store)["dialect"], dialect);
     }
+}
+
+#[test]
+fn a_store_that_cannot_be_put_back_is_not_removed() {
+    let folder = Folder::new();
+    let test = "a_store_that_cannot_be_put_back_is_not_removed";
+    if !Command::new("strace").arg("-V").output().is_ok_and(|output| output.status.success()) {
+        return support::skip(test, "no strace, which makes system calls fail");
+    }
+    let store = stored(&folder);
+    let parent = Path::new(&store).parent().unwrap().canonicalize().unwrap();
+    // It changes places with the new one; that does not get to the disk (what comes first does); and they do not change
+    // places again.
+    let mut command = Command::new("strace");
+    command.args(["-f", "-qq", "-o", "/dev/null", "-P"]).arg(&parent).arg("-P").arg(parent.join("store"));
+    command.args(["-e", "inject=fsync,fdatasync:error=EIO:when=2+", "-e", "inject=renameat2:error=EIO:when=2+"]);
+    command.args([program::PAGEFERRY, "qemu", "receive", "--listen", "127.0.0.1:0", "--channels", "0", "--force"]);
+    command.args(["--out", &store, "--json"]);
+    let mut receiver = launch(command);
+    let mut source = connect(&mut receiver);
+    source.migrate();
+    assert_eq!(source.answer(), Some(ReturnMessage::Shut { error: 1 }));
+    drop(source);
+    let ended = receiver.end();
+    let error = ended.expect(1, "failed")["error"].as_str().unwrap();
+    assert!(error.contains("take it away again") && error.contains("what stood there may be"), "{error}");
+    let names = folder.names();
+    assert_eq!(names.len(), 2, "{names:?}: {error}");
+    names.iter().for_each(|name| is_whole(&folder.file(name)));
 }
 
 /// The program in a mount namespace of its own, where one script has mounted something, and another looks afterwards;

@@ -15,7 +15,7 @@ mod write;
 use std::fmt;
 
 use crate::memory::{Ram, RamBlock};
-use crate::units::{BlockId, ChannelId, Round};
+use crate::units::{BlockId, ChannelId, Round, SessionId};
 use crate::wire::WireError;
 use crate::wire::control::{BlockInfo, SourceFrame, TargetFrame};
 use crate::wire::hello::Hello;
@@ -61,6 +61,12 @@ pub trait Framing: fmt::Debug + Send + Sync {
     /// of this migration: the source goes on behind the hello of every channel as soon as it has said Setup, without an
     /// answer, and is known by that.
     fn channels(&self) -> Option<u8>;
+
+    /// Where it is agreed on: the channels of this session have been chosen. Others that claimed to be channels were
+    /// strangers, and what they said of themselves counts for nothing.
+    fn chosen(&self, session: SessionId) {
+        let _ = session;
+    }
 
     /// Whether the target says what has landed, and answers Pings: then digests can be compared, and a channel may be
     /// lost, and a session resumed.

@@ -87,6 +87,11 @@ impl<Out: Frame, In: Frame> Control<Out, In> {
         self.heard = Instant::now();
     }
 
+    /// Whether the peer has ended the connection, whatever of it has not been heard yet.
+    pub fn has_left(&self) -> bool {
+        self.stream.socket().has_left()
+    }
+
     /// Bytes sent and received.
     pub fn wire_bytes(&self) -> u64 {
         self.wire_bytes

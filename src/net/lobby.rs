@@ -33,10 +33,11 @@ pub struct Lobby {
 /// Whence somebody came: an address, or the network of one household (64 bits of IPv6), any of whose addresses one
 /// stranger can have. Unix sockets have none.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-struct Origin(Option<IpAddr>);
+pub struct Origin(Option<IpAddr>);
 
 impl Origin {
-    fn of(ip: Option<IpAddr>) -> Origin {
+    /// Of a peer with this address.
+    pub fn of(ip: Option<IpAddr>) -> Origin {
         Origin(ip.map(|ip| match ip.to_canonical() {
             IpAddr::V4(v4) => IpAddr::V4(v4),
             IpAddr::V6(v6) => IpAddr::V6(Ipv6Addr::from_bits(v6.to_bits() >> 64 << 64)),

@@ -18,6 +18,7 @@ pub(crate) use connect::open;
 pub use connect::{Connector, Endpoint, Fds, Opening, one_of};
 pub use control::{Control, is_taken_in};
 pub use listen::{Listener, passes};
+pub(crate) use lobby::Origin;
 pub use lobby::{CROWD_PAUSE, ENTRANTS_MAX, Greeting, Lobby};
 pub use stream::{Encryption, Stream};
 #[cfg(feature = "tls")]

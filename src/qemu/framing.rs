@@ -108,6 +108,10 @@ impl Framing for Qemu {
         Some(self.channels)
     }
 
+    fn chosen(&self, session: SessionId) {
+        self.seen.learn(|facts| facts.uuid = Some(session.0).filter(|uuid| *uuid != [0; 16]));
+    }
+
     fn mends(&self) -> bool {
         false
     }

@@ -56,6 +56,9 @@ pub struct Facts {
     pub compression: Option<Compression>,
     /// Whether the source waits for an answer at the end.
     pub return_path: bool,
+    /// The uuid of the machine, as its channels have said it; `None` before they have begun, without channels, and where
+    /// there is none (zeros).
+    pub uuid: Option<[u8; 16]>,
     /// What connections that came as channels have said of themselves, each different word once: among them may be some
     /// that were turned away, as they belong to nobody, or as no such channel was expected.
     pub callers: Vec<InitPacket>,
@@ -63,18 +66,6 @@ pub struct Facts {
 
 /// Different words of channels that are kept: those of all channels, and of a good many strangers.
 const CALLERS_MAX: usize = 1024;
-
-impl Facts {
-    /// The uuid of the machine as the channels, so many of them, have said it: all of them the same. `None` without
-    /// channels, where there is none (zeros), and where strangers came with another one on as many channels.
-    pub fn uuid(&self, channels: u8) -> Option<[u8; 16]> {
-        let said = |init: &InitPacket| self.callers.contains(init);
-        let whole = |uuid: [u8; 16]| (0..channels).all(|channel| said(&InitPacket { uuid, channel }));
-        let mut uuids = self.callers.iter().filter(|init| init.channel == 0 && whole(init.uuid)).map(|init| init.uuid);
-        let uuid = uuids.next().filter(|uuid| *uuid != [0; 16])?;
-        uuids.next().is_none().then_some(uuid)
-    }
-}
 
 /// What was counted.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
@@ -158,22 +149,6 @@ impl Seen {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn facts(callers: &[(u8, u8)]) -> Facts {
-        let seen = Seen::default();
-        callers.iter().for_each(|(channel, byte)| seen.called(InitPacket { uuid: [*byte; 16], channel: *channel }));
-        seen.facts()
-    }
-
-    #[test]
-    fn a_uuid_is_one_that_all_channels_have_said() {
-        assert_eq!(facts(&[(1, 7), (0, 7), (0, 7)]).uuid(2), Some([7; 16]));
-        assert_eq!(facts(&[(1, 7), (0, 7), (0, 8)]).uuid(2), Some([7; 16]), "a stranger");
-        assert_eq!(facts(&[(1, 7), (0, 8)]).uuid(2), None);
-        assert_eq!(facts(&[(1, 7), (0, 7), (0, 8), (1, 8)]).uuid(2), None, "as many strangers");
-        assert_eq!(facts(&[(0, 0), (1, 0)]).uuid(2), None, "no uuid");
-        assert_eq!(facts(&[]).uuid(0), None);
-    }
 
     #[test]
     fn strangers_cost_little_memory() {

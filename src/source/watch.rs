@@ -133,7 +133,9 @@ impl Driver<'_> {
             return Ok(());
         }
         let behind = self.pongs.iter().filter(|p| !p.at_barrier).min_by_key(|p| (p.rounds_passed, p.bytes));
-        let channel = behind.map_or(ChannelId(0), |p| p.channel);
+        // Pages may travel on the control connection alone; else it is to blame where no channel is.
+        let by_control = self.pipe.is_some() || (owed_on_control > 0 && stalled.is_empty());
+        let channel = (!by_control).then(|| behind.map_or(ChannelId(0), |p| p.channel));
         let why = Failure::Stalled { channel, ms: still.as_millis() as u64 };
         // A network that takes everything and gives nothing back stalls data and control alike.
         if self.session.resumes() { self.control_lost(why) } else { self.fail(why) }

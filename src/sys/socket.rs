@@ -266,7 +266,16 @@ impl Socket {
     /// Whether the peer has ended the connection, or its direction of it, whatever it said before that can still be read.
     /// Waits for nothing.
     pub fn has_left(&self) -> bool {
-        let mut fd = libc::pollfd { fd: self.0.as_raw_fd(), events: libc::POLLRDHUP, revents: 0 };
+        self.polls(libc::POLLRDHUP)
+    }
+
+    /// Whether there is something to be read, if only the end. Waits for nothing, not even for a thread that reads.
+    pub fn has_unread(&self) -> bool {
+        self.polls(libc::POLLIN)
+    }
+
+    fn polls(&self, events: libc::c_short) -> bool {
+        let mut fd = libc::pollfd { fd: self.0.as_raw_fd(), events, revents: 0 };
         // SAFETY: the pointer is to one local pollfd, and one is what the count says; the descriptor is open.
         let got = cvt_retry(|| unsafe { libc::poll(&raw mut fd, 1, 0) }.into());
         got.is_ok_and(|n| n > 0)
@@ -432,12 +441,14 @@ mod tests {
         let unix = (Socket::from_fd(unix.0.into()).unwrap(), Socket::from_fd(unix.1.into()).unwrap());
         for (from, to) in [unix, tcp_pair("127.0.0.1", "127.0.0.1").unwrap()] {
             assert!(!to.is_spent());
+            assert!(!to.has_left() && !to.has_unread());
             from.send(b"x").unwrap();
+            assert!(!to.has_left() && to.has_unread());
             drop(from);
-            assert!(!to.is_spent());
+            assert!(!to.is_spent() && to.has_left());
             assert_eq!(to.recv(&mut [0; 2]).unwrap(), 1);
             assert_eq!(to.recv(&mut [0; 2]).unwrap(), 0);
-            assert!(to.is_spent());
+            assert!(to.is_spent() && to.has_left());
         }
     }
 

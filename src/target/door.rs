@@ -59,7 +59,7 @@ impl Driver<'_> {
                 // stays ready, is left alone for a while.
                 Err(e) if self.control.is_some() || passes(&e) => {
                     self.lobby.make_room();
-                    self.turned_away += u64::from(self.early.make_room());
+                    self.turned_away += self.early.make_room();
                     self.accept_again = Some(Instant::now() + ACCEPT_PAUSE);
                     self.remark(format!("a connection could not be accepted: {e}"));
                     return Ok(());

@@ -6,6 +6,10 @@
 //! every channel. So each control connection is heard until one of them has said Setup, and each claim to be a channel is
 //! kept until claims of one session to all the channels have gone on behind their Hellos. Nothing is read from a claim
 //! before that, and whoever has left, or says no more, is in nobody's way.
+//!
+//! There are seats for some strangers, too. Where they are too few, somebody of the largest crowd from one address leaves,
+//! and that is who came in its middle: a source that was here before a crowd of its own host stays, and so does one that
+//! comes behind it, such as one that tries again and has left connections behind that nobody has told us are dead.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
@@ -14,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Failure, OsReason};
 use crate::framing::Heard;
-use crate::net::{Control, Stream};
+use crate::net::{Control, Origin, Stream};
 use crate::session::target::TargetEvent;
 use crate::sys::event::PollSet;
 use crate::target::driver::{Driver, Over};
@@ -26,8 +30,11 @@ use crate::wire::hello::{Hello, HelloRole};
 const APPLICANTS_MAX: usize = 16;
 /// Answers that one of them may leave unread: a source's are a few bytes.
 const UNREAD_BYTES_MAX: usize = 4096;
-/// Claims that are kept beyond one to each channel.
+/// Claims that are kept beyond two to each channel: those of a source, those of somebody else's attempt, and some strangers'.
 const SPARE_CLAIMS: usize = 64;
+
+/// How soon those who have left are looked at again: no event says that the source has left, too.
+const ELECT_AGAIN: Duration = Duration::from_millis(10);
 
 /// Those who have come early.
 #[derive(Debug, Default)]
@@ -36,7 +43,7 @@ pub(super) struct Early {
     applicants: Vec<Applicant>,
     /// From the oldest to the newest.
     claims: Vec<Claim>,
-    /// Claims have spoken since the last election.
+    /// Claims have spoken since the last election, or those that did not count may do so when the source leaves, too.
     is_due: bool,
     /// Why the last applicant was turned away.
     refusal: Option<Failure>,
@@ -46,6 +53,7 @@ pub(super) struct Early {
 #[derive(Debug)]
 struct Applicant {
     control: Control<TargetFrame, SourceFrame>,
+    origin: Origin,
     session: SessionId,
     since: Instant,
 }
@@ -54,10 +62,13 @@ struct Applicant {
 #[derive(Debug)]
 struct Claim {
     stream: Stream,
+    origin: Origin,
     channel: ChannelId,
     session: SessionId,
     /// Something has come behind its Hello.
     has_spoken: bool,
+    /// Its peer had ended it at the last election.
+    has_left: bool,
     /// Its place in the poll set of the last wait.
     place: Option<usize>,
 }
@@ -73,30 +84,41 @@ impl Early {
         self.refusal.take()
     }
 
-    /// Keeps a claim. How many were given up for it: the oldest to the channel that has the most, where there are too many.
-    fn claim(&mut self, stream: Stream, channel: ChannelId, session: SessionId, channels: u8) -> u64 {
-        let has_spoken = stream.has_received();
-        self.is_due |= has_spoken;
-        self.claims.push(Claim { stream, channel, session, has_spoken, place: None });
-        if self.claims.len() <= usize::from(channels) + SPARE_CLAIMS {
-            return 0;
-        }
+    /// Keeps a claim. How many were given up for it.
+    fn claim(&mut self, claim: Claim, channels: u8) -> u64 {
+        self.is_due |= claim.has_spoken;
+        self.claims.push(claim);
+        let is_full = self.claims.len() > 2 * usize::from(channels) + SPARE_CLAIMS;
+        if is_full { self.make_room() } else { 0 }
+    }
+
+    /// Gives claims up: of those who have left, or else one to a channel that has several. How many there were.
+    pub fn make_room(&mut self) -> u64 {
         let before = self.claims.len();
         self.claims.retain(|claim| !claim.stream.socket().is_spent());
         if self.claims.len() == before {
-            self.make_room();
+            let (mut all, mut of_one) = (BTreeMap::<_, usize>::new(), BTreeMap::<_, usize>::new());
+            for Claim { channel, origin, .. } in &self.claims {
+                *all.entry(*channel).or_default() += 1;
+                *of_one.entry((*channel, *origin)).or_default() += 1;
+            }
+            let weight = |claim: &Claim| (of_one[&(claim.channel, claim.origin)], all[&claim.channel]);
+            if let Some(index) = one_too_many(&self.claims, weight).filter(|i| all[&self.claims[*i].channel] > 1) {
+                self.claims.remove(index);
+            }
         }
         (before - self.claims.len()) as u64
     }
 
-    /// Gives a claim up, the oldest to the channel that has the most of them, if that is not the only one. True if there
-    /// was one.
-    pub fn make_room(&mut self) -> bool {
-        let mut counts = BTreeMap::<ChannelId, usize>::new();
-        self.claims.iter().for_each(|claim| *counts.entry(claim.channel).or_default() += 1);
-        let Some(most) = counts.values().copied().max().filter(|most| *most > 1) else { return false };
-        let oldest = self.claims.iter().position(|claim| counts[&claim.channel] == most);
-        oldest.map(|index| self.claims.remove(index)).is_some()
+    /// Keeps one that may be the source. True if another one was given up for it.
+    fn apply(&mut self, applicant: Applicant) -> bool {
+        self.applicants.push(applicant);
+        if self.applicants.len() <= APPLICANTS_MAX {
+            return false;
+        }
+        let of_one = |origin| self.applicants.iter().filter(|other| other.origin == origin).count();
+        let index = one_too_many(&self.applicants, |applicant| of_one(applicant.origin));
+        index.map(|index| self.applicants.remove(index)).is_some()
     }
 
     /// Adds to a poll set whoever is waited for: applicants always, claims once it is time for them to speak.
@@ -109,6 +131,9 @@ impl Early {
             }
         }
         if channels_are_due {
+            if self.is_due {
+                set.until(Instant::now() + ELECT_AGAIN);
+            }
             for claim in self.claims.iter_mut().filter(|claim| !claim.has_spoken) {
                 claim.place = Some(set.watch(claim.stream.as_fd(), true, false));
             }
@@ -131,20 +156,35 @@ impl Early {
         (before - self.claims.len()) as u64
     }
 
-    /// The first session of which every channel has spoken: its channels in order, of several claims to one the newest.
-    fn elect(&mut self, channels: u8) -> Option<Vec<Stream>> {
+    /// The first session of which every channel has spoken, and its channels in order: of several claims to one the newest.
+    /// As long as the source stays, a claim whose peer has left does not count beside one to the same channel that stays:
+    /// it is of an attempt that was given up, and the session may well be the same.
+    fn elect(&mut self, channels: u8, source_stays: bool) -> Option<(SessionId, Vec<Stream>)> {
         if !std::mem::take(&mut self.is_due) {
             return None;
         }
+        let whose = |claim: &Claim| (claim.session.0, claim.channel);
+        let mut staying = BTreeSet::new();
+        for claim in &mut self.claims {
+            claim.has_left = claim.stream.socket().has_left();
+            if !claim.has_left {
+                staying.insert(whose(claim));
+            }
+        }
+        let is_old = |claim: &Claim| source_stays && claim.has_left && staying.contains(&whose(claim));
+        let speaks = |claim: &Claim| claim.has_spoken && !is_old(claim);
         let mut speakers = BTreeMap::<_, BTreeSet<_>>::new();
-        for claim in self.claims.iter().filter(|claim| claim.has_spoken) {
+        for claim in self.claims.iter().filter(|claim| speaks(claim)) {
             speakers.entry(claim.session.0).or_default().insert(claim.channel);
         }
-        let (elected, _) = speakers.into_iter().find(|(_, ids)| ids.len() == usize::from(channels))?;
-        let speaks_for_it = |claim: &Claim| claim.has_spoken && claim.session.0 == elected;
-        let own = std::mem::take(&mut self.claims).into_iter().filter(speaks_for_it);
+        let Some((elected, _)) = speakers.into_iter().find(|(_, ids)| ids.len() == usize::from(channels)) else {
+            self.is_due = self.claims.iter().any(is_old);
+            return None;
+        };
+        let own = std::mem::take(&mut self.claims).into_iter();
+        let own = own.filter(|claim| speaks(claim) && claim.session.0 == elected);
         let newest: BTreeMap<_, _> = own.map(|claim| (claim.channel, claim.stream)).collect();
-        Some(newest.into_values().collect())
+        Some((SessionId(elected), newest.into_values().collect()))
     }
 
     /// A channel that nobody claims to be.
@@ -159,20 +199,20 @@ impl Driver<'_> {
     pub fn greet_early(&mut self, stream: Stream, hello: &Hello, channels: u8) {
         // On this wire nobody is heard of who has nothing to say.
         stream.socket().set_keep_alive();
+        let (origin, session) = (Origin::of(stream.socket().peer_ip()), hello.session);
         match hello.role {
-            HelloRole::Control if self.begun.is_none() => {
-                let since = Instant::now();
-                match self.welcome(stream, hello) {
-                    Ok(control) => self.early.applicants.push(Applicant { control, session: hello.session, since }),
-                    Err(e) => self.turn_away(Failure::Control { doing: "setting it up", reason: e.into() }),
+            HelloRole::Control if self.begun.is_none() => match self.welcome(stream, hello) {
+                Ok(control) => {
+                    if self.early.apply(Applicant { control, origin, session, since: Instant::now() }) {
+                        self.turn_away(unfit("too many others came before it had said Setup"));
+                    }
                 }
-                if self.early.applicants.len() > APPLICANTS_MAX {
-                    drop(self.early.applicants.remove(0));
-                    self.turn_away(unfit("too many others came before it had said Setup"));
-                }
-            }
+                Err(e) => self.turn_away(Failure::Control { doing: "setting it up", reason: e.into() }),
+            },
             HelloRole::Data(channel) if channel.0 < channels && self.lanes.is_none() => {
-                self.turned_away += self.early.claim(stream, channel, hello.session, channels);
+                let has_spoken = stream.has_received();
+                let claim = Claim { stream, origin, channel, session, has_spoken, has_left: false, place: None };
+                self.turned_away += self.early.claim(claim, channels);
             }
             HelloRole::Control | HelloRole::Data(_) => self.turned_away += 1,
         }
@@ -226,7 +266,7 @@ impl Driver<'_> {
     }
 
     fn choose(&mut self, index: usize) {
-        let Applicant { control, session, since } = self.early.applicants.remove(index);
+        let Applicant { control, session, since, .. } = self.early.applicants.remove(index);
         (self.begun, self.id, self.control) = (Some(since), session, Some(control));
         self.turned_away += std::mem::take(&mut self.early.applicants).len() as u64;
     }
@@ -245,8 +285,11 @@ impl Driver<'_> {
         }
         self.turned_away += self.early.look(self.bell.sleeper().set());
         let here = self.early.claims.len();
-        let Some(streams) = self.early.elect(self.channels) else { return self.miss_channels() };
+        let source_stays = self.control.as_ref().is_some_and(|control| !control.has_left());
+        let elected = self.early.elect(self.channels, source_stays);
+        let Some((session, streams)) = elected else { return self.miss_channels() };
         self.turned_away += (here - streams.len()) as u64;
+        self.settings.framing.chosen(session);
         let seat = |stream| Some((stream, FIRST_GENERATION));
         self.streams = streams.into_iter().map(seat).collect();
         (0..self.channels).map(ChannelId).try_for_each(|channel| {
@@ -265,7 +308,87 @@ impl Driver<'_> {
     }
 }
 
+/// Who has to leave where there are too many: of those that weigh most, the one in the middle.
+fn one_too_many<T, W: Ord + Copy>(all: &[T], weight: impl Fn(&T) -> W) -> Option<usize> {
+    let most = all.iter().map(&weight).max()?;
+    let heaviest: Vec<_> = (0..all.len()).filter(|index| weight(&all[*index]) == most).collect();
+    heaviest.get(heaviest.len() / 2).copied()
+}
+
 fn unfit(text: &str) -> Failure {
     let reason = OsReason { errno: None, text: text.to_owned() };
     Failure::Control { doing: "waiting for the list of RAM blocks", reason }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::socket::Socket;
+    use std::net::IpAddr;
+    use std::os::unix::net::UnixStream;
+
+    const CHANNELS: u8 = 128;
+
+    fn origin(host: u8) -> Origin {
+        Origin::of(Some(IpAddr::from([10, 0, 0, host])))
+    }
+
+    fn stream() -> Stream {
+        Socket::from_fd(UnixStream::pair().unwrap().0.into()).unwrap().into()
+    }
+
+    /// Somebody claims to be this channel, and stays.
+    fn claim(early: &mut Early, host: u8, channel: u8, peers: &mut Vec<UnixStream>) {
+        let (here, there) = UnixStream::pair().unwrap();
+        peers.push(there);
+        let (stream, channel) = (Socket::from_fd(here.into()).unwrap().into(), ChannelId(channel));
+        let (origin, session) = (origin(host), SessionId([0; 16]));
+        let claim = Claim { stream, origin, channel, session, has_spoken: false, has_left: false, place: None };
+        early.claim(claim, CHANNELS);
+    }
+
+    fn claims_of(early: &Early, host: u8) -> usize {
+        early.claims.iter().filter(|claim| claim.origin == origin(host)).count()
+    }
+
+    #[test]
+    fn a_crowd_from_another_address_takes_no_seat_of_the_sources() {
+        for (before, ids) in [(0, 128), (500, 128), (1000, 128), (0, 1), (500, 1), (1000, 1)] {
+            let (mut early, mut peers) = (Early::default(), Vec::new());
+            (0..before).for_each(|n| claim(&mut early, 9, (n % ids) as u8, &mut peers));
+            (0..CHANNELS).for_each(|channel| claim(&mut early, 1, channel, &mut peers));
+            (before..1000).for_each(|n| claim(&mut early, 9, (n % ids) as u8, &mut peers));
+            assert_eq!(claims_of(&early, 1), usize::from(CHANNELS), "{before} before, to {ids} channels");
+            assert_eq!(claims_of(&early, 9), usize::from(CHANNELS) + SPARE_CLAIMS);
+        }
+    }
+
+    #[test]
+    fn a_crowd_of_main_connections_from_another_address_does_not_push_the_source_out() {
+        for before in [0, 20, 40] {
+            let mut early = Early::default();
+            let mut apply = |host| {
+                let control = Control::new(stream()).unwrap();
+                let (session, since) = (SessionId([0; 16]), Instant::now());
+                early.apply(Applicant { control, origin: origin(host), session, since });
+            };
+            (0..before).for_each(|_| apply(9));
+            apply(1);
+            (before..40).for_each(|_| apply(9));
+            let of = |host| early.applicants.iter().filter(|applicant| applicant.origin == origin(host)).count();
+            assert_eq!((of(1), of(9)), (1, APPLICANTS_MAX - 1), "{before} before");
+        }
+    }
+
+    #[test]
+    fn who_has_left_is_given_up_first() {
+        let (mut early, mut peers) = (Early::default(), Vec::new());
+        (0..CHANNELS).for_each(|channel| claim(&mut early, 1, channel, &mut peers));
+        let mut left = Vec::new();
+        (0..CHANNELS).for_each(|channel| claim(&mut early, 1, channel, &mut left));
+        drop(left);
+        assert_eq!(early.make_room(), u64::from(CHANNELS));
+        assert_eq!(claims_of(&early, 1), peers.len());
+        assert_eq!(early.make_room(), 0, "there is one to each channel");
+    }
 }

@@ -25,7 +25,7 @@ pub(super) struct Meeting {
     round: Round,
     pub data_bytes: u64,
     pub zero_bytes: u64,
-    /// Bytes of all connections, and when they last became more.
+    /// Bytes that came on all connections or landed from this one, and when they last became more.
     moved: (u64, Instant),
     parting: Option<Parting>,
 }
@@ -179,7 +179,7 @@ impl Driver<'_> {
     /// Looks whether any connection has brought anything.
     fn note_movement(&mut self) {
         let control = self.control.as_ref().map_or(0, |control| control.wire_bytes());
-        let bytes = self.progress.channels().wire_bytes + control;
+        let bytes = self.progress.channels().wire_bytes + control + self.meeting.data_bytes + self.meeting.zero_bytes;
         if bytes != self.meeting.moved.0 {
             self.meeting.moved = (bytes, Instant::now());
         }
@@ -243,6 +243,12 @@ impl Driver<'_> {
                 if self.session.is_dormant() {
                     let lost = self.lost.clone();
                     return self.event(TargetEvent::Failed(Failure::NotResumed { ms, lost }));
+                }
+                // What has come and is not read is no silence of the source's.
+                let is_slow = self.lanes.as_ref().is_some_and(Lanes::leaves_unread);
+                if is_slow && self.settings.framing.control_meets() && self.meeting.parting.is_none() {
+                    self.meeting.moved.1 = Instant::now();
+                    return Ok(());
                 }
                 if let Some(parting @ Parting { drained: false, .. }) = &mut self.meeting.parting {
                     (parting.drained, parting.since) = (true, Instant::now());

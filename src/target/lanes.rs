@@ -3,7 +3,7 @@
 
 use std::convert::Infallible;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use crate::barrier::{Barrier, LaneWord};
 use crate::bell::{Close, Park, Ringer};
@@ -24,6 +24,7 @@ use crate::progress::Progress;
 use crate::session::source::FIRST_GENERATION;
 use crate::session::target::TargetEvent;
 use crate::sys::event::EventFd;
+use crate::sys::socket::Socket;
 use crate::units::{BlockId, ChannelId, Generation, Round};
 use crate::wire::control::{BlockInfo, LanePong};
 
@@ -58,6 +59,8 @@ struct Lane {
     /// What the counters stood at when it began.
     wire_bytes_before: u64,
     cpu: Option<usize>,
+    /// Its connection, if it was there from the start.
+    socket: Weak<Socket>,
     /// Tells it that the source has said all elsewhere: see [`Lanes::drain`].
     last_call: Option<Arc<EventFd>>,
     /// Its connection has ended where the wire lets it.
@@ -91,6 +94,8 @@ impl Lanes {
         let last_call = |_: &usize| gear.framing.control_meets().then(|| EventFd::new().map(Arc::new)).transpose();
         let calls = ids.iter().map(last_call).collect::<io::Result<Vec<_>>>();
         let calls = calls.map_err(|e| Failure::Worker(format!("no eventfd for a lane: {e}")))?;
+        let socket = |stream: &Option<Stream>| stream.as_ref().map_or_else(Weak::new, |s| Arc::downgrade(s.socket()));
+        let sockets: Vec<_> = streams.iter().map(socket).collect();
         let first = launch(&place, options, &gear, ids, |bells| {
             let connected = streams.into_iter().enumerate().filter_map(|(id, stream)| stream.map(|stream| (id, stream)));
             let role = |(own, (id, stream)): (usize, (usize, Stream))| {
@@ -99,16 +104,17 @@ impl Lanes {
             };
             connected.enumerate().map(role).collect()
         })?;
-        let lane = |_| Lane {
+        let lane = |socket| Lane {
             at: Place::Nowhere,
             seen: Default::default(),
             generation: FIRST_GENERATION,
             wire_bytes_before: 0,
             cpu: None,
+            socket,
             last_call: None,
             ended: false,
         };
-        let mut lanes: Vec<_> = (0..count).map(lane).collect();
+        let mut lanes: Vec<_> = sockets.into_iter().map(lane).collect();
         for (worker, last_call) in first.workers().iter().zip(calls) {
             let lane = &mut lanes[worker.id];
             (lane.at, lane.cpu, lane.last_call) = (Place::First, worker.cpu, last_call);
@@ -281,6 +287,17 @@ impl Lanes {
     pub fn someone_waits(&self) -> bool {
         let all = self.barrier.all_passed();
         (0..self.barrier.lanes()).any(|lane| self.barrier.passed(lane).count() > all)
+    }
+
+    /// Whether there are bytes to be read that a lane does not read, although it is not at the end of its round: it waits
+    /// for our own memory, which a disk that stands still may be behind, and not for the source.
+    pub fn leaves_unread(&self) -> bool {
+        let all = self.barrier.all_passed();
+        let leaves_unread = |(index, lane): (usize, &Lane)| {
+            let is_at_work = !lane.ended && self.barrier.passed(index).count() <= all;
+            is_at_work && lane.socket.upgrade().is_some_and(|socket| socket.has_unread())
+        };
+        self.lanes.iter().enumerate().any(leaves_unread)
     }
 
     /// A lane whose connection has ended where it may, before it came to the end of this round.

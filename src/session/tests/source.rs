@@ -307,7 +307,7 @@ fn before_commit_a_failure_of_ours_is_told_with_its_kind() {
         }
     }
     let kinds = [
-        (Failure::Stalled { channel: ChannelId(0), ms: 1 }, ErrorCode::Timeout),
+        (Failure::Stalled { channel: Some(ChannelId(0)), ms: 1 }, ErrorCode::Timeout),
         (Failure::Hook { hook: "pause", reason: String::new() }, ErrorCode::Guest),
         (Failure::Worker(String::new()), ErrorCode::Resources),
         (Failure::Dirty(String::new()), ErrorCode::Other(0)),

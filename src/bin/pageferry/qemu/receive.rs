@@ -208,7 +208,7 @@ impl Incoming for Machine {
 
 fn facts(seen: &Seen, channels: u8) -> Facts {
     let facts = seen.facts();
-    let uuid = facts.uuid(channels).and_then(Uuid::new);
+    let uuid = facts.uuid.and_then(Uuid::new);
     Facts {
         machine: facts.machine.map_or_else(String::new, |name| name.as_str().to_owned()),
         configuration: facts.configuration,

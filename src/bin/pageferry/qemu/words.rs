@@ -45,6 +45,11 @@ pub fn of_destination(why: &Failure) -> String {
         Failure::Control { reason, .. } if reason.text.contains("speaks TLS") => {
             "the destination speaks TLS, and this side does not; turn its parameter tls-creds off".to_owned()
         }
+        Failure::Stalled { channel: None, ms } => {
+            format!(
+                "nothing moved for {ms} ms although data was waiting; the destination does not read the main connection"
+            )
+        }
         why => why.to_string(),
     }
 }
