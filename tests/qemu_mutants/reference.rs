@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use pageferry::qemu::compress::Inflate;
 use pageferry::qemu::wire::{ChannelDecoder, ChannelEvent, Command, Compression, Dialect, MainDecoder, Record};
 
 use crate::capture::{CHANNELS, PAGE};
@@ -24,6 +25,8 @@ pub struct Meaning {
 fn channel(stream: &[u8], dialect: Dialect, numbers: &mut Vec<u64>) -> Result<(u8, Vec<Vec<Written>>), String> {
     let (mut decoder, mut input) = (ChannelDecoder::new(dialect), stream);
     let (mut id, mut rounds, mut round) = (None, Vec::new(), Vec::new());
+    // How its pages are compressed, from the first of them on.
+    let mut method: Option<(Compression, Option<Inflate>)> = None;
     loop {
         let (sync, pages, bytes) = match decoder.pull(&mut input).map_err(|error| error.to_string())? {
             None => break,
@@ -32,8 +35,12 @@ fn channel(stream: &[u8], dialect: Dialect, numbers: &mut Vec<u64>) -> Result<(u
                 continue;
             }
             Some(ChannelEvent::Ram(packet)) => {
-                if packet.compression != Compression::None && packet.data_bytes > 0 {
-                    return Err("compressed".to_owned());
+                if !packet.normal.is_empty() {
+                    let way = packet.compression;
+                    let begun = method.get_or_insert_with(|| (way, Inflate::new(way).ok()));
+                    if begun.0 != way {
+                        return Err("another way of compression".to_owned());
+                    }
                 }
                 numbers.push(packet.number);
                 let block = packet.block.unwrap_or_default().to_owned();
@@ -48,7 +55,14 @@ fn channel(stream: &[u8], dialect: Dialect, numbers: &mut Vec<u64>) -> Result<(u
             Some(_) => return Err("device state".to_owned()),
         };
         let data = input.get(..bytes as usize).ok_or("a packet is cut short")?;
-        round.extend(pages.into_iter().zip(data.chunks(PAGE)).map(|((b, o), data)| Written(b, o, Some(data.to_vec()))));
+        let mut pages_data = data.to_vec();
+        if let Some((_, Some(inflate))) = method.as_mut().filter(|_| !pages.is_empty()) {
+            pages_data = vec![0; pages.len() * PAGE];
+            inflate.packet(data, &mut pages_data).map_err(|error| error.to_string())?;
+        }
+        round.extend(
+            pages.into_iter().zip(pages_data.chunks(PAGE)).map(|((b, o), data)| Written(b, o, Some(data.to_vec()))),
+        );
         decoder.data_taken(bytes.into());
         input = &input[bytes as usize..];
         if sync {
