@@ -18,7 +18,8 @@ pub struct Meaning {
     pub blocks: BTreeMap<String, Vec<u8>>,
     /// Pages that one round writes twice, and not the same: their order is nobody's to know.
     pub torn: BTreeSet<(String, u64)>,
-    pub tail: Vec<u8>,
+    /// The state of the devices, as long as it may be: a stream that stays open behind it may end at any description.
+    pub tails: Vec<Vec<u8>>,
 }
 
 /// A channel's rounds; each ends with a SYNC. The numbers of its packets are appended to `numbers`.
@@ -107,7 +108,7 @@ pub fn meaning(streams: &[Vec<u8>], dialect: Dialect) -> Result<Meaning, String>
     let mut rounds: Vec<Vec<Written>> = vec![Vec::new()];
     let mut names: Vec<(String, usize)> = Vec::new();
     let (mut started, mut flushes, mut open, mut tail) = (false, false, false, Vec::new());
-    let (mut page, mut whole) = (None::<(usize, u64, Vec<u8>)>, None);
+    let (mut page, mut tails) = (None::<(usize, u64, Vec<u8>)>, Vec::new());
     while let Some(record) = decoder.pull(&mut input).map_err(|error| error.to_string())? {
         match record {
             Record::Blocks(list) => {
@@ -139,11 +140,11 @@ pub fn meaning(streams: &[Vec<u8>], dialect: Dialect) -> Result<Meaning, String>
             }
             Record::Tail(bytes) => tail.extend(bytes),
             Record::TailWhole => {
-                whole = Some(tail.len());
-                // With a return path the end is where the description ends: a receiver says so, and is gone.
-                if open {
-                    break;
+                // A receiver may know better than the first of them, or have said so and be gone.
+                if !open {
+                    tails.clear();
                 }
+                tails.push(tail.clone());
             }
             _ => {}
         }
@@ -151,7 +152,9 @@ pub fn meaning(streams: &[Vec<u8>], dialect: Dialect) -> Result<Meaning, String>
     if !open {
         decoder.finish().map_err(|error| error.to_string())?;
     }
-    tail.truncate(whole.ok_or("the main stream is cut short")?);
+    if tails.is_empty() {
+        return Err("the main stream is cut short".to_owned());
+    }
     if rounds.pop().is_some_and(|round| !round.is_empty()) {
         return Err("pages of the main stream behind the last barrier".to_owned());
     }
@@ -186,5 +189,5 @@ pub fn meaning(streams: &[Vec<u8>], dialect: Dialect) -> Result<Meaning, String>
             }
         }
     }
-    Ok(Meaning { blocks, torn, tail })
+    Ok(Meaning { blocks, torn, tails })
 }
