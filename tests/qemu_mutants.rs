@@ -219,7 +219,7 @@ fn damaged_migrations_are_refused_or_stored_as_what_they_mean() {
     let got = |end: &str| u64::from(ends.get(end).copied().unwrap_or(0));
     // Not even one in four leaves a meaning; a receiver that refuses or stores everything is not one.
     assert!(many < 100 || (got("refused") > many / 4 && got("stored") > many / 50), "{ends:?}");
-    assert!(got("refused, though it has a meaning") <= many / 10, "{ends:?}");
+    assert!(many < 100 || got("refused, though it has a meaning") <= many / 10, "{ends:?}");
 }
 
 #[test]
