@@ -10,7 +10,7 @@ const AHEAD: Duration = Duration::from_millis(10);
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Pace {
     bytes_per_second: u64,
-    /// When all that was pushed is paid for. Never far in the past: an idle time buys no burst.
+    /// When all that was pushed is paid for. Once that is past it no longer matters when: an idle time buys no burst.
     paid_at: Instant,
     /// Bytes found to be zeros so far, which cost the link nothing and are paid back.
     zero_bytes: u64,
