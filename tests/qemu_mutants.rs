@@ -162,7 +162,8 @@ fn judge(capture: &Capture) -> &'static str {
         return "stored";
     }
     assert_eq!(folder.names(), [""; 0], "what is left of a store that failed: {ended:#?}");
-    if waited {
+    // On a machine with much other work it may have failed by itself just before it was told.
+    if waited && ended.code != Some(1) {
         ended.expect(130, "cancelled");
         return "waited for its source";
     }
