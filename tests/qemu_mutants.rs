@@ -24,10 +24,10 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use pageferry::qemu::wire::Dialect;
+use pageferry::qemu::wire::{Compression, Dialect};
 use serde_json::Value;
 
-use capture::{CHANNELS, Capture, PAGE, capture};
+use capture::{CHANNELS, Capture, PAGE, capture, compressed};
 use mutate::{Draw, mutate};
 use program::{Ended, Folder};
 use reference::{Meaning, meaning};
@@ -145,7 +145,7 @@ fn compare(store: &Path, meaning: &Meaning) {
             assert!(torn || found == expected, "block {name}: page {page} is not what was sent");
         }
     }
-    assert!(std::fs::read(store.join("device.state")).unwrap() == meaning.tail, "the state of the devices");
+    assert!(meaning.tails.contains(&std::fs::read(store.join("device.state")).unwrap()), "the state of the devices");
 }
 
 /// Feeds it and judges what comes; how it ended.
@@ -162,7 +162,8 @@ fn judge(capture: &Capture) -> &'static str {
         return "stored";
     }
     assert_eq!(folder.names(), [""; 0], "what is left of a store that failed: {ended:#?}");
-    if waited {
+    // On a machine with much other work it may have failed by itself just before it was told.
+    if waited && ended.code != Some(1) {
         ended.expect(130, "cancelled");
         return "waited for its source";
     }
@@ -176,11 +177,15 @@ fn judge(capture: &Capture) -> &'static str {
     "refused, though it has a meaning"
 }
 
+const COMPRESSIONS: [Compression; 3] = [Compression::None, Compression::Zlib, Compression::Zstd];
+
 #[test]
 fn migrations_without_damage_are_stored() {
     for dialect in [Dialect::V10_0, Dialect::V7_2] {
-        for return_path in [true, false] {
-            assert_eq!(judge(&capture(dialect, return_path)), "stored", "{dialect:?}, return path: {return_path}");
+        for (return_path, compression) in [true, false].into_iter().flat_map(|path| COMPRESSIONS.map(|how| (path, how)))
+        {
+            let end = judge(&compressed(dialect, return_path, compression));
+            assert_eq!(end, "stored", "{dialect:?}, {compression:?}, return path: {return_path}");
         }
     }
 }
@@ -189,7 +194,8 @@ fn migrations_without_damage_are_stored() {
 fn mutant(seed: u64) -> (Capture, Vec<String>) {
     let mut draw = Draw(seed);
     let dialect = if seed % 3 == 0 { Dialect::V7_2 } else { Dialect::V10_0 };
-    let mut mutant = capture(dialect, seed % 2 == 0);
+    let compression = COMPRESSIONS[seed as usize / 6 % 3];
+    let mut mutant = compressed(dialect, seed % 2 == 0, compression);
     let changes = (0..=draw.below(3)).map(|_| mutate(&mut mutant, &mut draw)).collect();
     (mutant, changes)
 }
@@ -214,21 +220,27 @@ fn damaged_migrations_are_refused_or_stored_as_what_they_mean() {
     let got = |end: &str| u64::from(ends.get(end).copied().unwrap_or(0));
     // Not even one in four leaves a meaning; a receiver that refuses or stores everything is not one.
     assert!(many < 100 || (got("refused") > many / 4 && got("stored") > many / 50), "{ends:?}");
-    assert!(got("refused, though it has a meaning") <= many / 10, "{ends:?}");
+    assert!(many < 100 || got("refused, though it has a meaning") <= many / 10, "{ends:?}");
 }
 
 #[test]
 fn the_plainest_receiver_finds_the_meaning_of_a_migration_and_none_in_a_cut_one() {
     for dialect in [Dialect::V10_0, Dialect::V7_2] {
-        let capture = capture(dialect, true);
-        let mut streams: Vec<Vec<u8>> = capture.streams.iter().map(|records| records.concat()).collect();
-        let meant = meaning(&streams, dialect).unwrap_or_else(|error| panic!("{dialect:?}: {error}"));
-        assert!(
-            meant.torn.is_empty() && meant.blocks["ram0"].chunks(PAGE).filter(|page| page != &[0; PAGE]).count() > 30
-        );
-        let last = streams.last_mut().unwrap();
-        last.truncate(last.len() - 1344);
-        assert!(meaning(&streams, dialect).is_err());
+        let plain: Vec<Vec<u8>> = capture(dialect, true).streams.iter().map(|records| records.concat()).collect();
+        let plain = meaning(&plain, dialect).unwrap().blocks;
+        for compression in COMPRESSIONS {
+            let capture = compressed(dialect, true, compression);
+            let mut streams: Vec<Vec<u8>> = capture.streams.iter().map(|records| records.concat()).collect();
+            let meant =
+                meaning(&streams, dialect).unwrap_or_else(|error| panic!("{dialect:?}, {compression:?}: {error}"));
+            let full = meant.blocks["ram0"].chunks(PAGE).filter(|page| page != &[0; PAGE]).count();
+            assert!(meant.torn.is_empty() && full > 30);
+            // However it is compressed, it means the same.
+            assert!(plain == meant.blocks, "{compression:?}");
+            let last = streams.last_mut().unwrap();
+            last.truncate(last.len() - 1344);
+            assert!(meaning(&streams, dialect).is_err());
+        }
     }
 }
 

@@ -254,7 +254,7 @@ fn a_store_that_cannot_be_put_back_is_not_removed() {
     command.args([program::PAGEFERRY, "qemu", "receive", "--listen", "127.0.0.1:0", "--channels", "0", "--force"]);
     command.args(["--out", &store, "--json"]);
     let mut receiver = launch(command);
-    let mut source = connect(&mut receiver);
+    let mut source = Source::new(TcpStream::connect(receiver.address()).unwrap());
     source.migrate();
     assert_eq!(source.answer(), Some(ReturnMessage::Shut { error: 1 }));
     drop(source);

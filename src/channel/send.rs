@@ -172,11 +172,14 @@ impl SendRole {
             if self.batch.pages > 0 {
                 // Only the time with something to send: what the link carries shows in nothing else. Pages of zeros take
                 // time to look at and none of the link: counted, they would make it seem slow.
-                let filled = begun.elapsed();
-                let zeros = filled.mul_f64(self.batch.zero_part());
+                let zero_part = self.batch.zero_part();
+                let zeros = begun.elapsed().mul_f64(zero_part);
                 self.ship_batch()?;
-                let cells = self.progress.cells(self.channel.0.into());
-                add(&cells.busy_ns, (begun.elapsed() - zeros).as_nanos() as u64);
+                // Nor do the few bytes that tell of nothing but zeros show more than how soon this thread got on.
+                if zero_part < 1.0 {
+                    let cells = self.progress.cells(self.channel.0.into());
+                    add(&cells.busy_ns, (begun.elapsed() - zeros).as_nanos() as u64);
+                }
             }
             match end {
                 Filled::UpTo(mark) => self.ship_mark(mark)?,

@@ -9,8 +9,7 @@ use crate::wire::control::LanePong;
 impl Driver<'_> {
     /// Takes note of what was sent since the last look, and how long that took.
     pub fn sample_rate(&mut self) {
-        let counts = self.progress.channels();
-        self.gauge.sample(counts.wire_bytes, counts.busy_ns);
+        self.gauge.sample(&self.progress.channels());
     }
 
     /// What is known now, with so much dirty that has not been harvested.

@@ -5,6 +5,7 @@
 use std::time::{Duration, Instant};
 
 use crate::precopy::Rate;
+use crate::progress::ChannelCounts;
 
 /// What the VMM's hooks are taken to cost until an attempt to hand over has shown it: pause, save_state, load_state, run.
 /// Not more than a part of a small limit, which a guess alone must not keep anybody from.
@@ -23,6 +24,8 @@ pub(super) struct Gauge {
     rate: Rate,
     /// Bytes on the wire, nanoseconds that its channels were busy, one by one added up, and when that was.
     sampled: (u64, u64, Instant),
+    /// Something was sent, and no page but zeros.
+    only_zeros: bool,
     /// The Ping that was sent last, while no answer has come.
     pinged: Option<(u64, Instant)>,
     /// One way and back on the control connection: a mean that forgets, and believes a shorter time at once.
@@ -41,6 +44,7 @@ impl Gauge {
         Gauge {
             rate: Rate::default(),
             sampled: (0, 0, Instant::now()),
+            only_zeros: false,
             pinged: None,
             round_trip: None,
             count: Duration::ZERO,
@@ -107,7 +111,9 @@ impl Gauge {
     /// idle says nothing of its rate. At least one channel was busy for no longer than all of them were together, and no
     /// longer than since the last look; where only some of them had something to send now and then, that makes the link
     /// slower than it is, never faster.
-    pub fn sample(&mut self, wire_bytes: u64, busy_ns: u64) {
+    pub fn sample(&mut self, counts: &ChannelCounts) {
+        let &ChannelCounts { wire_bytes, payload_bytes, zero_bytes, busy_ns, .. } = counts;
+        self.only_zeros = zero_bytes > 0 && payload_bytes == 0;
         let (bytes, busy_before, at) = self.sampled;
         let (now, together) = (Instant::now(), Duration::from_nanos(busy_ns.saturating_sub(busy_before)));
         self.rate.add(wire_bytes.saturating_sub(bytes), together.min(now - at));
@@ -118,6 +124,8 @@ impl Gauge {
     pub fn rate(&self) -> u64 {
         match (self.rate.bytes_per_second(), self.harvest.bytes_per_second()) {
             (link, 0) => link,
+            // Zeros take next to nothing of the link, and show as little of it.
+            (0, harvest) if self.only_zeros => harvest,
             (link, harvest) => link.min(harvest),
         }
     }

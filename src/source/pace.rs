@@ -10,7 +10,7 @@ const AHEAD: Duration = Duration::from_millis(10);
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Pace {
     bytes_per_second: u64,
-    /// When all that was pushed is paid for. Never far in the past: an idle time buys no burst.
+    /// When all that was pushed is paid for. Once that is past it no longer matters when: an idle time buys no burst.
     paid_at: Instant,
     /// Bytes found to be zeros so far, which cost the link nothing and are paid back.
     zero_bytes: u64,
@@ -21,18 +21,19 @@ impl Pace {
         Pace { bytes_per_second: bytes_per_second.max(1), paid_at: now, zero_bytes: 0 }
     }
 
-    /// Until when the next push has to wait; `None` if it need not.
-    pub fn waits_until(&self, now: Instant) -> Option<Instant> {
-        let earliest = self.paid_at.checked_sub(AHEAD).unwrap_or(self.paid_at);
-        (earliest > now).then_some(earliest)
-    }
-
-    /// So much was pushed, and so many bytes have turned out to be zeros since the beginning.
-    pub fn pushed(&mut self, bytes: u64, zero_bytes: u64, now: Instant) {
+    /// When to ask again whether the next push may go, with so many bytes found to be zeros since the beginning; `None`
+    /// if it may. Not long after `now`: what was pushed last may turn out to be zeros meanwhile.
+    pub fn waits_until(&mut self, zero_bytes: u64, now: Instant) -> Option<Instant> {
         let back = self.cost(zero_bytes.saturating_sub(self.zero_bytes));
         self.zero_bytes = zero_bytes;
-        let paid_at = self.paid_at.checked_sub(back).unwrap_or(now).max(now);
-        self.paid_at = paid_at + self.cost(bytes);
+        self.paid_at = self.paid_at.checked_sub(back).unwrap_or(now);
+        let earliest = self.paid_at.checked_sub(AHEAD).unwrap_or(self.paid_at);
+        (earliest > now).then(|| earliest.min(now + AHEAD))
+    }
+
+    /// So much was pushed.
+    pub fn pushed(&mut self, bytes: u64, now: Instant) {
+        self.paid_at = self.paid_at.max(now) + self.cost(bytes);
     }
 
     fn cost(&self, bytes: u64) -> Duration {
@@ -52,8 +53,10 @@ mod tests {
     fn takes(pace: &mut Pace, start: Instant, pushes: u64, zero_bytes: impl Fn(u64) -> u64) -> Duration {
         let mut now = start;
         for push in 0..pushes {
-            now = pace.waits_until(now).unwrap_or(now);
-            pace.pushed(MIB, zero_bytes(push), now);
+            while let Some(until) = pace.waits_until(zero_bytes(push), now) {
+                now = until;
+            }
+            pace.pushed(MIB, now);
         }
         now - start
     }
@@ -68,8 +71,10 @@ mod tests {
     #[test]
     fn zeros_cost_nothing() {
         let start = Instant::now();
-        let time = takes(&mut Pace::new(100 * MIB, start), start, 200, |push| push * MIB);
-        assert!(time < Duration::from_millis(50), "{time:?}");
+        for cap in [100 * MIB, MIB / 4] {
+            let time = takes(&mut Pace::new(cap, start), start, 200, |push| push * MIB);
+            assert!(time < Duration::from_millis(50), "{time:?} at {cap} bytes a second");
+        }
     }
 
     #[test]

@@ -308,7 +308,8 @@ impl Driver<'_> {
         if full && self.epoch_items > 0 && self.settings.framing.mends() {
             self.close_epoch()?;
         }
-        while let Some(until) = self.pace.and_then(|pace| pace.waits_until(Instant::now())) {
+        while let Some(pace) = &mut self.pace {
+            let Some(until) = pace.waits_until(self.progress.channels().zero_bytes, Instant::now()) else { break };
             self.wake_at = Some(until);
             self.service(true)?;
         }
@@ -320,7 +321,7 @@ impl Driver<'_> {
             self.service(true)?;
         }
         if let Some(pace) = &mut self.pace {
-            pace.pushed(*bytes, self.progress.channels().zero_bytes, Instant::now());
+            pace.pushed(*bytes, Instant::now());
         }
         self.epoch_bytes += *bytes;
         self.epoch_items += items;

@@ -116,7 +116,13 @@ fn a_main_stream_with_anything_wrong_is_refused_where_it_is() {
         (9, &[255], "byte 9: the length of the machine's name is 4278190091, expected at most 255"),
         (13, &[0], "byte 13: the machine's name is not 1 to 255 bytes of UTF-8 without control characters"),
         (201, &[9], "byte 201: the number of a section is 150994945, expected 1"),
-        (200, &[4], "byte 200: the type of a record is 4 (0x4), expected a command or the next section of RAM"),
+        (200, &[7], "byte 200: the type of a record is 7 (0x7), expected a command or the next section of RAM"),
+        (
+            200,
+            &[4],
+            "byte 200: the state of a device before the end of RAM, as virtio-mem and background-snapshot send it, cannot \
+             be followed, expected a command or the next section of RAM",
+        ),
         (195, &[8], "byte 195: the type of a record is 8 (0x8), expected 0x7e, a footer"),
         (1771, &[1], "byte 1771: the type of a record is 1 (0x1), expected a command or the sections of the devices"),
         (

@@ -1,7 +1,9 @@
 //! A small migration as its source would send it: the main stream and the channels, record by record.
 
+use pageferry::qemu::compress::Deflate;
 use pageferry::qemu::wire::{
-    Barrier, Block, Command, Dialect, INIT_BYTES, InitPacket, MainEncoder, Name, NewRamPacket, Record,
+    Barrier, Block, Command, Compression, Dialect, INIT_BYTES, InitPacket, MainEncoder, Name, NewRamPacket,
+    RAM_PACKET_BYTES, Record,
 };
 
 pub const CHANNELS: u8 = 3;
@@ -32,6 +34,8 @@ struct Maker {
     dialect: Dialect,
     main: MainEncoder,
     streams: Vec<Vec<Vec<u8>>>,
+    /// Of each channel, unless nothing is compressed.
+    deflate: Vec<Deflate>,
     number: u64,
 }
 
@@ -43,15 +47,31 @@ impl Maker {
     }
 
     fn packet(&mut self, channel: u64, packet: NewRamPacket<'_>, data: &[u8]) {
-        let numbered = NewRamPacket { number: self.number, ..packet };
+        let mut numbered = NewRamPacket { number: self.number, ..packet };
+        let mut data = data;
         self.number += 1;
+        if let Some(deflate) = self.deflate.get_mut(channel as usize).filter(|_| !packet.sync) {
+            numbered.compression = deflate.method();
+            if !data.is_empty() {
+                data = deflate.packet(data).expect("a compressor");
+                numbered.compressed_bytes = data.len() as u32;
+            }
+        }
         let mut bytes = numbered.encode(self.dialect).expect("a sound packet").to_vec();
         bytes.extend(data);
         self.streams[1 + channel as usize].push(bytes);
     }
 
+    /// In QEMU 7.2 a SYNC may be the last packet with pages: so it is here on the first channel.
     fn sync(&mut self) {
-        (0..u64::from(CHANNELS)).for_each(|channel| self.packet(channel, NewRamPacket::sync(0), &[]));
+        for channel in 0..u64::from(CHANNELS) {
+            match self.streams[1 + channel as usize].last_mut() {
+                Some(pages) if channel == 0 && self.dialect == Dialect::V7_2 && pages.len() > RAM_PACKET_BYTES => {
+                    pages[11] |= 1;
+                }
+                _ => self.packet(channel, NewRamPacket::sync(0), &[]),
+            }
+        }
     }
 
     /// Every `step`-th page once: a third of them zeros.
@@ -77,11 +97,18 @@ impl Maker {
     }
 }
 
-/// Three rounds of two blocks.
+/// Three rounds of two blocks, nothing of which is compressed.
 pub fn capture(dialect: Dialect, return_path: bool) -> Capture {
+    compressed(dialect, return_path, Compression::None)
+}
+
+/// The same, compressed.
+pub fn compressed(dialect: Dialect, return_path: bool, compression: Compression) -> Capture {
     let barrier = if dialect == Dialect::V7_2 { Barrier::PerSection } else { Barrier::PerRound };
     let streams = vec![Vec::new(); 1 + usize::from(CHANNELS)];
-    let mut maker = Maker { dialect, main: MainEncoder::new(dialect), streams, number: 0 };
+    let compressed = (0..CHANNELS).filter(|_| compression != Compression::None);
+    let deflate = compressed.map(|_| Deflate::new(compression).expect("a compressor")).collect();
+    let mut maker = Maker { dialect, main: MainEncoder::new(dialect), streams, deflate, number: 0 };
     for channel in 0..CHANNELS {
         let init: [u8; INIT_BYTES] = InitPacket { uuid: [0; 16], channel }.encode();
         maker.streams[1 + usize::from(channel)].push(init.to_vec());

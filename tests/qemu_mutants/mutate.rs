@@ -1,5 +1,7 @@
 //! Damage, drawn from a seed.
 
+use pageferry::qemu::wire::RAM_PACKET_BYTES;
+
 use crate::capture::Capture;
 
 /// A generator of numbers, the same for the same seed.
@@ -19,6 +21,9 @@ impl Draw {
 /// Numbers that somebody may have forgotten to check.
 const EXTREME: [u32; 8] = [0, 1, 0x7f, 0x81, 0xff, 0x8000_0000, 0xffff_f000, u32::MAX];
 
+/// The flags of a packet that say how it is compressed.
+const COMPRESSION: u8 = 0x06;
+
 /// Changes one thing; what, in words.
 pub fn mutate(capture: &mut Capture, draw: &mut Draw) -> String {
     let stream = draw.below(capture.streams.len());
@@ -26,9 +31,13 @@ pub fn mutate(capture: &mut Capture, draw: &mut Draw) -> String {
     let index = draw.below(count);
     let records = &mut capture.streams[stream];
     let length = records[index].len();
-    // Most of a packet is pages: headers are what is of interest.
-    let front = if draw.below(4) > 0 { length.min(400) } else { length };
-    let at = draw.below(front);
+    // Most of a packet is pages: headers are what is of interest, and what a decompressor reads.
+    let packed = length > RAM_PACKET_BYTES && records[index][11] & COMPRESSION != 0;
+    let at = match draw.below(4) {
+        0 => draw.below(length),
+        1 if packed => RAM_PACKET_BYTES + draw.below(length - RAM_PACKET_BYTES),
+        _ => draw.below(length.min(400)),
+    };
     let here = format!("stream {stream}, record {index} of {count}, byte {at} of {length}");
     match draw.below(10) {
         0 | 1 if length > 0 => {

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use pageferry::qemu::compress::Inflate;
 use pageferry::qemu::wire::{ChannelDecoder, ChannelEvent, Command, Compression, Dialect, MainDecoder, Record};
 
 use crate::capture::{CHANNELS, PAGE};
@@ -17,13 +18,16 @@ pub struct Meaning {
     pub blocks: BTreeMap<String, Vec<u8>>,
     /// Pages that one round writes twice, and not the same: their order is nobody's to know.
     pub torn: BTreeSet<(String, u64)>,
-    pub tail: Vec<u8>,
+    /// The state of the devices, as long as it may be: a stream that stays open behind it may end at any description.
+    pub tails: Vec<Vec<u8>>,
 }
 
 /// A channel's rounds; each ends with a SYNC. The numbers of its packets are appended to `numbers`.
 fn channel(stream: &[u8], dialect: Dialect, numbers: &mut Vec<u64>) -> Result<(u8, Vec<Vec<Written>>), String> {
     let (mut decoder, mut input) = (ChannelDecoder::new(dialect), stream);
     let (mut id, mut rounds, mut round) = (None, Vec::new(), Vec::new());
+    // How its pages are compressed, from the first of them on.
+    let mut method: Option<(Compression, Option<Inflate>)> = None;
     loop {
         let (sync, pages, bytes) = match decoder.pull(&mut input).map_err(|error| error.to_string())? {
             None => break,
@@ -32,8 +36,12 @@ fn channel(stream: &[u8], dialect: Dialect, numbers: &mut Vec<u64>) -> Result<(u
                 continue;
             }
             Some(ChannelEvent::Ram(packet)) => {
-                if packet.compression != Compression::None && packet.data_bytes > 0 {
-                    return Err("compressed".to_owned());
+                if !packet.normal.is_empty() {
+                    let way = packet.compression;
+                    let begun = method.get_or_insert_with(|| (way, Inflate::new(way).ok()));
+                    if begun.0 != way {
+                        return Err("another way of compression".to_owned());
+                    }
                 }
                 numbers.push(packet.number);
                 let block = packet.block.unwrap_or_default().to_owned();
@@ -48,7 +56,14 @@ fn channel(stream: &[u8], dialect: Dialect, numbers: &mut Vec<u64>) -> Result<(u
             Some(_) => return Err("device state".to_owned()),
         };
         let data = input.get(..bytes as usize).ok_or("a packet is cut short")?;
-        round.extend(pages.into_iter().zip(data.chunks(PAGE)).map(|((b, o), data)| Written(b, o, Some(data.to_vec()))));
+        let mut pages_data = data.to_vec();
+        if let Some((_, Some(inflate))) = method.as_mut().filter(|_| !pages.is_empty()) {
+            pages_data = vec![0; pages.len() * PAGE];
+            inflate.packet(data, &mut pages_data).map_err(|error| error.to_string())?;
+        }
+        round.extend(
+            pages.into_iter().zip(pages_data.chunks(PAGE)).map(|((b, o), data)| Written(b, o, Some(data.to_vec()))),
+        );
         decoder.data_taken(bytes.into());
         input = &input[bytes as usize..];
         if sync {
@@ -93,7 +108,7 @@ pub fn meaning(streams: &[Vec<u8>], dialect: Dialect) -> Result<Meaning, String>
     let mut rounds: Vec<Vec<Written>> = vec![Vec::new()];
     let mut names: Vec<(String, usize)> = Vec::new();
     let (mut started, mut flushes, mut open, mut tail) = (false, false, false, Vec::new());
-    let (mut page, mut whole) = (None::<(usize, u64, Vec<u8>)>, None);
+    let (mut page, mut tails) = (None::<(usize, u64, Vec<u8>)>, Vec::new());
     while let Some(record) = decoder.pull(&mut input).map_err(|error| error.to_string())? {
         match record {
             Record::Blocks(list) => {
@@ -125,11 +140,11 @@ pub fn meaning(streams: &[Vec<u8>], dialect: Dialect) -> Result<Meaning, String>
             }
             Record::Tail(bytes) => tail.extend(bytes),
             Record::TailWhole => {
-                whole = Some(tail.len());
-                // With a return path the end is where the description ends: a receiver says so, and is gone.
-                if open {
-                    break;
+                // A receiver may know better than the first of them, or have said so and be gone.
+                if !open {
+                    tails.clear();
                 }
+                tails.push(tail.clone());
             }
             _ => {}
         }
@@ -137,7 +152,9 @@ pub fn meaning(streams: &[Vec<u8>], dialect: Dialect) -> Result<Meaning, String>
     if !open {
         decoder.finish().map_err(|error| error.to_string())?;
     }
-    tail.truncate(whole.ok_or("the main stream is cut short")?);
+    if tails.is_empty() {
+        return Err("the main stream is cut short".to_owned());
+    }
     if rounds.pop().is_some_and(|round| !round.is_empty()) {
         return Err("pages of the main stream behind the last barrier".to_owned());
     }
@@ -172,5 +189,5 @@ pub fn meaning(streams: &[Vec<u8>], dialect: Dialect) -> Result<Meaning, String>
             }
         }
     }
-    Ok(Meaning { blocks, torn, tail })
+    Ok(Meaning { blocks, torn, tails })
 }

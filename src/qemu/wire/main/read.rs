@@ -51,13 +51,18 @@ fn section_or_command(from: &mut Reader<'_>, order: &Order) -> Result<Record<'st
     let known: &[u8] = match order.phase {
         Phase::Configuration => &[SUBSECTION, COMMAND, START],
         Phase::Before => &[COMMAND, START],
-        Phase::Between => &[COMMAND, PART, END],
+        Phase::Between => &[COMMAND, PART, END, FULL],
         _ => &[COMMAND],
     };
     let found = kind(from, known, order.expected())?;
     match found {
         SUBSECTION => subsection(from).map(Record::Subsection),
         COMMAND => command(from).map(Record::Command),
+        // It has no length, and RAM follows it.
+        FULL => {
+            let what = "the state of a device before the end of RAM, as virtio-mem and background-snapshot send it,";
+            Err(from.bad(1, Fault::Unsupported { what, expected: order.expected() }))
+        }
         START => {
             let section = from.u32()?;
             let name = from.name("name of a section")?;
