@@ -18,7 +18,7 @@ pub const PATIENCE: Duration = Duration::from_secs(20);
 /// How long it may take to be let go: less than a source has to hear the last word.
 pub const SOON: Duration = Duration::from_millis(800);
 /// The relay's limits, so short that tests can wait for them.
-pub const STALL: Duration = Duration::from_millis(300);
+pub const STALL: Duration = Duration::from_millis(600);
 pub const SILENCE: Duration = Duration::from_millis(300);
 pub const HELLO: Duration = Duration::from_millis(1500);
 
