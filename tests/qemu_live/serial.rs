@@ -88,19 +88,19 @@ impl Serial {
         self.heard.bytes.lock().unwrap().0.len()
     }
 
-    /// Waits until there are so many bytes more, of the guest's numbers or of anything.
+    /// Waits until there are so many bytes more, of the guest's numbers or of anything, as long as some come now and then.
     pub fn wait_for_more(&self, more: usize) {
-        let bytes = self.heard.bytes.lock().unwrap();
-        let wanted = bytes.0.len() + more;
-        let (bytes, late) = self
-            .heard
-            .more
-            .wait_timeout_while(bytes, PATIENCE, |(heard, ended)| heard.len() < wanted && !*ended)
-            .unwrap();
-        let end = String::from_utf8_lossy(&bytes.0[bytes.0.len().saturating_sub(200)..]).into_owned();
-        let enough = bytes.0.len() >= wanted;
-        drop(bytes);
-        assert!(!late.timed_out() && enough, "the guest is silent; it said last: {end:?}");
+        let mut heard = self.heard.bytes.lock().unwrap();
+        let (wanted, mut silent) = (heard.0.len() + more, false);
+        while heard.0.len() < wanted && !silent {
+            let before = heard.0.len();
+            let nothing_new = |(bytes, ended): &mut (Vec<u8>, bool)| bytes.len() == before && !*ended;
+            heard = self.heard.more.wait_timeout_while(heard, PATIENCE, nothing_new).unwrap().0;
+            silent = heard.0.len() == before;
+        }
+        let end = String::from_utf8_lossy(&heard.0[heard.0.len().saturating_sub(200)..]).into_owned();
+        drop(heard);
+        assert!(!silent, "the guest is silent; it said last: {end:?}");
     }
 
     /// Waits until it has counted up to a number, on the machine where it began.
