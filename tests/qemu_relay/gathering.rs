@@ -109,6 +109,37 @@ fn a_source_that_dies_before_its_first_barrier_ends_it() {
 }
 
 #[test]
+fn channels_of_an_attempt_that_was_given_up_are_not_those_of_the_next() {
+    for told in [Some(2), None] {
+        let world = World::new(told);
+        // One more than the next has, too; and what the source said on its main connection was lost.
+        let given_up: Vec<_> = (0..3).map(|id| world.connect(&greeting(id))).collect();
+        world.settle();
+        drop(given_up);
+        let through = world.through(TEN, 2);
+        drop((through.main, through.channels));
+        let report = world.end();
+        let failure = report.outcome.failure().unwrap().to_string();
+        assert!(failure.contains("main stream"), "{failure}");
+        assert!(report.remarks.iter().any(|remark| remark.contains("channel 1 has left")), "{:?}", report.remarks);
+    }
+}
+
+#[test]
+fn channels_that_have_said_all_and_left_before_their_source_are_its_own() {
+    for told in [Some(2), None] {
+        let world = World::new(told);
+        let start = Main::usual(TEN).start;
+        let channels: Vec<_> = (0..2).map(|id| world.connect(&greeting(id))).collect();
+        channels.iter().for_each(hang_up);
+        let main = world.connect(&start);
+        let through = world.arrive(main, channels, &start, TEN);
+        drop((through.main, through.channels));
+        fails(world, "main stream");
+    }
+}
+
+#[test]
 fn two_sources_at_once_are_not_mixed() {
     let world = World::new(2);
     let mut main = world.connect(&Main::usual(TEN).start);

@@ -51,7 +51,6 @@ struct Driver {
     crew: Option<Crew<Lane>>,
     /// The last barrier has been passed on: RAM is complete, and the channels have nothing more to say of it.
     closed: bool,
-    begun: Option<Instant>,
     accept_again: Option<Instant>,
     turned_away: u64,
     remarks: Vec<String>,
@@ -77,7 +76,6 @@ pub fn run(relay: Relay) -> RelayReport {
         channels: Vec::new(),
         crew: None,
         closed: false,
-        begun: None,
         accept_again: None,
         turned_away: 0,
         remarks: Vec::new(),
@@ -209,9 +207,6 @@ impl Driver {
     fn greet(&mut self, stream: &Stream, hello: &Hello) {
         let source = stream.socket().clone();
         source.set_keep_alive();
-        if self.gathering.is_some() && hello.role == HelloRole::Control {
-            self.begun = Some(Instant::now());
-        }
         let greeted = match (&mut self.gathering, hello.role) {
             (Some(gathering), HelloRole::Control) => gathering.main(source),
             (Some(gathering), HelloRole::Data(id)) => {
@@ -510,7 +505,7 @@ impl Driver {
             counters,
             channels: self.channels.len(),
             turned_away: self.turned_away + self.lobby.turned_away(),
-            total: self.begun.map_or(Duration::ZERO, |begun| begun.elapsed()),
+            total: self.trunk.as_ref().map_or(Duration::ZERO, |trunk| trunk.since.elapsed()),
             remarks: self.remarks,
         }
     }

@@ -23,6 +23,8 @@ use crate::sys::socket::Socket;
 /// How long no channel may have come any more where nobody has said how many there are: connections overtake each other,
 /// and TCP sends a lost segment once more after 200 ms and some round trips.
 const SETTLED: Duration = Duration::from_millis(500);
+/// How soon channels whose peers have left are looked at again: no event says that the rest of their source has left, too.
+const LEFT_AGAIN: Duration = Duration::from_millis(10);
 /// Connections that begin like a main connection, at the most. Each has half a MiB of address space.
 const MAINS_MAX: usize = 8;
 /// Connections that begin like a channel, at the most.
@@ -47,6 +49,8 @@ pub struct Channel {
     filled: usize,
     until: Instant,
     place: Option<usize>,
+    /// It is one of the source's, as far as can be seen.
+    counts: bool,
 }
 
 #[derive(Debug)]
@@ -97,10 +101,12 @@ impl Gathering {
     pub fn channel(&mut self, source: Arc<Socket>, init: InitPacket) -> Result<(), String> {
         let until = Instant::now() + self.patience;
         let first = Box::new([0; RAM_PACKET_BYTES]);
-        self.channels.push(Channel { source, init, first, filled: 0, until, place: None });
+        self.channels.push(Channel { source, init, first, filled: 0, until, place: None, counts: false });
         if self.channels.len() > CHANNELS_MAX {
-            // The oldest of those that have said nothing more.
-            let index = self.channels.iter().position(|channel| !channel.is_whole()).unwrap_or(CHANNELS_MAX);
+            // The oldest of those that have left, or of those that have said nothing more.
+            let oldest = |leaves: fn(&Channel) -> bool| self.channels.iter().position(leaves);
+            let index = oldest(Channel::has_left).or_else(|| oldest(|channel| !channel.is_whole()));
+            let index = index.unwrap_or(CHANNELS_MAX);
             self.channels.remove(index);
             return Err("too many connections say that they are channels".to_owned());
         }
@@ -124,6 +130,9 @@ impl Gathering {
             if self.told.is_none() && self.moved + SETTLED > Instant::now() {
                 set.until(self.moved + SETTLED);
             }
+            if self.channels.iter().any(|channel| channel.is_whole() && channel.has_left()) {
+                set.until(Instant::now() + LEFT_AGAIN);
+            }
         }
     }
 
@@ -145,6 +154,7 @@ impl Gathering {
         let Some(started) = self.started else { return Ok(None) };
         let Some(index) = self.mains.iter().position(|main| main.trunk.barrier.is_some()) else { return Ok(None) };
         let barrier = self.mains[index].trunk.barrier;
+        self.count(index, now);
         if !self.is_complete(barrier, now)? {
             if now < started + self.patience {
                 return Ok(None);
@@ -154,8 +164,9 @@ impl Gathering {
         let trunk = self.mains.swap_remove(index).trunk;
         let others = self.mains.drain(..).map(|_| "another one's main connection is the source's".to_owned());
         strangers.extend(others);
-        let (mut channels, rest): (Vec<_>, Vec<_>) = self.channels.drain(..).partition(Channel::is_whole);
-        strangers.extend(rest.iter().map(|channel| format!("channel {} has not said SYNC in time", channel.init.channel)));
+        let (mut channels, rest): (Vec<_>, Vec<_>) = self.channels.drain(..).partition(|channel| channel.counts);
+        let why = |channel: &Channel| if channel.is_whole() { "has left" } else { "has not said SYNC in time" };
+        strangers.extend(rest.iter().map(|channel| format!("channel {} {}", channel.init.channel, why(channel))));
         channels.sort_by_key(|channel| channel.init.channel);
         let dialect = channels.first().map_or(Dialect::V10_0, Channel::dialect);
         Ok(Some(Gathered { trunk, channels, dialect }))
@@ -213,9 +224,20 @@ impl Gathering {
         Ok(())
     }
 
-    /// Whether those channels that have said SYNC are all there are.
+    /// Says which channels count for the source with this main connection: those that have said SYNC. As long as the source
+    /// stays, one that has left is of an attempt that was given up; unless no other comes.
+    fn count(&mut self, main: usize, now: Instant) {
+        let source_stays = !self.mains[main].trunk.source.has_left();
+        let left: Vec<bool> = self.channels.iter().map(Channel::has_left).collect();
+        let old_ones_leave = source_stays && (left.contains(&false) || now < self.moved + SETTLED);
+        for (channel, has_left) in self.channels.iter_mut().zip(left) {
+            channel.counts = channel.is_whole() && !(old_ones_leave && has_left);
+        }
+    }
+
+    /// Whether those channels that count are all there are.
     fn is_complete(&self, barrier: Option<Barrier>, now: Instant) -> Result<bool, Failure> {
-        let whole: Vec<&Channel> = self.channels.iter().filter(|channel| channel.is_whole()).collect();
+        let whole: Vec<&Channel> = self.channels.iter().filter(|channel| channel.counts).collect();
         let ids: BTreeSet<u8> = whole.iter().map(|channel| channel.init.channel).collect();
         let wrong = |what: &str| Err(Failure::Protocol(format!("{what}: do two sources migrate to this address?")));
         if ids.len() < whole.len() {
@@ -242,7 +264,7 @@ impl Gathering {
 
     /// Which channels there are, in words.
     fn census(&self) -> String {
-        let ids: Vec<_> = self.channels.iter().filter(|channel| channel.is_whole()).map(|c| c.init.channel).collect();
+        let ids: Vec<_> = self.channels.iter().filter(|channel| channel.counts).map(|c| c.init.channel).collect();
         match self.told {
             Some(told) => format!("of {told} channels, the source has {}: {ids:?}", ids.len()),
             None => format!("the source has channels {ids:?}, which cannot be all"),
@@ -251,6 +273,10 @@ impl Gathering {
 }
 
 impl Channel {
+    fn has_left(&self) -> bool {
+        self.source.has_left()
+    }
+
     fn is_whole(&self) -> bool {
         self.filled == self.first.len()
     }

@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use std::{fmt, io};
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::passage::Passage;
 use crate::error::{Failure, OsReason, Outcome};
@@ -65,6 +66,8 @@ impl Tail {
 /// The main connection of a source, and that to the destination once there is one.
 #[derive(Debug)]
 pub struct Trunk {
+    /// When it came.
+    pub since: Instant,
     pub source: Arc<Socket>,
     pub destination: Option<Arc<Socket>>,
     there: Passage,
@@ -108,6 +111,7 @@ impl Trunk {
         let mut decoder = MainDecoder::new(Dialect::V10_0);
         decoder.pull(&mut &MAIN_MAGIC[..]).map_err(|e| Failure::Protocol(e.to_string()))?;
         Ok(Trunk {
+            since: Instant::now(),
             source,
             destination: None,
             there,

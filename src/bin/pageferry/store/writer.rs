@@ -258,8 +258,8 @@ impl Writer {
 
     /// Gives up its name, for this reason, to the store that stood there; the reason, and what else went wrong.
     fn undo(&mut self, old: Option<PathBuf>, error: String) -> String {
-        let undone = match old {
-            Some(old) if old == self.partial => exchange(&self.partial, &self.destination),
+        let undone = match &old {
+            Some(old) if *old == self.partial => exchange(&self.partial, &self.destination),
             Some(old) => fs::rename(&self.destination, &self.partial).and_then(|()| fs::rename(old, &self.destination)),
             None => fs::rename(&self.destination, &self.partial),
         };
@@ -269,7 +269,10 @@ impl Writer {
                 // What stood there may lie under the other name now: nothing is removed.
                 self.landed = true;
                 let what = sentence("take it away again,", &self.destination, &e);
-                format!("{error}; and {what}; what stood there may be {}", self.partial.display())
+                match old {
+                    Some(old) => format!("{error}; and {what}; what stood there may be {}", old.display()),
+                    None => format!("{error}; and {what}"),
+                }
             }
         }
     }
