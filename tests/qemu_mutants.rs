@@ -162,7 +162,8 @@ fn judge(capture: &Capture) -> &'static str {
         return "stored";
     }
     assert_eq!(folder.names(), [""; 0], "what is left of a store that failed: {ended:#?}");
-    if waited {
+    // On a busy machine it may have come to its own end just before it was told to.
+    if waited && ended.code != Some(1) {
         ended.expect(130, "cancelled");
         return "waited for its source";
     }
