@@ -282,6 +282,20 @@ fn a_source_that_has_just_given_up_and_comes_again() {
 }
 
 #[test]
+fn a_source_that_comes_again_and_says_its_blocks_before_it_connects_its_channels() {
+    let (door, capture) = (Door::open(), capture(Dialect::V10_0, true));
+    let given_up: Vec<_> = capture.streams[1..].iter().map(|records| door.connect(&records[..2].concat())).collect();
+    door.settle();
+    drop(given_up);
+    let main = door.connect(&capture.streams[0].concat());
+    let early = door.ended.recv_timeout(HELLO / 8);
+    assert!(early.is_err(), "{:#?}", early.unwrap());
+    let channels: Vec<_> = capture.streams[1..].iter().map(|records| door.connect(&records.concat())).collect();
+    drop(door.completes());
+    drop((main, channels));
+}
+
+#[test]
 fn a_source_that_has_said_all_and_left_is_heard_all_the_same() {
     let (mut door, capture) = (Door::open(), capture(Dialect::V10_0, false));
     (0..CHANNELS).for_each(|id| door.stays(&init(id, 0)));

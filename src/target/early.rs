@@ -36,6 +36,10 @@ const SPARE_CLAIMS: usize = 64;
 /// How soon those who have left are looked at again: no event says that the source has left, too.
 const ELECT_AGAIN: Duration = Duration::from_millis(10);
 
+/// How long the source's own channels may still be coming when it has said its list of RAM blocks, which some say before
+/// they connect them: a lost segment is sent once more after 200 ms and some round trips.
+const SETTLED: Duration = Duration::from_millis(500);
+
 /// Those who have come early.
 #[derive(Debug, Default)]
 pub(super) struct Early {
@@ -43,6 +47,8 @@ pub(super) struct Early {
     applicants: Vec<Applicant>,
     /// From the oldest to the newest.
     claims: Vec<Claim>,
+    /// When the source, or a claim, came last.
+    moved: Option<Instant>,
     /// Claims have spoken since the last election, or those that did not count may do so when the source leaves, too.
     is_due: bool,
     /// Why the last applicant was turned away.
@@ -87,6 +93,7 @@ impl Early {
     /// Keeps a claim. How many were given up for it.
     fn claim(&mut self, claim: Claim, channels: u8) -> u64 {
         self.is_due |= claim.has_spoken;
+        self.moved = Some(Instant::now());
         self.claims.push(claim);
         let is_full = self.claims.len() > 2 * usize::from(channels) + SPARE_CLAIMS;
         if is_full { self.make_room() } else { 0 }
@@ -157,21 +164,22 @@ impl Early {
     }
 
     /// The first session of which every channel has spoken, and its channels in order: of several claims to one the newest.
-    /// As long as the source stays, a claim whose peer has left does not count beside one to the same channel that stays:
-    /// it is of an attempt that was given up, and the session may well be the same.
+    /// As long as the source stays, a claim whose peer has left is of an attempt that was given up, whose session may well be
+    /// the same; unless none of its session stays, and no other comes.
     fn elect(&mut self, channels: u8, source_stays: bool) -> Option<(SessionId, Vec<Stream>)> {
         if !std::mem::take(&mut self.is_due) {
             return None;
         }
-        let whose = |claim: &Claim| (claim.session.0, claim.channel);
         let mut staying = BTreeSet::new();
         for claim in &mut self.claims {
             claim.has_left = claim.stream.socket().has_left();
             if !claim.has_left {
-                staying.insert(whose(claim));
+                staying.insert(claim.session.0);
             }
         }
-        let is_old = |claim: &Claim| source_stays && claim.has_left && staying.contains(&whose(claim));
+        let may_come = self.moved.is_some_and(|moved| Instant::now() < moved + SETTLED);
+        let stays = |claim: &Claim| may_come || staying.contains(&claim.session.0);
+        let is_old = |claim: &Claim| source_stays && claim.has_left && stays(claim);
         let speaks = |claim: &Claim| claim.has_spoken && !is_old(claim);
         let mut speakers = BTreeMap::<_, BTreeSet<_>>::new();
         for claim in self.claims.iter().filter(|claim| speaks(claim)) {
@@ -268,6 +276,7 @@ impl Driver<'_> {
     fn choose(&mut self, index: usize) {
         let Applicant { control, session, since, .. } = self.early.applicants.remove(index);
         (self.begun, self.id, self.control) = (Some(since), session, Some(control));
+        self.early.moved = Some(Instant::now());
         self.turned_away += std::mem::take(&mut self.early.applicants).len() as u64;
     }
 
