@@ -296,6 +296,21 @@ fn a_source_that_comes_again_and_says_its_blocks_before_it_connects_its_channels
 }
 
 #[test]
+fn a_channel_that_has_said_all_and_left_counts_beside_one_that_stays() {
+    let (door, capture) = (Door::open(), capture(Dialect::V10_0, true));
+    let mut wires = door.channels_come(&capture, &capture.streams[0].concat());
+    let mut late = wires.pop().unwrap();
+    let (last, first) = capture.streams.split_last().unwrap();
+    for (wire, records) in wires.iter_mut().zip(first).skip(1) {
+        wire.write_all(&records[1..].concat()).unwrap();
+        wire.shutdown(Shutdown::Write).unwrap();
+    }
+    door.settle();
+    late.write_all(&last[1..].concat()).unwrap();
+    drop(door.completes());
+}
+
+#[test]
 fn a_source_that_has_said_all_and_left_is_heard_all_the_same() {
     let (mut door, capture) = (Door::open(), capture(Dialect::V10_0, false));
     (0..CHANNELS).for_each(|id| door.stays(&init(id, 0)));

@@ -80,8 +80,8 @@ impl RelayBuilder {
         self
     }
 
-    /// How long to wait for what: [`Timeouts::hello`] also for a destination to answer the source's ping. There is no limit
-    /// to how long a source may be silent after that.
+    /// How long to wait for what: [`Timeouts::hello`] and [`Timeouts::connect`] together for a destination to answer the
+    /// source's ping. There is no limit to how long a source may be silent after that.
     #[must_use]
     pub fn timeouts(mut self, timeouts: Timeouts) -> Self {
         self.timeouts = timeouts.bounded();

@@ -220,6 +220,7 @@ impl Driver<'_> {
                 };
                 self.excuse_silence();
                 self.prepared_at = Some(Instant::now());
+                self.early.ready();
                 self.event(event)
             }
             TargetAction::StartLanes => match self.start_lanes() {

@@ -33,12 +33,12 @@ const UNREAD_BYTES_MAX: usize = 4096;
 /// Claims that are kept beyond two to each channel: those of a source, those of somebody else's attempt, and some strangers'.
 const SPARE_CLAIMS: usize = 64;
 
-/// How soon those who have left are looked at again: no event says that the source has left, too.
+/// How soon claims of a given-up attempt are looked at again: no event says that the source has left, too.
 const ELECT_AGAIN: Duration = Duration::from_millis(10);
 
 /// How long the source's own channels may still be coming when it has said its list of RAM blocks, which some say before
-/// they connect them: a lost segment is sent once more after 200 ms and some round trips.
-const SETTLED: Duration = Duration::from_millis(500);
+/// they connect them: a lost SYN is sent again after a second.
+const COMES_LATE: Duration = Duration::from_millis(1200);
 
 /// Those who have come early.
 #[derive(Debug, Default)]
@@ -47,7 +47,11 @@ pub(super) struct Early {
     applicants: Vec<Applicant>,
     /// From the oldest to the newest.
     claims: Vec<Claim>,
-    /// When the source, or a claim, came last.
+    /// The number of the next claim.
+    next: u64,
+    /// Numbers of the claims that had left when the source came.
+    given_up: Vec<u64>,
+    /// When the source was ready for its channels, or a claim came last.
     moved: Option<Instant>,
     /// Claims have spoken since the last election, or those that did not count may do so when the source leaves, too.
     is_due: bool,
@@ -62,6 +66,8 @@ struct Applicant {
     origin: Origin,
     session: SessionId,
     since: Instant,
+    /// Numbers of the claims that had left when it came.
+    given_up: Vec<u64>,
 }
 
 /// A connection that claims to be a data channel.
@@ -73,8 +79,7 @@ struct Claim {
     session: SessionId,
     /// Something has come behind its Hello.
     has_spoken: bool,
-    /// Its peer had ended it at the last election.
-    has_left: bool,
+    number: u64,
     /// Its place in the poll set of the last wait.
     place: Option<usize>,
 }
@@ -91,12 +96,19 @@ impl Early {
     }
 
     /// Keeps a claim. How many were given up for it.
-    fn claim(&mut self, claim: Claim, channels: u8) -> u64 {
+    fn claim(&mut self, mut claim: Claim, channels: u8) -> u64 {
         self.is_due |= claim.has_spoken;
         self.moved = Some(Instant::now());
+        claim.number = self.next;
+        self.next += 1;
         self.claims.push(claim);
         let is_full = self.claims.len() > 2 * usize::from(channels) + SPARE_CLAIMS;
         if is_full { self.make_room() } else { 0 }
+    }
+
+    /// The source is ready for its channels.
+    pub fn ready(&mut self) {
+        self.moved = Some(Instant::now());
     }
 
     /// Gives claims up: of those who have left, or else one to a channel that has several. How many there were.
@@ -118,7 +130,9 @@ impl Early {
     }
 
     /// Keeps one that may be the source. True if another one was given up for it.
-    fn apply(&mut self, applicant: Applicant) -> bool {
+    fn apply(&mut self, mut applicant: Applicant) -> bool {
+        let left = self.claims.iter().filter(|claim| claim.stream.socket().has_left());
+        applicant.given_up = left.map(|claim| claim.number).collect();
         self.applicants.push(applicant);
         if self.applicants.len() <= APPLICANTS_MAX {
             return false;
@@ -164,22 +178,19 @@ impl Early {
     }
 
     /// The first session of which every channel has spoken, and its channels in order: of several claims to one the newest.
-    /// As long as the source stays, a claim whose peer has left is of an attempt that was given up, whose session may well be
-    /// the same; unless none of its session stays, and no other comes.
+    /// A claim that had left when the source came is of an attempt that was given up, whose session may well be the same, as
+    /// long as the source stays; unless there is no other of its session, and none comes.
     fn elect(&mut self, channels: u8, source_stays: bool) -> Option<(SessionId, Vec<Stream>)> {
         if !std::mem::take(&mut self.is_due) {
             return None;
         }
-        let mut staying = BTreeSet::new();
-        for claim in &mut self.claims {
-            claim.has_left = claim.stream.socket().has_left();
-            if !claim.has_left {
-                staying.insert(claim.session.0);
-            }
-        }
-        let may_come = self.moved.is_some_and(|moved| Instant::now() < moved + SETTLED);
-        let stays = |claim: &Claim| may_come || staying.contains(&claim.session.0);
-        let is_old = |claim: &Claim| source_stays && claim.has_left && stays(claim);
+        let given_up = std::mem::take(&mut self.given_up);
+        let had_left = |claim: &Claim| given_up.contains(&claim.number);
+        let others: BTreeSet<_> = self.claims.iter().filter(|c| !had_left(c)).map(|claim| claim.session.0).collect();
+        let may_come = self.moved.is_some_and(|moved| Instant::now() < moved + COMES_LATE);
+        let is_old = |claim: &Claim| {
+            source_stays && had_left(claim) && (may_come || others.contains(&claim.session.0))
+        };
         let speaks = |claim: &Claim| claim.has_spoken && !is_old(claim);
         let mut speakers = BTreeMap::<_, BTreeSet<_>>::new();
         for claim in self.claims.iter().filter(|claim| speaks(claim)) {
@@ -187,6 +198,7 @@ impl Early {
         }
         let Some((elected, _)) = speakers.into_iter().find(|(_, ids)| ids.len() == usize::from(channels)) else {
             self.is_due = self.claims.iter().any(is_old);
+            self.given_up = given_up;
             return None;
         };
         let own = std::mem::take(&mut self.claims).into_iter();
@@ -211,7 +223,7 @@ impl Driver<'_> {
         match hello.role {
             HelloRole::Control if self.begun.is_none() => match self.welcome(stream, hello) {
                 Ok(control) => {
-                    if self.early.apply(Applicant { control, origin, session, since: Instant::now() }) {
+                    if self.early.apply(Applicant { control, origin, session, since: Instant::now(), given_up: Vec::new() }) {
                         self.turn_away(unfit("too many others came before it had said Setup"));
                     }
                 }
@@ -219,7 +231,7 @@ impl Driver<'_> {
             },
             HelloRole::Data(channel) if channel.0 < channels && self.lanes.is_none() => {
                 let has_spoken = stream.has_received();
-                let claim = Claim { stream, origin, channel, session, has_spoken, has_left: false, place: None };
+                let claim = Claim { stream, origin, channel, session, has_spoken, number: 0, place: None };
                 self.turned_away += self.early.claim(claim, channels);
             }
             HelloRole::Control | HelloRole::Data(_) => self.turned_away += 1,
@@ -254,6 +266,8 @@ impl Driver<'_> {
             let is_late = waited >= self.settings.timeouts.hello;
             match (first, heard) {
                 (Some(frame), _) => {
+                    // What was answered before it must not wait until there is memory for the guest.
+                    let _ = applicant.control.flush();
                     self.choose(index);
                     return self.event(TargetEvent::Frame(frame));
                 }
@@ -274,9 +288,9 @@ impl Driver<'_> {
     }
 
     fn choose(&mut self, index: usize) {
-        let Applicant { control, session, since, .. } = self.early.applicants.remove(index);
+        let Applicant { control, session, since, given_up, .. } = self.early.applicants.remove(index);
         (self.begun, self.id, self.control) = (Some(since), session, Some(control));
-        self.early.moved = Some(Instant::now());
+        self.early.given_up = given_up;
         self.turned_away += std::mem::take(&mut self.early.applicants).len() as u64;
     }
 
@@ -352,7 +366,7 @@ mod tests {
         peers.push(there);
         let (stream, channel) = (Socket::from_fd(here.into()).unwrap().into(), ChannelId(channel));
         let (origin, session) = (origin(host), SessionId([0; 16]));
-        let claim = Claim { stream, origin, channel, session, has_spoken: false, has_left: false, place: None };
+        let claim = Claim { stream, origin, channel, session, has_spoken: false, number: 0, place: None };
         early.claim(claim, CHANNELS);
     }
 
@@ -379,7 +393,7 @@ mod tests {
             let mut apply = |host| {
                 let control = Control::new(stream()).unwrap();
                 let (session, since) = (SessionId([0; 16]), Instant::now());
-                early.apply(Applicant { control, origin: origin(host), session, since });
+                early.apply(Applicant { control, origin: origin(host), session, since, given_up: Vec::new() });
             };
             (0..before).for_each(|_| apply(9));
             apply(1);

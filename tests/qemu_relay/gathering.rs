@@ -140,6 +140,18 @@ fn channels_that_have_said_all_and_left_before_their_source_are_its_own() {
 }
 
 #[test]
+fn a_channel_that_has_said_all_and_left_counts_beside_one_that_stays() {
+    let world = World::new(None);
+    let start = Main::usual(TEN).start;
+    let main = world.connect(&start);
+    let channels: Vec<_> = (0..2).map(|id| world.connect(&greeting(id))).collect();
+    hang_up(&channels[1]);
+    let through = world.arrive(main, channels, &start, TEN);
+    drop((through.main, through.channels));
+    fails(world, "main stream");
+}
+
+#[test]
 fn two_sources_at_once_are_not_mixed() {
     let world = World::new(2);
     let mut main = world.connect(&Main::usual(TEN).start);

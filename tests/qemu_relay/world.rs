@@ -145,7 +145,7 @@ pub struct Through {
 }
 
 pub fn timeouts() -> Timeouts {
-    Timeouts { stall: STALL, silence: SILENCE, hello: HELLO, ..Timeouts::default() }
+    Timeouts { stall: STALL, silence: SILENCE, hello: HELLO, connect: HELLO, ..Timeouts::default() }
 }
 
 impl World {

@@ -273,7 +273,7 @@ impl Driver {
         }
         self.relay.progress.set(|c| &c.ram_bytes, blocks.iter().map(|block| block.bytes).sum());
         self.relay.progress.stage(Stage::Precopy);
-        self.pong_until = Some(Instant::now() + self.relay.settings.timeouts.hello);
+        self.pong_until = Some(Instant::now() + self.pong_limit());
         Ok(())
     }
 
@@ -394,6 +394,11 @@ impl Driver {
         Ok(again)
     }
 
+    /// How long a destination may take to answer: another relay gathers the source's connections first, and connects to its own.
+    fn pong_limit(&self) -> Duration {
+        self.relay.settings.timeouts.hello + self.relay.settings.timeouts.connect
+    }
+
     /// A destination answers the source's ping as soon as it reads the main connection, which it does when all channels are
     /// there that it wants.
     fn check_pong(&mut self) -> Result<(), Failure> {
@@ -403,7 +408,7 @@ impl Driver {
         if self.pong_until.is_none_or(|until| Instant::now() < until) {
             return Ok(());
         }
-        let ms = self.relay.settings.timeouts.hello.as_millis() as u64;
+        let ms = self.pong_limit().as_millis() as u64;
         let waiting_for = "the destination to begin: are multifd and multifd-channels the same at both ends?";
         Err(Failure::Silent { waiting_for, ms })
     }

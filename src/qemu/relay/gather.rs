@@ -23,8 +23,9 @@ use crate::sys::socket::Socket;
 /// How long no channel may have come any more where nobody has said how many there are: connections overtake each other,
 /// and TCP sends a lost segment once more after 200 ms and some round trips.
 const SETTLED: Duration = Duration::from_millis(500);
-/// How soon channels whose peers have left are looked at again: no event says that the rest of their source has left, too.
-const LEFT_AGAIN: Duration = Duration::from_millis(10);
+/// How long a source's channels may still be coming behind its main connection, where only such are here as had left before
+/// it came: a lost SYN is sent again after a second.
+const COMES_LATE: Duration = Duration::from_millis(1200);
 /// Connections that begin like a main connection, at the most. Each has half a MiB of address space.
 const MAINS_MAX: usize = 8;
 /// Connections that begin like a channel, at the most.
@@ -49,6 +50,7 @@ pub struct Channel {
     filled: usize,
     until: Instant,
     place: Option<usize>,
+    number: u64,
     /// It is one of the source's, as far as can be seen.
     counts: bool,
 }
@@ -57,6 +59,8 @@ pub struct Channel {
 struct Main {
     trunk: Trunk,
     until: Instant,
+    /// Numbers of the channels that had left when it came.
+    given_up: Vec<u64>,
 }
 
 /// Those who have said who they are, and may be a source.
@@ -66,6 +70,8 @@ pub struct Gathering {
     patience: Duration,
     mains: Vec<Main>,
     channels: Vec<Channel>,
+    /// The number of the next one.
+    next: u64,
     /// When a channel, or the first barrier, came last.
     moved: Instant,
     /// Since when the first barrier is there.
@@ -75,7 +81,8 @@ pub struct Gathering {
 impl Gathering {
     /// For so many channels, if somebody has said so. Each connection has this long for what must come on it.
     pub fn new(told: Option<u8>, patience: Duration) -> Gathering {
-        Gathering { told, patience, mains: Vec::new(), channels: Vec::new(), moved: Instant::now(), started: None }
+        let (mains, channels) = (Vec::new(), Vec::new());
+        Gathering { told, patience, mains, channels, next: 0, moved: Instant::now(), started: None }
     }
 
     /// A connection that has said the magic of a main connection.
@@ -90,7 +97,8 @@ impl Gathering {
             return Err("there are too many main connections".to_owned());
         }
         let trunk = Trunk::new(source).map_err(|e| e.to_string())?;
-        self.mains.push(Main { trunk, until: Instant::now() + self.patience });
+        let given_up = self.channels.iter().filter(|channel| channel.has_left()).map(|channel| channel.number).collect();
+        self.mains.push(Main { trunk, until: Instant::now() + self.patience, given_up });
         Ok(())
     }
 
@@ -101,7 +109,9 @@ impl Gathering {
     pub fn channel(&mut self, source: Arc<Socket>, init: InitPacket) -> Result<(), String> {
         let until = Instant::now() + self.patience;
         let first = Box::new([0; RAM_PACKET_BYTES]);
-        self.channels.push(Channel { source, init, first, filled: 0, until, place: None, counts: false });
+        let number = self.next;
+        self.next += 1;
+        self.channels.push(Channel { source, init, first, filled: 0, until, place: None, number, counts: false });
         if self.channels.len() > CHANNELS_MAX {
             // The oldest of those that have left, or of those that have said nothing more.
             let oldest = |leaves: fn(&Channel) -> bool| self.channels.iter().position(leaves);
@@ -130,8 +140,9 @@ impl Gathering {
             if self.told.is_none() && self.moved + SETTLED > Instant::now() {
                 set.until(self.moved + SETTLED);
             }
-            if self.channels.iter().any(|channel| channel.is_whole() && channel.has_left()) {
-                set.until(Instant::now() + LEFT_AGAIN);
+            let late = self.moved + COMES_LATE;
+            if late > Instant::now() && self.mains.iter().any(|main| !main.given_up.is_empty()) {
+                set.until(late);
             }
         }
     }
@@ -203,7 +214,7 @@ impl Gathering {
         strangers: &mut Vec<String>,
     ) -> Result<(), Failure> {
         let mut index = 0;
-        while let Some(Main { trunk, until }) = self.mains.get_mut(index) {
+        while let Some(Main { trunk, until, .. }) = self.mains.get_mut(index) {
             let heard = trunk.pump(gate, counts);
             let is_late = trunk.barrier.is_none() && now >= *until;
             if !trunk.is_source && (trunk.has_ended() || is_late) {
@@ -224,14 +235,15 @@ impl Gathering {
         Ok(())
     }
 
-    /// Says which channels count for the source with this main connection: those that have said SYNC. As long as the source
-    /// stays, one that has left is of an attempt that was given up; unless no other comes.
+    /// Says which channels count for the source with this main connection: those that have said SYNC. One that had left when
+    /// the source came is of an attempt that was given up, as long as the source stays; unless no other comes.
     fn count(&mut self, main: usize, now: Instant) {
-        let source_stays = !self.mains[main].trunk.source.has_left();
-        let left: Vec<bool> = self.channels.iter().map(Channel::has_left).collect();
-        let old_ones_leave = source_stays && (left.contains(&false) || now < self.moved + SETTLED);
-        for (channel, has_left) in self.channels.iter_mut().zip(left) {
-            channel.counts = channel.is_whole() && !(old_ones_leave && has_left);
+        let Main { trunk, given_up, .. } = &self.mains[main];
+        let is_old = |channel: &Channel| given_up.contains(&channel.number);
+        let others = self.channels.iter().any(|channel| channel.is_whole() && !is_old(channel));
+        let old_ones_count = trunk.source.has_left() || !others && now >= self.moved + COMES_LATE;
+        for channel in &mut self.channels {
+            channel.counts = channel.is_whole() && (old_ones_count || !is_old(channel));
         }
     }
 
