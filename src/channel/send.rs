@@ -175,7 +175,7 @@ impl SendRole {
                 let zero_part = self.batch.zero_part();
                 let zeros = begun.elapsed().mul_f64(zero_part);
                 self.ship_batch()?;
-                // Nor do the few bytes that tell of nothing but zeros show more than how soon this thread got on.
+                // Nor do packets of nothing but zeros show more than how soon this thread got on.
                 if zero_part < 1.0 {
                     let cells = self.progress.cells(self.channel.0.into());
                     add(&cells.busy_ns, (begun.elapsed() - zeros).as_nanos() as u64);

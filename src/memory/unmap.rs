@@ -16,7 +16,20 @@ impl Ram {
     /// caller's among them. The files keep their content, and whoever touches the blocks later faults it in again.
     /// Other blocks stay as they are.
     ///
-    /// For whoever is done with large RAM and is waited for: munmap(2) and the end of a process do the same on one CPU.
+    /// For whoever is done with large RAM and is waited for: munmap(2) and the end of a process do the same on one CPU. Not
+    /// while a guest runs in it, which would fault at every page. Based on madvise(2), MADV_DONTNEED.
+    ///
+    /// ```
+    /// use pageferry::Ram;
+    /// use pageferry::memory::{Backing, RamBlock};
+    /// use pageferry::units::PageSize;
+    ///
+    /// let block = RamBlock::memfd("ram", 0, 1 << 20, PageSize::SIZE_4K, Backing::Base)?;
+    /// block.prefault(0, 256)?;
+    /// let ram = Ram::new([block])?;
+    /// ram.unmap(std::thread::available_parallelism()?);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn unmap(&self, threads: NonZeroUsize) {
         let shared = |block: &&super::RamBlock| matches!(block.presence(), Presence::Shared { .. });
         let ranges = || self.blocks().iter().filter(shared).filter_map(|block| block.range(0, block.pages()));

@@ -22,7 +22,7 @@ const ASK_AGAIN: Duration = Duration::from_millis(1);
 #[derive(Debug)]
 pub(super) struct Gauge {
     rate: Rate,
-    /// Bytes on the wire, nanoseconds that its channels were busy, one by one added up, and when that was.
+    /// Bytes of pages on the wire, nanoseconds that its channels were busy, one by one added up, and when that was.
     sampled: (u64, u64, Instant),
     /// Something was sent, and no page but zeros.
     only_zeros: bool,
@@ -107,17 +107,17 @@ impl Gauge {
         }
     }
 
-    /// Takes note of what was sent so far, and for how long channels were busy with it, one by one added up: a link that is
+    /// Takes note of how many bytes of pages were sent so far, and for how long channels were busy with it, one by one added up: a link that is
     /// idle says nothing of its rate. At least one channel was busy for no longer than all of them were together, and no
     /// longer than since the last look; where only some of them had something to send now and then, that makes the link
     /// slower than it is, never faster.
     pub fn sample(&mut self, counts: &ChannelCounts) {
-        let &ChannelCounts { wire_bytes, payload_bytes, zero_bytes, busy_ns, .. } = counts;
+        let &ChannelCounts { payload_bytes, zero_bytes, busy_ns, .. } = counts;
         self.only_zeros = zero_bytes > 0 && payload_bytes == 0;
         let (bytes, busy_before, at) = self.sampled;
         let (now, together) = (Instant::now(), Duration::from_nanos(busy_ns.saturating_sub(busy_before)));
-        self.rate.add(wire_bytes.saturating_sub(bytes), together.min(now - at));
-        self.sampled = (wire_bytes, busy_ns, now);
+        self.rate.add(payload_bytes.saturating_sub(bytes), together.min(now - at));
+        self.sampled = (payload_bytes, busy_ns, now);
     }
 
     /// Bytes a second that can be harvested and sent, the one beside the other; 0 while it is unknown.

@@ -7,7 +7,7 @@ use super::{cvt, cvt_retry};
 use std::ffi::CString;
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 /// Bytes of the host's base page.
 pub(crate) fn host_page_bytes() -> u64 {
@@ -36,6 +36,18 @@ pub fn punch_hole(fd: BorrowedFd<'_>, offset: u64, bytes: u64) -> io::Result<()>
     let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
     // SAFETY: no pointers.
     cvt_retry(|| i64::from(unsafe { libc::fallocate(fd.as_raw_fd(), mode, offset, bytes) })).map(drop)
+}
+
+/// sync_file_range(2) with SYNC_FILE_RANGE_WRITE: what differs from the disk in the range is on its way there afterwards, and
+/// waited for only where the disk takes no more at once. It says nothing of what is on the disk: that is fsync(2)'s.
+///
+/// # Errors
+/// What the system says; whoever calls fsync(2) hears of failures to write all the same.
+pub fn begin_writing_out(fd: impl AsFd, offset: u64, bytes: u64) -> io::Result<()> {
+    let (offset, bytes) = (as_off(offset)?, as_off(bytes)?);
+    // SAFETY: no pointers.
+    let begin = || unsafe { libc::sync_file_range(fd.as_fd().as_raw_fd(), offset, bytes, libc::SYNC_FILE_RANGE_WRITE) };
+    cvt_retry(|| i64::from(begin())).map(drop)
 }
 
 /// fallocate(2): the range has memory behind it afterwards, what it holds stays, and so does the file's length.

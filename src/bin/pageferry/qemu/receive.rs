@@ -175,7 +175,7 @@ impl Incoming for Machine {
             writer.add_block(block.name.as_str(), block.guest_address, block.bytes)
         };
         let blocks = blocks.iter().map(add).collect::<Result<Vec<_>, _>>()?;
-        writer.write_out_early()?;
+        writer.write_out_early();
         on_bus_error_fail(self.out, COMMAND, std::mem::take(&mut self.full), writer.paths());
         let ram = Ram::new(blocks)?;
         self.ram = Some(ram.clone());

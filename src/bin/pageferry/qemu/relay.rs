@@ -25,8 +25,9 @@ use crate::tls::warn_if_far;
 ///
 /// Ctrl-C cancels, and the source keeps its guest, until the state of the devices is on its way. From then on the
 /// destination may have the guest: Ctrl-C gives it 10 s more to say so, and a second one none. Without an answer the exit
-/// code is 3, for uncertain: the source takes its guest back, so make sure that the destination does not run it. So it is
-/// where the source has left before it took the answer in.
+/// code is 3, for uncertain: the source takes its guest back, so make sure that the destination does not run it. The code is
+/// the same where the source has left before it took the answer in: the destination has the guest then, so make sure that
+/// the source does not run it.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:

@@ -95,7 +95,7 @@ enum DialectArg {
     /// 10.0, and later ones that speak as it does
     #[value(name = "10.0")]
     V10_0,
-    /// 7.2, and later ones up to 9.1, whose packets are alike
+    /// 7.2, and later ones up to 9.1, which take its packets
     #[value(name = "7.2")]
     V7_2,
 }
@@ -192,11 +192,13 @@ fn spoken(asked: DialectArg, manifest: &Manifest) -> Result<(Dialect, Barrier), 
         DialectArg::V7_2 => Dialect::V7_2,
     };
     // A source without channels has shown no barrier, and that of another program may be elsewhere. Then the machine type
-    // says where it is; one without a version has it where its program has it.
+    // says where it is. A distribution's own type, such as pc-q35-rhel9.2.0, keeps it where it was; one without any
+    // version, such as microvm, has it where its program has it.
     let has_shown = manifest.channels > 0 && dialect == stored;
     let is_per_round = match version(&manifest.machine) {
         _ if has_shown => manifest.barrier == "per-round",
         Some(version) => version > (8, 0),
+        None if manifest.channels > 0 && manifest.machine.contains('-') => manifest.barrier == "per-round",
         None => dialect == Dialect::V10_0,
     };
     Ok((dialect, if is_per_round { Barrier::PerRound } else { Barrier::PerSection }))
@@ -289,6 +291,8 @@ mod tests {
             (auto, "microvm", 0, "7.2", "per-section", (Dialect::V7_2, Barrier::PerSection)),
             (new, "microvm", 2, "7.2", "per-section", (Dialect::V10_0, Barrier::PerRound)),
             (old, "microvm", 2, "10.0", "per-round", (Dialect::V7_2, Barrier::PerSection)),
+            (new, "pc-q35-rhel9.2.0", 2, "7.2", "per-section", (Dialect::V10_0, Barrier::PerSection)),
+            (old, "pc-q35-rhel9.6.0", 2, "10.0", "per-round", (Dialect::V7_2, Barrier::PerRound)),
             // Moved between programs, a machine keeps its type.
             (new, "pc-q35-7.2", 2, "7.2", "per-section", (Dialect::V10_0, Barrier::PerSection)),
             (new, "pc-q35-8.1", 0, "7.2", "per-section", (Dialect::V10_0, Barrier::PerRound)),

@@ -1,33 +1,40 @@
 //! Has RAM written out to the disk while it still comes, so that the guest, which stands still at the end, waits for little.
 
 use std::fs::File;
-use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError, TryRecvError};
 use std::thread;
 use std::time::Duration;
+
+use pageferry::sys::memory::begin_writing_out;
 
 /// Between two passes over the files. What was written to in one of them may be written out again.
 const PAUSE: Duration = Duration::from_millis(250);
 
-/// A thread that writes out. It ends by itself when this is dropped, after the file that it is at.
+/// What is handed to the disk at once: whoever gives up waits for no more than this.
+const PIECE_BYTES: u64 = 32 << 20;
+
+/// A thread that writes out. It ends by itself when this is dropped, after the piece that it is at.
 #[derive(Debug)]
 pub struct Writeback {
     _until: mpsc::Sender<()>,
 }
 
 impl Writeback {
-    /// Starts it, if there can be a thread: without one, the end takes longer.
-    ///
-    /// Each file is opened for this alone. A failure is left to the descriptors that wrote: each descriptor hears of it
-    /// once, and what this one hears the others hear, too.
-    pub fn start(files: Vec<File>) -> Option<Writeback> {
+    /// Starts it, for files of these lengths, if there can be a thread: without one, the end takes longer. What fails here
+    /// fails again at the end, and is said then.
+    pub fn start(files: Vec<(Arc<File>, u64)>) -> Option<Writeback> {
         let (until, over) = mpsc::channel();
         let write_out = move || {
+            let is_over = || over.try_recv() == Err(TryRecvError::Disconnected);
             while over.recv_timeout(PAUSE) == Err(RecvTimeoutError::Timeout) {
-                for file in &files {
-                    if over.try_recv() == Err(mpsc::TryRecvError::Disconnected) {
-                        return;
+                for (file, bytes) in &files {
+                    for at in (0..*bytes).step_by(PIECE_BYTES as usize) {
+                        if is_over() {
+                            return;
+                        }
+                        let _ = begin_writing_out(file, at, PIECE_BYTES.min(bytes - at));
                     }
-                    let _ = file.sync_data();
                 }
             }
         };
@@ -66,7 +73,7 @@ mod tests {
         }
         block.prefault(0, BYTES >> 12).unwrap();
         assert!(dirty_kib(&block) > 0);
-        let _writeback = Writeback::start(vec![file.try_clone().unwrap()]).unwrap();
+        let _writeback = Writeback::start(vec![(Arc::new(file), BYTES)]).unwrap();
         // The system itself leaves it for half a minute.
         let deadline = Instant::now() + Duration::from_secs(20);
         while dirty_kib(&block) > 0 {

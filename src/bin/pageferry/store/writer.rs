@@ -7,6 +7,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use pageferry::digest::Contents;
@@ -70,7 +71,7 @@ pub struct Writer {
 struct Block {
     entry: BlockEntry,
     /// The descriptor that was there when the first page was written: it hears of every failure to write one out.
-    file: File,
+    file: Arc<File>,
 }
 
 /// What stands where the store is to be.
@@ -151,22 +152,15 @@ impl Writer {
         file.set_len(bytes).map_err(|e| sentence(&format!("reserve {bytes} bytes in"), &path, &e))?;
         let block = RamBlock::file(name, guest_address.unwrap_or(0), &file, bytes, PageSize::SIZE_4K, true);
         let block = block.map_err(|e| e.to_string())?;
-        self.blocks.push(Block { entry, file });
+        self.blocks.push(Block { entry, file: Arc::new(file) });
         // Fresh, all of it a hole: nothing has to be made zero.
         Ok(block.with_initial(Initial::Zeroed).used_once())
     }
 
     /// Begins to write out what comes into the blocks that were added, so that [`finish`](Writer::finish) waits for little.
-    ///
-    /// # Errors
-    /// What the system has against opening the files once more.
-    pub fn write_out_early(&mut self) -> Result<(), String> {
-        let open = |block: &Block| {
-            let path = self.partial.join(&block.entry.file);
-            File::open(&path).map_err(|e| sentence("open", &path, &e))
-        };
-        self.writeback = Writeback::start(self.blocks.iter().map(open).collect::<Result<_, _>>()?);
-        Ok(())
+    pub fn write_out_early(&mut self) {
+        let files = self.blocks.iter().map(|block| (block.file.clone(), block.entry.bytes));
+        self.writeback = Writeback::start(files.collect());
     }
 
     /// Takes the digests of the blocks, all of which are in `ram` and to which nobody may write any more, from `contents`,
