@@ -443,6 +443,8 @@ fn a_target_that_says_running_and_never_read_a_byte_does_not_hold_the_source() {
         let script = std::thread::spawn(move || {
             let mut target = FakeTarget::greet(listener);
             ready(&mut target);
+            // The source has nothing but zeros to go by, which show no rate: it waits until it hears that they were read.
+            target.claim_all();
             target.control.send(&TargetFrame::ChannelJoined { channel: ChannelId(0), generation: FIRST });
             while let Some(frame) = target.next() {
                 match frame {
