@@ -349,9 +349,9 @@ fn a_cap_on_bandwidth_holds_while_the_guest_runs_and_zeros_cost_none_of_it() {
         assert_arrived(&guest, &trip);
         took
     };
-    // 32 MiB at 64 MiB/s; the first 10 ms may run ahead.
+    // 32 MiB at 64 MiB/s; the first 10 ms may run ahead, and nobody waits for the last push, of one or two MiB.
     let full = migrate(64 << 20, 0);
-    assert!(full >= ms(480), "{full:?}");
+    assert!(full >= ms(450), "{full:?}");
     // At 256 KiB/s they would take two minutes.
     let zero = migrate(256 << 10, PAGES);
     assert!(zero < ms(60_000), "zeros took {zero:?}");

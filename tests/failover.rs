@@ -66,7 +66,9 @@ fn three_of_four_channels_die_and_the_guest_arrives() {
     let trip = travel(&mut guest, cut_first(3, 2 * MIB), |s| s, |t| t, |_, _, _| {});
     vmm::assert_arrived(&guest, &trip);
     let sent = &trip.sent;
-    assert_eq!(sent.channels_lost, 3, "{:?}", sent.remarks);
+    // Those in their place may come when the guest is about to pause, and are not waited for.
+    let too_late = sent.remarks.iter().filter(|remark| remark.contains("paused before it had joined")).count();
+    assert_eq!(sent.channels_lost as usize, 3 + too_late, "{:?}", sent.remarks);
     assert!(sent.reshipped_bytes > 0 && sent.reshipped_bytes <= 48 * MIB, "{}", sent.reshipped_bytes);
     println!("{} reconnects, {} MiB again, {:?}", sent.reconnects, sent.reshipped_bytes / MIB, sent.remarks);
 }
