@@ -107,10 +107,10 @@ impl Gauge {
         }
     }
 
-    /// Takes note of how many bytes of pages were sent so far, and for how long channels were busy with it, one by one added up: a link that is
-    /// idle says nothing of its rate. At least one channel was busy for no longer than all of them were together, and no
-    /// longer than since the last look; where only some of them had something to send now and then, that makes the link
-    /// slower than it is, never faster.
+    /// Takes note of how many bytes of pages were sent so far, and for how long channels were busy with it, one by one added
+    /// up: a link that is idle says nothing of its rate. At least one channel was busy for no longer than all of them were
+    /// together, and no longer than since the last look; where only some of them had something to send now and then, that
+    /// makes the link slower than it is, never faster.
     pub fn sample(&mut self, counts: &ChannelCounts) {
         let &ChannelCounts { payload_bytes, zero_bytes, busy_ns, .. } = counts;
         self.only_zeros = zero_bytes > 0 && payload_bytes == 0;
